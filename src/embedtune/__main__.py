@@ -1,0 +1,5 @@
+"""Let ``python -m embedtune`` be the command line."""
+
+from embedtune.cli import main
+
+main()

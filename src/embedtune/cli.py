@@ -1,0 +1,255 @@
+"""The command line: Trainer commands by LightningCLI, the others as plain functions."""
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import lightning.pytorch as pl
+from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+
+from embedtune.datamodule import EmbeddingDataModule
+from embedtune.errors import InputError
+from embedtune.export import ExportError, ExportModel, export_checkpoint
+from embedtune.module import EmbeddingModule
+from embedtune.predict import WriteEmbeddings
+from embedtune.progress import RunSummary, Throughput
+from embedtune.teach import teach
+
+log = logging.getLogger("embedtune")
+
+LoggerName = Literal["csv", "tensorboard", "wandb"]
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "run",
+    "max_epochs": 2,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
+OVERVIEW = """\
+usage: embedtune COMMAND ...
+
+Fine-tune text-embedding models: jsonl files in, a sentence-transformers folder out.
+
+  fit        train: embedtune fit --config run.yaml (any key also as a flag)
+  validate   loss on data.val_path, of a model or of a checkpoint (--ckpt_path)
+  test       the same on data.test_path
+  predict    embeddings of the queries of data.predict_path, as .npy
+  export     a training checkpoint as a sentence-transformers folder
+  teach      a teacher's embeddings of a data set, for distillation
+  evaluate   nDCG@10 of models at several widths on a retrieval test set
+  demo-data  training and test data from the docstrings of installed packages
+
+embedtune COMMAND --help tells the options of a command.
+"""
+
+
+class Parser(LightningArgumentParser):
+    """A parser that answers a misspelt key with the nearest valid one."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Write one message, without the usage, and exit with code 2."""
+        lines = [line.strip() for line in str(message).strip().splitlines() if line.strip()]
+        fail(" ".join(lines) + self._suggest(message))
+
+    def _suggest(self, message: str) -> str:
+        found = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]|Unrecognized arguments: --([\w.]+)", message)
+        if not found:
+            return ""
+        unknown = (found[1] or found[2]).removeprefix(f"{self.subcommand_name}.")
+        valid = [action.dest for action in self._actions if action.dest != "help"]
+        nearest = difflib.get_close_matches(unknown, valid, n=1, cutoff=0.5)
+        if not nearest:
+            by_name = {name.rpartition(".")[2]: name for name in valid}
+            matches = difflib.get_close_matches(unknown.rpartition(".")[2], by_name, n=1)
+            nearest = [by_name[match] for match in matches]
+        return f"; the nearest valid key is {nearest[0]}" if nearest else ""
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Write one error line to stderr and exit."""
+    sys.stderr.write(f"embedtune: error: {message}\n")
+    sys.exit(code)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Write the whole configuration of a fit to ``<default_root_dir>/config.yaml``."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the file; a run started again in the same folder overwrites it."""
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+
+
+class TrainerCLI(LightningCLI):
+    """LightningCLI with embedtune's classes, defaults and callbacks."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the keys beside ``model``, ``data`` and ``trainer``."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False})
+        parser.add_argument(
+            "--save_on_epoch_end", type=bool, default=True, help="Write an exported folder an epoch."
+        )
+        parser.add_argument(
+            "--num_max_checkpoints", type=int, default=5, help="Epochs' exported folders that are kept."
+        )
+        parser.add_argument(
+            "--log_with",
+            type=LoggerName | list[LoggerName] | None,
+            default=None,
+            help="Loggers; csv and tensorboard by default. trainer.logger wins over it.",
+        )
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint but its state: YAML and flags win."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the Trainer with the loggers and callbacks of a run folder."""
+        config = self.config_init[self.subcommand]
+        folder = Path(config.trainer.default_root_dir)
+        if config.trainer.logger is None:
+            is_fit = self.subcommand == "fit"
+            kwargs["logger"] = make_loggers(config.log_with, folder) if is_fit else False
+        config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
+        callbacks = list(config.trainer.callbacks or [])
+        if self.subcommand == "fit":
+            callbacks += [RunSummary(), Throughput()]
+            callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
+        elif self.subcommand == "predict":
+            callbacks += [WriteEmbeddings()]
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict without gathering in memory what is written to disk."""
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
+
+
+def _data_seed(seed_everything: bool | int) -> int:
+    return 666 if isinstance(seed_everything, bool) else seed_everything
+
+
+def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> list[Logger]:
+    """Return the loggers of ``log_with``, all of which write into the run folder."""
+    chosen = names or ["csv", "tensorboard"]
+    loggers: list[Logger] = []
+    for name in [chosen] if isinstance(chosen, str) else chosen:
+        if name == "csv":
+            loggers.append(CSVLogger(folder, name="", version=""))
+        elif name == "tensorboard":
+            loggers.append(TensorBoardLogger(folder, name="", version=""))
+        else:
+            try:
+                loggers.append(WandbLogger(save_dir=folder, project="embedtune"))
+            except ModuleNotFoundError:
+                raise InputError("log_with: wandb needs pip install 'embedtune[wandb]'") from None
+    return loggers
+
+
+# --- Commands without a Trainer --------------------------------------------------------------------
+
+
+def export_command(argv: Sequence[str]) -> None:
+    """Run ``embedtune export CHECKPOINT OUT``."""
+    parser = Parser(prog="embedtune export", description=export_checkpoint.__doc__)
+    parser.add_argument("checkpoint", type=str, help="a .ckpt file of a fit")
+    parser.add_argument("out", type=str, help="where the sentence-transformers folder goes")
+    args = parser.parse_args(argv)
+    difference = export_checkpoint(Path(args.checkpoint), Path(args.out))
+    log.info("exported and verified %s (largest difference %.1e)", args.out, difference)
+
+
+def teach_command(argv: Sequence[str]) -> None:
+    """Run ``embedtune teach --model T --data f.jsonl --out store``."""
+    parser = Parser(prog="embedtune teach")
+    parser.add_function_arguments(teach)
+    teach(**parser.parse_args(argv).as_dict())
+
+
+def evaluate_command(argv: Sequence[str]) -> None:
+    """Run ``embedtune evaluate MODEL.. --data FOLDER``."""
+    from embedtune.evaluate import evaluate_models, format_table, read_beir, write_results
+
+    parser = Parser(prog="embedtune evaluate", description="Compare models on a BEIR folder.")
+    parser.add_argument("models", type=str, nargs="+", help="hub names or folders")
+    parser.add_argument("--data", type=str, required=True, help="folder of the test set")
+    parser.add_argument("--dims", type=str, default=None, help="widths, such as 384,128,64")
+    parser.add_argument("--out", type=str, default=None, help="folder for evaluation.json and a chart")
+    args = parser.parse_args(argv)
+    dims = None if args.dims is None else [int(dim) for dim in args.dims.split(",")]
+    results = evaluate_models(args.models, read_beir(Path(args.data)), dims)
+    sys.stdout.write(format_table(results) + "\n")
+    if args.out is not None:
+        write_results(results, Path(args.out))
+
+
+def demo_data_command(argv: Sequence[str]) -> None:
+    """Run ``embedtune demo-data --out DIR``."""
+    from embedtune.demo import harvest
+
+    parser = Parser(prog="embedtune demo-data", description="Harvest pairs from docstrings.")
+    parser.add_argument("--out", type=str, required=True, help="folder to write to")
+    args = parser.parse_args(argv)
+    log.info("wrote %s: %s", args.out, harvest(Path(args.out)))
+
+
+def trainer_command(argv: Sequence[str]) -> None:
+    """Run ``embedtune fit | validate | test | predict``."""
+    TrainerCLI(
+        EmbeddingModule,
+        EmbeddingDataModule,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=666,
+        parser_class=Parser,
+        parser_kwargs={"prog": "embedtune"},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=list(argv),
+    )
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "export": export_command,
+    "teach": teach_command,
+    "evaluate": evaluate_command,
+    "demo-data": demo_data_command,
+}
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command that ``argv`` (by default the process's own arguments) asks for."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    if not args or args[0] in ("-h", "--help"):
+        sys.stdout.write(OVERVIEW)
+        return
+    command, rest = args[0], args[1:]
+    try:
+        if command in TRAINER_COMMANDS:
+            trainer_command(args)
+        elif command in COMMANDS:
+            COMMANDS[command](rest)
+        else:
+            fail(f"expected a command ({', '.join((*TRAINER_COMMANDS, *COMMANDS))}), found {command!r}")
+    except InputError as error:
+        fail(str(error))
+    except ExportError as error:
+        fail(str(error), code=1)

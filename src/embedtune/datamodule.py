@@ -1,0 +1,216 @@
+"""The LightningDataModule: files in, batches out."""
+
+from typing import Literal
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader
+
+from embedtune.batch import Batch, Collator
+from embedtune.dataset import ExampleDataset, Rows, resolve_paths
+from embedtune.encoder import Encoder
+from embedtune.errors import InputError
+from embedtune.records import Format
+from embedtune.sampler import Cursor, GlobalBatchSampler
+from embedtune.teacher_store import TeacherStore
+
+DataSet = Literal["train", "val", "test", "predict"]
+NEEDED: dict[str, tuple[DataSet, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+"""The data sets that each Trainer function reads; the first of them is required."""
+
+
+class EmbeddingDataModule(pl.LightningDataModule):
+    """Batches from jsonl files of the four formats.
+
+    The data module owns the order of the examples, so a Trainer must leave it alone:
+    ``Trainer(use_distributed_sampler=False)`` (the command line sees to it).
+    """
+
+    def __init__(
+        self,
+        train_path: str | list[str] | None = None,
+        val_path: str | list[str] | None = None,
+        test_path: str | list[str] | None = None,
+        predict_path: str | None = None,
+        format: Literal["auto", "pair", "triplet", "scored", "distill"] = "auto",
+        batch_size: int = 32,
+        neg_nums: int = 15,
+        query_max_len: int | None = None,
+        passage_max_len: int = 512,
+        teacher_path: str | list[str] | None = None,
+        val_teacher_path: str | list[str] | None = None,
+        test_teacher_path: str | list[str] | None = None,
+        teacher_embedding_dim: int | None = None,
+        shuffle: bool = True,
+        num_workers: int = 0,
+        tokens_per_chunk: int = 8192,
+        seed: int = 666,
+    ) -> None:
+        """Describe the data; nothing is read before ``prepare_data``.
+
+        Args:
+            train_path: A jsonl file (plain, .gz or .zst), a glob, or a list of these.
+            val_path: The same, for the loss (scored: and Spearman correlation) after each epoch.
+            test_path: The same, for ``embedtune test``.
+            predict_path: A jsonl file with ``query`` fields, or a text file with a text a line.
+            format: Format of the rows; auto takes it from the fields, over all rows.
+            batch_size: Per rank: query-positive pairs (pair, triplet), lists (scored) or texts
+                (distill).
+            neg_nums: Hard negatives drawn per query in each epoch (triplet).
+            query_max_len: Longest query in tokens; the default is 128, for distill 512.
+            passage_max_len: Longest positive or negative in tokens.
+            teacher_path: float32 memory map of the teacher's embeddings of ``train_path``
+                (distill), or several, which are concatenated along the width.
+            val_teacher_path: The same for ``val_path``.
+            test_teacher_path: The same for ``test_path``.
+            teacher_embedding_dim: Width of all of ``teacher_path`` together; the default takes it
+                from the files' sizes.
+            shuffle: False trains in the files' order.
+            num_workers: Processes that tokenise ahead; 0 tokenises in the training process.
+            tokens_per_chunk: Tokens, padding included, that are encoded at once; lower it to save
+                memory on short texts.
+            seed: Seed of the order and of the negatives.
+        """
+        super().__init__()
+        for key, value in {"batch_size": batch_size, "neg_nums": neg_nums, "passage_max_len": passage_max_len,
+                           "query_max_len": query_max_len, "tokens_per_chunk": tokens_per_chunk}.items():
+            if value is not None and value < 1:
+                raise InputError(f"data.{key}: expected a positive number, found {value}")
+        self.paths: dict[DataSet, str | list[str] | None] = {
+            "train": train_path,
+            "val": val_path,
+            "test": test_path,
+            "predict": predict_path,
+        }
+        self.teacher_paths: dict[DataSet, str | list[str] | None] = {"train": teacher_path, "val": val_teacher_path, "test": test_teacher_path}
+        self.declared = None if format == "auto" else Format(format)
+        self.batch_size, self.neg_nums, self.shuffle, self.seed = batch_size, neg_nums, shuffle, seed
+        self._query_max_len, self.passage_max_len = query_max_len, passage_max_len
+        self.teacher_embedding_dim = teacher_embedding_dim
+        self.num_workers, self.tokens_per_chunk = num_workers, tokens_per_chunk
+        self.datasets: dict[DataSet, ExampleDataset] = {}
+
+    # --- Reading -------------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Fill the Arrow cache, on one rank a node."""
+        for name in self._needed():
+            self._read(name)
+
+    def setup(self, stage: str) -> None:
+        """Open the rows that a stage needs."""
+        for name in self._needed():
+            if name not in self.datasets:
+                self.datasets[name] = self._open(name)
+        formats = {name: data.rows.format for name, data in self.datasets.items()}
+        if len(set(formats.values())) > 1:
+            found = ", ".join(f"{name}: {row_format}" for name, row_format in formats.items())
+            raise InputError(f"data: expected one format in all data sets, found {found}")
+
+    def _needed(self) -> list[DataSet]:
+        names = NEEDED[str(self.trainer.state.fn.value)]
+        if self.paths[names[0]] is None:
+            raise InputError(f"data.{names[0]}_path: expected a file, found nothing")
+        return [name for name in names if self.paths[name] is not None]
+
+    def _read(self, name: DataSet) -> Rows:
+        # Queries alone are what predict takes from rows of any format.
+        declared = Format.DISTILL if name == "predict" else self.declared
+        return Rows(resolve_paths(self.paths[name] or [], f"data.{name}_path"), declared)
+
+    def _open(self, name: DataSet) -> ExampleDataset:
+        rows = self._read(name)
+        paths = self.teacher_paths.get(name)
+        key = "data.teacher_path" if name == "train" else f"data.{name}_teacher_path"
+        teacher = None
+        if rows.format == Format.DISTILL and name != "predict":
+            if paths is None:
+                raise InputError(f"{key}: expected the teacher's memory map for distill data, found nothing")
+            teacher = TeacherStore(
+                [paths] if isinstance(paths, str) else paths,
+                len(rows), self.teacher_embedding_dim, rows.queries_digest,
+            )
+        elif paths is not None:
+            raise InputError(f"{key}: expected distill data (rows of 'query' alone), found {rows.format} rows")
+        return ExampleDataset(rows, self.neg_nums, self.seed, teacher)
+
+    # --- Facts that others ask for -----------------------------------------------------------------
+
+    @property
+    def format(self) -> Format | None:
+        """Format of the opened data; None when there is none (predict)."""
+        opened = list(self.datasets.values())
+        return opened[0].rows.format if opened else None
+
+    @property
+    def query_max_len(self) -> int:
+        """Longest query in tokens."""
+        if self._query_max_len is not None:
+            return self._query_max_len
+        return 512 if self.format == Format.DISTILL else 128
+
+    @property
+    def max_len(self) -> int:
+        """Longest text of the opened data in tokens."""
+        if self.format == Format.DISTILL:
+            return self.query_max_len
+        return max(self.query_max_len, self.passage_max_len)
+
+    @property
+    def teacher_dim(self) -> int | None:
+        """Width of the teacher's embeddings; None without a teacher."""
+        stores = [data.teacher for data in self.datasets.values() if data.teacher is not None]
+        return stores[0].width if stores else None
+
+    def sampler(self, name: DataSet) -> GlobalBatchSampler:
+        """Return the order of one data set's batches on this rank."""
+        return GlobalBatchSampler(
+            len(self.datasets[name]),
+            self.batch_size,
+            seed=self.seed,
+            shuffle=self.shuffle and name == "train",
+            rank=self.trainer.global_rank,
+            num_ranks=self.trainer.world_size,
+            cursor=self._cursor if name == "train" else lambda: (0, 0),
+        )
+
+    def _cursor(self) -> Cursor:
+        # Asked at the start of each epoch, and once after a resume in the middle of one.
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+        return self.trainer.current_epoch, progress.ready
+
+    def collator(self, encoder: Encoder) -> Collator:
+        """Return what makes batches for ``encoder``."""
+        return Collator(encoder, self.query_max_len, self.passage_max_len, self.tokens_per_chunk)
+
+    # --- Loaders -------------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Return the training batches, in the order of :class:`GlobalBatchSampler`."""
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Batch] | list:
+        """Return the validation batches in the files' order, none without ``val_path``."""
+        return self._loader("val") if "val" in self.datasets else []
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """Return the test batches in the files' order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Batch]:
+        """Return batches of queries alone, in the file's order."""
+        return self._loader("predict")
+
+    def _loader(self, name: DataSet) -> DataLoader[Batch]:
+        return DataLoader(
+            self.datasets[name],
+            batch_sampler=self.sampler(name),
+            collate_fn=self.collator(self.trainer.lightning_module.encoder),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )

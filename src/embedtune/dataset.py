@@ -1,0 +1,234 @@
+"""Hold jsonl rows in a memory-mapped Arrow table and serve them as training examples."""
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch.utils.data
+
+from embedtune.errors import InputError
+from embedtune.records import Example, Format, Record, RecordReader
+from embedtune.teacher_store import TeacherStore
+
+log = logging.getLogger("embedtune")
+
+ROWS_PER_WRITE = 5_000
+CACHE_VERSION = 1  # raised whenever the table's columns or the rules of records.py change
+SCHEMA = pa.schema(
+    {
+        "query": pa.string(),
+        "prompt": pa.string(),
+        "positives": pa.list_(pa.string()),
+        "negatives": pa.list_(pa.string()),
+        "scores": pa.list_(pa.float64()),
+    }
+)
+
+
+def resolve_paths(spec: str | Sequence[str], key: str) -> list[Path]:
+    """Expand a path, a glob or a list of these into files, globs in sorted order.
+
+    Args:
+        spec: What the user gave.
+        key: The YAML key it was given under, for messages.
+
+    Raises:
+        InputError: Nothing is there.
+    """
+    paths: list[Path] = []
+    for pattern in [spec] if isinstance(spec, str) else spec:
+        found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
+        if not found:
+            raise InputError(f"{key}: expected a jsonl file or a glob that matches some, found nothing at {pattern}")
+        for path in map(Path, found):
+            if path.is_dir():
+                raise InputError(f"{key}: expected a jsonl file, found the folder {path}")
+            paths.append(path)
+    return paths
+
+
+def cache_folder() -> Path:
+    """Return where Arrow tables are kept: ``$EMBEDTUNE_CACHE``, or beside those of ``datasets``."""
+    default = Path(datasets.config.HF_DATASETS_CACHE) / "embedtune"
+    return Path(os.environ.get("EMBEDTUNE_CACHE", default))
+
+
+class Rows:
+    """The validated rows of one data set, in a memory-mapped Arrow table.
+
+    The table is cached under a digest of the files' bytes, so a second start opens it at once
+    and an edited file is read anew.
+
+    Attributes:
+        table: Columns query, prompt, positives, negatives, scores.
+        format: What the rows hold.
+        ignored_fields: Names of fields in the files that embedtune does not read.
+        prompt: The query prompt that all rows share, if they do.
+        queries_digest: Digest of all queries in order, to match a teacher store to its texts.
+    """
+
+    def __init__(self, paths: Sequence[Path], declared: Format | None = None) -> None:
+        """Open the cached table of ``paths``, reading the files first where there is none.
+
+        Raises:
+            InputError: A row does not fit its format.
+        """
+        self.paths = list(paths)
+        digest = hashlib.blake2b(f"{CACHE_VERSION} {declared}".encode(), digest_size=16)
+        for path in self.paths:
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        stem = cache_folder() / digest.hexdigest()
+        arrow, facts = stem.with_suffix(".arrow"), stem.with_suffix(".json")
+        if not (arrow.exists() and facts.exists()):
+            _write_table(RecordReader(self.paths, declared), arrow, facts)
+        self.table = datasets.Dataset.from_file(str(arrow))
+        known = json.loads(facts.read_text(encoding="utf-8"))
+        self.format = Format(known["format"])
+        self.ignored_fields: list[str] = known["ignored_fields"]
+        self.prompt: str | None = known["prompts"][0] if len(known["prompts"]) == 1 else None
+        self.queries_digest: str = known["queries_digest"]
+        self._rows_per_file: list[int] = known["rows_per_file"]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.table)
+
+    def place(self, row: int) -> str:
+        """Return ``file:line`` of a row (counted from 0)."""
+        for path, count in zip(self.paths, self._rows_per_file, strict=True):
+            if row < count:
+                return f"{path}:{row + 1}"
+            row -= count
+        raise IndexError(row)
+
+    @cached_property
+    def list_lengths(self) -> np.ndarray:
+        """Number of positives of each row, int64 ``[rows]``."""
+        lengths = pc.list_value_length(self.table.data.column("positives"))
+        return np.asarray(lengths.to_numpy(), dtype=np.int64)
+
+
+def _write_table(reader: RecordReader, arrow: Path, facts: Path) -> None:
+    log.info("reading %s", ", ".join(map(str, reader.paths)))
+    arrow.parent.mkdir(parents=True, exist_ok=True)
+    queries = hashlib.blake2b(digest_size=16)
+    # Written beside and renamed, so that a killed or a second process never leaves half a table.
+    with tempfile.TemporaryDirectory(dir=arrow.parent) as folder:
+        part = Path(folder) / arrow.name
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+            for records in _batched(reader, ROWS_PER_WRITE):
+                for record in records:
+                    queries.update(query_digest(record.query))
+                columns = dict(zip(Record._fields, zip(*records, strict=True), strict=True))
+                arrays = [pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names]
+                writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+        known = {
+            "format": reader.format,
+            "ignored_fields": sorted(reader.ignored_fields),
+            "prompts": reader.prompts,
+            "queries_digest": queries.hexdigest(),
+            "rows_per_file": list(reader.rows_per_file),
+        }
+        (Path(folder) / facts.name).write_text(json.dumps(known), encoding="utf-8")
+        shutil.move(part, arrow)
+        shutil.move(Path(folder) / facts.name, facts)
+
+
+def query_digest(query: str) -> bytes:
+    """Return the 8-byte digest of a query that a data set's ``queries_digest`` is made of."""
+    return hashlib.blake2b(query.encode(), digest_size=8).digest()
+
+
+def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    iterator = iter(records)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+class ExampleDataset(torch.utils.data.Dataset[Example]):
+    """Random access to examples by (epoch, index).
+
+    A row with several positives is one example per positive (pair, triplet), else one example.
+    The epoch is part of the key because negatives are drawn anew in each: loader workers hold
+    no state, and any example of any epoch can be had at any time.
+    """
+
+    def __init__(
+        self, rows: Rows, neg_nums: int = 15, seed: int = 666, teacher: TeacherStore | None = None
+    ) -> None:
+        """Index the examples of ``rows``."""
+        self.rows, self.neg_nums, self.seed, self.teacher = rows, neg_nums, seed, teacher
+        self._starts: np.ndarray | None = None
+        if rows.format in (Format.PAIR, Format.TRIPLET):
+            self._starts = np.concatenate([[0], np.cumsum(rows.list_lengths)])
+
+    def __len__(self) -> int:
+        """Return the number of examples in an epoch."""
+        return len(self.rows) if self._starts is None else int(self._starts[-1])
+
+    def __getitem__(self, key: tuple[int, int]) -> Example:
+        """Return example ``index`` as it is in ``epoch``, for ``key = (epoch, index)``."""
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Example]:
+        """Return several examples with one read of the table (the loader's fast path)."""
+        indices = np.asarray([index for _, index in keys])
+        rows = indices if self._starts is None else self._row_of(indices)
+        columns = self.rows.table[rows.tolist()]
+        return [
+            self._example(keys[i], int(rows[i]), {name: columns[name][i] for name in columns})
+            for i in range(len(keys))
+        ]
+
+    def _row_of(self, indices: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._starts, indices, side="right") - 1
+
+    def _example(self, key: tuple[int, int], row: int, fields: dict[str, Any]) -> Example:
+        epoch, index = key
+        query, prompt = fields["query"], fields["prompt"]
+        if self.rows.format == Format.DISTILL:
+            teacher = None if self.teacher is None else self.teacher[row]
+            return Example(index, query, prompt, teacher=teacher)
+        positives = fields["positives"]
+        if self._starts is None:
+            return Example(index, query, prompt, positives, scores=fields["scores"])
+        negatives: list[str] = []
+        if self.rows.format == Format.TRIPLET:
+            generator = np.random.Generator(
+                np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=index)
+            )
+            negatives = draw_negatives(fields["negatives"], positives, self.neg_nums, generator)
+        own = positives[index - int(self._starts[row])]
+        return Example(index, query, prompt, [own], negatives, known_positives=positives)
+
+
+def draw_negatives(
+    negatives: Sequence[str], positives: Sequence[str], count: int, generator: np.random.Generator
+) -> list[str]:
+    """Draw hard negatives of one query, none of them equal to a positive.
+
+    Distinct texts are drawn without repetition while there are enough; with fewer than ``count``,
+    all are taken as often as it goes and the remainder is drawn.
+
+    >>> draw_negatives(["a", "b", "a", "p"], ["p"], 2, np.random.default_rng(0)) in (["a", "b"], ["b", "a"])
+    True
+    """
+    candidates = [text for text in dict.fromkeys(negatives) if text not in positives]
+    order: list[int] = []
+    while len(order) < count:
+        order.extend(generator.permutation(len(candidates)).tolist())
+    return [candidates[i] for i in order[:count]]

@@ -1,0 +1,302 @@
+"""The LightningModule: encoder, projection and loss."""
+
+import math
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import SpearmanCorrCoef
+
+from embedtune.batch import Batch, Collator
+from embedtune.encoder import Encoder, EncoderSpec, PoolingMode
+from embedtune.errors import InputError
+from embedtune.losses import (
+    Distillation,
+    Embeddings,
+    ListwiseKL,
+    Loss,
+    Matryoshka,
+    Target,
+    default_loss,
+)
+from embedtune.optim import build_optimizer, build_schedule
+from embedtune.projection import ProjectionInit, init_projection, parse_dims, projection_dim
+from embedtune.records import Format
+
+PCA_EXAMPLES = 512
+"""Training examples whose texts PCA looks at (or as many as the encoder is wide, if that is more)."""
+PCA_MAX_LEN = 128
+"""Tokens of each of these texts: its beginning is enough to find the principal axes."""
+
+
+class EmbeddingModule(pl.LightningModule):
+    """Fine-tune a text-embedding model with one loss on one format of data.
+
+    What depends on the data (the default loss, the width of a distillation) is settled in
+    :meth:`setup`, when the data module knows its format.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        pooling: PoolingMode | None = None,
+        trust_remote_code: bool = False,
+        loss: Loss | None = None,
+        temperature: float | None = None,
+        use_mrl: bool = False,
+        mrl_dims: list[int] | str = "128,256,512,768,1024,1280,1536,1792",
+        projection_init: ProjectionInit = "pca",
+        lr: float = 2e-5,
+        weight_decay: float = 0.01,
+        warmup_proportion: float = 0.1,
+        lr_schedule: Literal["cosine", "linear", "constant"] = "cosine",
+    ) -> None:
+        """Load the encoder.
+
+        Args:
+            model_name_or_path: Hub name or folder of a sentence-transformers model or a bare
+                transformers checkpoint.
+            pooling: Pooling over tokens, by sentence-transformers' names; the default is the
+                model's own.
+            trust_remote_code: Run code that the model brings along.
+            loss: A loss by ``class_path`` and ``init_args``; the default is InfoNCE (pair,
+                triplet), ListwiseKL (scored) or Distillation (distill).
+            temperature: Temperature of the default loss, where it has one; 0.02 by default.
+            use_mrl: Train every width of ``mrl_dims`` (Matryoshka representation learning).
+            mrl_dims: Widths, as a list or as numbers with commas between; widths above the
+                encoder's own widen its projection.
+            projection_init: How the projection starts; none adds no projection, and MRL cuts the
+                encoder's own embedding.
+            lr: Peak learning rate of AdamW.
+            weight_decay: Decay of AdamW; biases and norm layers are not decayed.
+            warmup_proportion: Share of the optimiser steps in which the rate rises.
+            lr_schedule: Course of the learning rate after the warm-up.
+
+        Raises:
+            InputError: A value is out of its range, or the model cannot be loaded.
+        """
+        super().__init__()
+        self.use_mrl, self.mrl_dims = use_mrl, parse_dims(mrl_dims)
+        self.projection_init, self.temperature = projection_init, temperature
+        self.lr, self.weight_decay = _positive("lr", lr), weight_decay
+        self.warmup_proportion, self.lr_schedule = warmup_proportion, lr_schedule
+        if not 0 <= warmup_proportion <= 1:
+            raise InputError(
+                f"model.warmup_proportion: expected a share from 0 to 1, found {warmup_proportion}"
+            )
+        if loss is not None and temperature is not None:
+            raise InputError(
+                "model.temperature: is that of the default loss; give it as "
+                "model.loss.init_args.temperature beside model.loss"
+            )
+        self.loss = loss
+        self._is_settled = False
+        self.spearman = SpearmanCorrCoef()
+        self.encoder = Encoder(EncoderSpec(model_name_or_path, pooling, trust_remote_code))
+
+    # --- What depends on the data ----------------------------------------------------------------
+
+    @property
+    def data(self) -> Any:
+        """The :class:`~embedtune.datamodule.EmbeddingDataModule` of the running Trainer."""
+        return self.trainer.datamodule
+
+    def setup(self, stage: str) -> None:
+        """Settle the loss and the projection for the data's format."""
+        if stage == "predict" or self._is_settled:
+            return
+        self._is_settled = True
+        row_format = self.data.format
+        if stage == "fit":
+            self._settle_projection(row_format)
+            longest = self.data.max_len
+            self.encoder.raise_max_seq_length(min(longest, self.encoder.max_positions or longest))
+            prompt = self.data.datasets["train"].rows.prompt
+            if prompt is not None:
+                self.encoder.set_query_prompt(prompt)
+        self.loss = self._settle_loss(row_format)
+
+    def _settle_loss(self, row_format: Format) -> Loss:
+        loss = self.loss or default_loss(row_format, self.temperature)
+        if row_format not in loss.formats:
+            raise InputError(
+                f"model.loss: {type(loss).__name__} takes {' or '.join(sorted(loss.formats))} "
+                f"data, found {row_format} rows"
+            )
+        if isinstance(loss, ListwiseKL) and loss.over == "list":
+            self._refuse_singleton_lists()
+        if not self.use_mrl:
+            return loss
+        if isinstance(loss, Distillation):
+            loss.mrl_dims = loss.mrl_dims or self.mrl_dims
+            return loss
+        return Matryoshka(loss, self.mrl_dims)
+
+    def _refuse_singleton_lists(self) -> None:
+        for data in self.data.datasets.values():
+            rows = data.rows
+            lengths = rows.list_lengths
+            if lengths.min() < 2:
+                raise InputError(
+                    f"{rows.place(int(lengths.argmin()))}: a list of one text carries no signal for "
+                    "ListwiseKL; use model.loss: embedtune.losses.CoSENT (sentence pairs with "
+                    "scores), or ListwiseKL with over: batch"
+                )
+
+    def _settle_projection(self, row_format: Format) -> None:
+        width = projection_dim(
+            self.encoder,
+            self.projection_init,
+            self.mrl_dims if self.use_mrl else None,
+            self.data.teacher_dim if row_format == Format.DISTILL else None,
+        )
+        if width is None:
+            return
+        sample = self._sample_embeddings() if self.projection_init == "pca" else None
+        init_projection(self.encoder.append_projection(width), self.projection_init, sample)
+
+    def _sample_embeddings(self) -> Tensor:
+        """Embed a fixed sample of the training texts, ``[n, hidden]``."""
+        data = self.data.datasets["train"]
+        count = min(len(data), max(PCA_EXAMPLES, self.encoder.width))
+        indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
+        collate = Collator(self.encoder, PCA_MAX_LEN, PCA_MAX_LEN, self.data.tokens_per_chunk)
+        device = self.trainer.strategy.root_device
+        self.encoder.to(device).eval()
+        embeddings = []
+        with torch.no_grad():
+            for start in range(0, count, self.data.batch_size):
+                keys = [(0, index) for index in indices[start : start + self.data.batch_size]]
+                batch = self.transfer_batch_to_device(collate(data.__getitems__(keys)), device, 0)
+                embeddings.append(self(batch).cpu())
+        return torch.cat(embeddings)
+
+    # --- Steps -------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Encode all chunks of a batch; float32 ``[n, d]``, not normalised."""
+        return torch.cat([self.encoder(features) for features in batch.chunks])
+
+    def embeddings(self, batch: Batch) -> Embeddings:
+        """Encode a batch and sort the embeddings by their part in the loss."""
+        encoded = self(batch)
+        return Embeddings(
+            query=encoded[batch.query],
+            positive=encoded[batch.positive] if len(batch.positive) else None,
+            negative=encoded[batch.negative] if len(batch.negative) else None,
+        )
+
+    def _compute_loss(self, batch: Batch) -> tuple[Embeddings, dict[str, Tensor]]:
+        embeddings = self.embeddings(batch)
+        target = Target(
+            scores=batch.scores,
+            list_index=batch.list_index,
+            teacher=batch.teacher,
+            query_id=batch.query_id,
+            positive_id=batch.positive_id,
+            negative_id=batch.negative_id,
+            known_positive_id=batch.known_positive_id,
+        )
+        # Similarities divided by a temperature of 0.02 need all of float32's digits.
+        with torch.autocast(self.device.type, enabled=False):
+            return embeddings, self.loss(embeddings, target)
+
+    def on_train_start(self) -> None:
+        """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
+        self.encoder.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        _, parts = self._compute_loss(batch)
+        self._log("train", parts, len(batch.query))
+        return parts["loss"]
+
+    def on_validation_start(self) -> None:
+        """Check the widths, which a checkpoint may have brought."""
+        widest = max(self.mrl_dims)
+        if self.use_mrl and widest > self.encoder.width:
+            raise InputError(
+                f"model.mrl_dims: expected widths up to the model's {self.encoder.width}, "
+                f"found {widest}"
+            )
+
+    def on_test_start(self) -> None:
+        """Check the same before a test."""
+        self.on_validation_start()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Log the loss, and for scored data gather what Spearman correlation needs."""
+        self._evaluation_step("val", batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Do the same for the test set."""
+        self._evaluation_step("test", batch)
+
+    def _evaluation_step(self, prefix: str, batch: Batch) -> None:
+        embeddings, parts = self._compute_loss(batch)
+        self._log(prefix, parts, len(batch.query))
+        if batch.scores is not None:
+            queries = embeddings.query[batch.list_index]
+            cosine = torch.nn.functional.cosine_similarity(queries, embeddings.positive)
+            self.spearman.update(cosine, batch.scores)
+            self.log(f"{prefix}/spearman", self.spearman, on_epoch=True, batch_size=len(batch.query))
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the embeddings of the queries as the exported model gives them, ``[b, d]``."""
+        query = self.embeddings(batch).query
+        return torch.nn.functional.normalize(query, dim=-1) if self.encoder.normalizes else query
+
+    def _log(self, prefix: str, parts: dict[str, Tensor], batch_size: int) -> None:
+        for name, value in parts.items():
+            self.log(
+                f"{prefix}/{name}",
+                value.detach(),
+                prog_bar=name == "loss",
+                batch_size=batch_size,
+                sync_dist=prefix != "train",
+            )
+
+    # --- Optimisation --------------------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Computed here, for Lightning's ``estimated_stepping_batches`` would set up the loaders
+        before a checkpoint restores its place in the data.
+        """
+        trainer = self.trainer
+        batches = len(self.data.sampler("train"))
+        limit = trainer.limit_train_batches
+        if isinstance(limit, int):
+            batches = min(batches, limit)
+        elif limit is not None:
+            batches = int(batches * limit)
+        per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        by_epochs = per_epoch * trainer.max_epochs if trainer.max_epochs >= 0 else math.inf
+        by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+        return max(1, int(min(by_epochs, by_steps)))
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """Return AdamW and a schedule that moves every step."""
+        optimizer = build_optimizer(self, self.lr, self.weight_decay)
+        schedule = build_schedule(optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Append the projection that a checkpoint brings to a model that is only evaluated."""
+        width = checkpoint["encoder_spec"]["projection_dim"]
+        if width is not None and self.encoder.spec.projection_dim is None:
+            self.encoder.append_projection(width)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what rebuilds the encoder's structure beside its weights."""
+        checkpoint["encoder_spec"] = self.encoder.spec._asdict()
+
+
+def _positive(key: str, value: float) -> float:
+    if value <= 0:
+        raise InputError(f"model.{key}: expected a positive number, found {value}")
+    return value

@@ -1,0 +1,50 @@
+"""Parameter groups and the learning-rate schedule."""
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers import get_scheduler
+
+SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+"""Our schedule names, and those of ``transformers.get_scheduler``."""
+
+
+def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
+    """Return AdamW (Loshchilov and Hutter 2019) over the trainable parameters of ``module``.
+
+    Biases and every parameter of a norm layer are not decayed.
+    """
+    undecayed_ids = {
+        id(parameter)
+        for layer in module.modules()
+        for name, parameter in layer.named_parameters(recurse=False)
+        # By class name, for each architecture brings its own LayerNorm or RMSNorm class.
+        if name.endswith("bias") or "norm" in type(layer).__name__.lower()
+    }
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trainable if id(parameter) not in undecayed_ids]
+    undecayed = [parameter for parameter in trainable if id(parameter) in undecayed_ids]
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": undecayed, "weight_decay": 0.0},
+    ]
+    return AdamW([group for group in groups if group["params"]], lr=lr)
+
+
+def build_schedule(
+    optimizer: Optimizer, name: str, num_steps: int, warmup_proportion: float
+) -> LRScheduler:
+    """Return a schedule that rises linearly over the warm-up and then follows ``name``.
+
+    Args:
+        optimizer: Its learning rate is the peak.
+        name: ``cosine`` or ``linear`` fall to zero at ``num_steps``, ``constant`` stays.
+        num_steps: Optimiser steps of the whole run.
+        warmup_proportion: Share of the steps that warm up.
+    """
+    return get_scheduler(
+        SCHEDULES[name],
+        optimizer,
+        num_warmup_steps=round(num_steps * warmup_proportion),
+        num_training_steps=num_steps,
+    )

@@ -1,0 +1,138 @@
+"""Say before training what was understood, and while training how fast it goes."""
+
+import logging
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+
+from embedtune.batch import Text
+from embedtune.datamodule import EmbeddingDataModule
+from embedtune.module import EmbeddingModule
+from embedtune.records import Example, Format
+
+log = logging.getLogger("embedtune")
+
+TRUNCATION_SAMPLE = 500
+
+
+class RunSummary(pl.Callback):
+    """Log what the run understood, before its first step."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the summary, a line a fact."""
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, EmbeddingModule)
+        facts = {**_data_facts(pl_module.data, pl_module), **_run_facts(trainer, pl_module)}
+        width = max(map(len, facts))
+        lines = [f"  {name.ljust(width)}  {fact}" for name, fact in facts.items()]
+        log.info("this run:\n%s", "\n".join(lines))
+
+
+def _data_facts(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str, str]:
+    train = data.datasets["train"]
+    rows, sampler = train.rows, data.sampler("train")
+    facts = {
+        "data": ", ".join(map(str, rows.paths)),
+        "format": f"{rows.format}, {len(rows):,} rows, {len(train):,} examples",
+    }
+    if rows.ignored_fields:
+        facts["ignored fields"] = ", ".join(rows.ignored_fields)
+    if rows.prompt is not None:
+        facts["query prompt"] = f"{rows.prompt!r}, of all rows; exported as prompts['query']"
+    if rows.format == Format.TRIPLET:
+        facts["negatives"] = f"{data.neg_nums} a query, drawn anew every epoch"
+    elif rows.format == Format.PAIR:
+        facts["negatives"] = (
+            f"the other queries' positives (data.neg_nums {data.neg_nums} has no effect on pair data)"
+        )
+    elif train.teacher is not None:
+        facts["teacher"] = f"width {train.teacher.width}"
+    facts["global batch"] = (
+        f"{sampler.global_batch_size} = {sampler.batch_size} x {sampler.num_ranks} rank(s)"
+    )
+    facts["truncated"] = _truncation(data, module)
+    return facts
+
+
+def _run_facts(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
+    epochs = f"{trainer.max_epochs} epochs" if trainer.max_epochs >= 0 else "max_steps"
+    accumulated = trainer.accumulate_grad_batches
+    facts = {
+        "steps": f"{module.num_steps:,} ({epochs}"
+        + (f", each of {accumulated} accumulated batches)" if accumulated > 1 else ")"),
+        "loss": _describe_loss(module),
+        "embedding": f"width {module.encoder.width}",
+        "device": f"{trainer.strategy.root_device}, {trainer.world_size} rank(s)",
+        "precision": str(trainer.precision),
+        "results": str(trainer.default_root_dir),
+    }
+    if module.use_mrl:
+        facts["embedding"] += f", trained at {', '.join(map(str, module.mrl_dims))}"
+    return facts
+
+
+def _describe_loss(module: EmbeddingModule) -> str:
+    def describe(loss: torch.nn.Module) -> str:
+        values = {k: v for k, v in vars(loss).items() if isinstance(v, bool | int | float | str)}
+        shown = ", ".join(
+            f"{k}={v}" for k, v in values.items() if not k.startswith("_") and k != "training"
+        )
+        inner = [describe(child) for child in loss.children()]
+        return f"{type(loss).__name__}({', '.join(inner + ([shown] if shown else []))})"
+
+    assert module.loss is not None
+    return describe(module.loss)
+
+
+def _truncation(data: EmbeddingDataModule, module: EmbeddingModule) -> str:
+    """Tell which share of a sample of the texts is longer than its limit."""
+    train, collate = data.datasets["train"], data.collator(module.encoder)
+    count = min(len(train), TRUNCATION_SAMPLE)
+    indices = np.linspace(0, len(train) - 1, count).astype(int).tolist()
+    examples: list[Example] = train.__getitems__([(0, index) for index in indices])
+    queries = [collate.query(example) for example in examples]
+    # One document an example, for a row may have hundreds of negatives.
+    documents = [collate.document(e.positives[0]) for e in examples if e.positives]
+    shares = []
+    for name, texts in (("queries", queries), ("documents", documents)):
+        if texts:
+            share = np.mean([_is_truncated(module, text) for text in texts])
+            shares.append(f"{share:.1%} of the {name} at {texts[0].max_len} tokens")
+    return f"{', '.join(shares)} (of {count:,} examples)"
+
+
+def _is_truncated(module: EmbeddingModule, text: Text) -> bool:
+    limit = min(text.max_len, module.encoder.max_positions or text.max_len)
+    features = module.encoder.tokenize([text.text], text.role, text.prompt, limit + 1)
+    return features["input_ids"].shape[-1] > limit
+
+
+class Throughput(pl.Callback):
+    """Log examples a second, over all ranks, since the last time it was logged."""
+
+    def __init__(self) -> None:
+        """Start with nothing counted."""
+        self._examples = 0
+        self._since = 0.0
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave the time between epochs (validation, export) out of the count."""
+        self._examples, self._since = 0, time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Count the batch, and log where the Trainer logs."""
+        self._examples += len(batch.index) * trainer.world_size
+        now = time.perf_counter()
+        rate = self._examples / max(now - self._since, 1e-9)
+        pl_module.log("train/examples_per_s", rate, prog_bar=True, batch_size=1)
