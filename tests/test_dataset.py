@@ -87,10 +87,15 @@ def test_a_row_with_several_positives_is_one_example_each(tmp_path):
     data = ExampleDataset(Rows([write(tmp_path / "f.jsonl", triplets(3))]), neg_nums=2)
     assert len(data) == 6
     assert [data[(0, i)].positives for i in range(6)] == [
-        ["p0"], ["r0"], ["p1"], ["r1"], ["p2"], ["r2"]
+        ["p0"],
+        ["r0"],
+        ["p1"],
+        ["r1"],
+        ["p2"],
+        ["r2"],
     ]
     assert data[(0, 3)].known_positives == ["p1", "r1"]
-    assert [example.index for example in data.__getitems__([(0, 5), (0, 0)])] == [5, 0]
+    assert [example.example_id for example in data.__getitems__([(0, 5), (0, 0)])] == [5, 0]
 
 
 def test_a_scored_row_is_one_list(tmp_path):
@@ -154,7 +159,10 @@ def test_a_million_rows_are_not_held_in_memory(tmp_path):
     for _ in range(2):  # reading the file, and opening the cache
         run = subprocess.run(
             [sys.executable, "-c", PROBE, str(path)],
-            env=environment, capture_output=True, text=True, check=True,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
         )
         count, megabytes = run.stdout.split()
         assert int(count) == 1_000_000

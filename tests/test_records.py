@@ -47,7 +47,7 @@ def test_the_fields_tell_the_format(tmp_path, row, expected):
     [
         ([PAIR] * 6 + ['{"query": "q", "pos": ["p"'], ":7:", "invalid JSON"),
         ([PAIR, "[1, 2]"], ":2:", "a list [1, 2]"),
-        ([{"query": "q", "pos": "one text"}], ":1:", "found the string \"one text\""),
+        ([{"query": "q", "pos": "one text"}], ":1:", 'found the string "one text"'),
         ([PAIR, {"query": "", "pos": ["p"]}], ":2:", "field 'query'"),
         ([PAIR, {"query": "q", "pos": []}], ":2:", "an empty list"),
         ([PAIR, {"query": "q", "pos": ["p", " "]}], ":2:", "an empty string at position 1"),
@@ -55,7 +55,11 @@ def test_the_fields_tell_the_format(tmp_path, row, expected):
         ([PAIR, {**PAIR, "prompt_for_query": 3}], ":2:", "field 'prompt_for_query'"),
         ([TRIPLET, {**PAIR, "neg": []}], ":2:", "field 'neg'"),
         ([TRIPLET, {**PAIR, "neg": ["p", "p"]}], ":2:", "not also a positive"),
-        ([SCORED, {**SCORED, "pos": ["a", "b"]}], ":2:", "expected 2 numbers, one per 'pos', found 1"),
+        (
+            [SCORED, {**SCORED, "pos": ["a", "b"]}],
+            ":2:",
+            "expected 2 numbers, one per 'pos', found 1",
+        ),
         ([SCORED, {**SCORED, "scores": ["0.5"]}], ":2:", "field 'scores'"),
         ([SCORED, {**SCORED, "scores": [True]}], ":2:", "the boolean true"),
         ([SCORED, '{"query": "q", "pos": ["p"], "scores": [NaN]}'], ":2:", "finite"),
@@ -72,7 +76,11 @@ def test_a_bad_row_is_named(tmp_path, rows, place, found):
         read(path)
     assert f"{path}{place}" in str(caught.value)
     assert found in str(caught.value)
-    assert "expected" in str(caught.value) or "declare" in str(caught.value) or "JSON" in str(caught.value)
+    assert (
+        "expected" in str(caught.value)
+        or "declare" in str(caught.value)
+        or "JSON" in str(caught.value)
+    )
 
 
 def test_a_mixed_file_names_both_lines(tmp_path):

@@ -53,7 +53,7 @@ def test_a_written_store_is_checked_against_rows_and_texts(tmp_path):
     writer.close("digest-of-texts", model="m")
     assert sidecar_path(path).exists()
     assert TeacherStore([path], 4, 2, "digest-of-texts")[3].tolist() == [7, 7]
-    with pytest.raises(InputError, match="other texts"):
+    with pytest.raises(InputError, match="of other texts"):
         TeacherStore([path], 4, 2, "digest-of-shuffled-texts")
     # Half the rows of twice the width have the same size: the description tells them apart.
     with pytest.raises(InputError, match="its description says 4 rows of width 2"):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embedtune.encoder import Encoder, Features, Role
-from embedtune.records import Example, Format
+from embedtune.records import Example
 
 
 class Batch(NamedTuple):
@@ -19,7 +19,7 @@ class Batch(NamedTuple):
     after the other: a text that occurs twice is encoded once.
 
     Attributes:
-        index: int64 ``[b]``, the numbers of the examples in their data set.
+        example_id: int64 ``[b]``, the numbers of the examples in their data set.
         chunks: Padded token features; the texts of a chunk are of about equal length.
         query: int64 ``[b]``.
         positive: int64 ``[m]``, empty for distill.
@@ -31,7 +31,7 @@ class Batch(NamedTuple):
         known_positive_id: int64 ``[b, p]``, the hashes of every positive of each row, 0 pads.
     """
 
-    index: Tensor
+    example_id: Tensor
     chunks: list[Features]
     query: Tensor
     positive: Tensor
@@ -85,7 +85,7 @@ class Collator:
         scores = [score for example in examples for score in example.scores]
         teachers = [example.teacher for example in examples if example.teacher is not None]
         return Batch(
-            index=torch.tensor([example.index for example in examples]),
+            example_id=torch.tensor([example.example_id for example in examples]),
             chunks=chunks,
             query=order[[rows[text] for text in queries]],
             positive=order[[rows[text] for text in positives]],

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import lightning.pytorch as pl
-from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from transformers.utils.logging import disable_progress_bar
 
 from embedtune.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
@@ -55,26 +55,34 @@ embedtune COMMAND --help tells the options of a command.
 """
 
 
+UNKNOWN_KEY = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
+"""How jsonargparse and argparse word that they do not know a key."""
+
+
 class Parser(LightningArgumentParser):
     """A parser that answers a misspelt key with the nearest valid one."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Write one message, without the usage, and exit with code 2."""
-        lines = [line.strip() for line in str(message).strip().splitlines() if line.strip()]
-        fail(" ".join(lines) + self._suggest(message))
+        unknown = UNKNOWN_KEY.search(str(message))
+        hint = self._nearest(unknown[1]) if unknown else ""
+        fail(" ".join(str(message).split()) + hint)
 
-    def _suggest(self, message: str) -> str:
-        found = re.search(r"[Kk]ey ['\"]([\w.]+)['\"]|Unrecognized arguments: --([\w.]+)", message)
-        if not found:
-            return ""
-        unknown = (found[1] or found[2]).removeprefix(f"{self.subcommand_name}.")
-        valid = [action.dest for action in self._actions if action.dest != "help"]
-        nearest = difflib.get_close_matches(unknown, valid, n=1, cutoff=0.5)
+    def _nearest(self, unknown: str) -> str:
+        keys = {action.dest for parser in self._parsers() for action in parser._actions}
+        nearest = difflib.get_close_matches(unknown, keys, n=1)
         if not nearest:
-            by_name = {name.rpartition(".")[2]: name for name in valid}
-            matches = difflib.get_close_matches(unknown.rpartition(".")[2], by_name, n=1)
-            nearest = [by_name[match] for match in matches]
+            # Perhaps the right name in the wrong place.
+            by_name = {key.rpartition(".")[2]: key for key in sorted(keys)}
+            names = difflib.get_close_matches(unknown.rpartition(".")[2], by_name, n=1)
+            nearest = [by_name[name] for name in names]
         return f"; the nearest valid key is {nearest[0]}" if nearest else ""
+
+    def _parsers(self) -> list[Any]:
+        subcommands = [
+            action.choices for action in self._actions if isinstance(action.choices, dict)
+        ]
+        return [self, *(parser for choices in subcommands for parser in choices.values())]
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -99,12 +107,20 @@ class TrainerCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys beside ``model``, ``data`` and ``trainer``."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False})
-        parser.add_argument(
-            "--save_on_epoch_end", type=bool, default=True, help="Write an exported folder an epoch."
+        parser.set_defaults(
+            {"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False}
         )
         parser.add_argument(
-            "--num_max_checkpoints", type=int, default=5, help="Epochs' exported folders that are kept."
+            "--save_on_epoch_end",
+            type=bool,
+            default=True,
+            help="Write an exported folder an epoch.",
+        )
+        parser.add_argument(
+            "--num_max_checkpoints",
+            type=int,
+            default=5,
+            help="Epochs' exported folders that are kept.",
         )
         parser.add_argument(
             "--log_with",
@@ -113,6 +129,10 @@ class TrainerCLI(LightningCLI):
             help="Loggers; csv and tensorboard by default. trainer.logger wins over it.",
         )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what :func:`main` was given, which need not be the process's own arguments."""
+        self.config = parser.parse_args(args)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""
@@ -126,6 +146,8 @@ class TrainerCLI(LightningCLI):
             kwargs["logger"] = make_loggers(config.log_with, folder) if is_fit else False
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
         callbacks = list(config.trainer.callbacks or [])
+        if config.trainer.enable_progress_bar is not False:
+            callbacks.append(TQDMProgressBar())
         if self.subcommand == "fit":
             callbacks += [RunSummary(), Throughput()]
             callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
@@ -159,12 +181,12 @@ def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> l
     return loggers
 
 
-# --- Commands without a Trainer --------------------------------------------------------------------
+# --- Commands without a Trainer ---------------------------------------------------------
 
 
 def export_command(argv: Sequence[str]) -> None:
     """Run ``embedtune export CHECKPOINT OUT``."""
-    parser = Parser(prog="embedtune export", description=export_checkpoint.__doc__)
+    parser = Parser(prog="embedtune export", description="Export a training checkpoint.")
     parser.add_argument("checkpoint", type=str, help="a .ckpt file of a fit")
     parser.add_argument("out", type=str, help="where the sentence-transformers folder goes")
     args = parser.parse_args(argv)
@@ -187,7 +209,9 @@ def evaluate_command(argv: Sequence[str]) -> None:
     parser.add_argument("models", type=str, nargs="+", help="hub names or folders")
     parser.add_argument("--data", type=str, required=True, help="folder of the test set")
     parser.add_argument("--dims", type=str, default=None, help="widths, such as 384,128,64")
-    parser.add_argument("--out", type=str, default=None, help="folder for evaluation.json and a chart")
+    parser.add_argument(
+        "--out", type=str, default=None, help="folder for evaluation.json and a chart"
+    )
     args = parser.parse_args(argv)
     dims = None if args.dims is None else [int(dim) for dim in args.dims.split(",")]
     results = evaluate_models(args.models, read_beir(Path(args.data)), dims)
@@ -232,12 +256,28 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
+def quiet_libraries() -> None:
+    """Let embedtune's own lines through, and of the libraries what a user can act on."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    disable_progress_bar()  # of loading and saving weights
+    for message in (
+        ".*does not have many workers",  # num_workers is documented where it is set
+        ".*SpearmanCorrcoef. will save all targets",
+        ".*Total length of `list` across ranks is zero",  # no validation set
+        ".*isinstance.treespec, LeafSpec.",  # Lightning with a newer torch
+        ".*Checkpoint directory .* exists and is not empty",  # a run folder is run in again
+        ".*Experiment logs directory .* exists and is not empty",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that ``argv`` (by default the process's own arguments) asks for."""
     args = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    quiet_libraries()
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(OVERVIEW)
         return
@@ -248,7 +288,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif command in COMMANDS:
             COMMANDS[command](rest)
         else:
-            fail(f"expected a command ({', '.join((*TRAINER_COMMANDS, *COMMANDS))}), found {command!r}")
+            known = ", ".join((*TRAINER_COMMANDS, *COMMANDS))
+            fail(f"expected a command ({known}), found {command!r}")
     except InputError as error:
         fail(str(error))
     except ExportError as error:

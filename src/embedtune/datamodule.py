@@ -1,11 +1,11 @@
 """The LightningDataModule: files in, batches out."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from embedtune.batch import Batch, Collator
+from embedtune.batch import Collator
 from embedtune.dataset import ExampleDataset, Rows, resolve_paths
 from embedtune.encoder import Encoder
 from embedtune.errors import InputError
@@ -29,6 +29,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
     The data module owns the order of the examples, so a Trainer must leave it alone:
     ``Trainer(use_distributed_sampler=False)`` (the command line sees to it).
     """
+
+    trainer: Any  # attached by Lightning before any hook is called
 
     def __init__(
         self,
@@ -76,8 +78,13 @@ class EmbeddingDataModule(pl.LightningDataModule):
             seed: Seed of the order and of the negatives.
         """
         super().__init__()
-        for key, value in {"batch_size": batch_size, "neg_nums": neg_nums, "passage_max_len": passage_max_len,
-                           "query_max_len": query_max_len, "tokens_per_chunk": tokens_per_chunk}.items():
+        for key, value in {
+            "batch_size": batch_size,
+            "neg_nums": neg_nums,
+            "passage_max_len": passage_max_len,
+            "query_max_len": query_max_len,
+            "tokens_per_chunk": tokens_per_chunk,
+        }.items():
             if value is not None and value < 1:
                 raise InputError(f"data.{key}: expected a positive number, found {value}")
         self.paths: dict[DataSet, str | list[str] | None] = {
@@ -86,15 +93,24 @@ class EmbeddingDataModule(pl.LightningDataModule):
             "test": test_path,
             "predict": predict_path,
         }
-        self.teacher_paths: dict[DataSet, str | list[str] | None] = {"train": teacher_path, "val": val_teacher_path, "test": test_teacher_path}
+        self.teacher_paths: dict[DataSet, str | list[str] | None] = {
+            "train": teacher_path,
+            "val": val_teacher_path,
+            "test": test_teacher_path,
+        }
         self.declared = None if format == "auto" else Format(format)
-        self.batch_size, self.neg_nums, self.shuffle, self.seed = batch_size, neg_nums, shuffle, seed
+        self.batch_size, self.neg_nums, self.shuffle, self.seed = (
+            batch_size,
+            neg_nums,
+            shuffle,
+            seed,
+        )
         self._query_max_len, self.passage_max_len = query_max_len, passage_max_len
         self.teacher_embedding_dim = teacher_embedding_dim
         self.num_workers, self.tokens_per_chunk = num_workers, tokens_per_chunk
         self.datasets: dict[DataSet, ExampleDataset] = {}
 
-    # --- Reading -------------------------------------------------------------------------------
+    # --- Reading ------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Fill the Arrow cache, on one rank a node."""
@@ -129,16 +145,22 @@ class EmbeddingDataModule(pl.LightningDataModule):
         teacher = None
         if rows.format == Format.DISTILL and name != "predict":
             if paths is None:
-                raise InputError(f"{key}: expected the teacher's memory map for distill data, found nothing")
+                raise InputError(
+                    f"{key}: expected the teacher's memory map for distill data, found nothing"
+                )
             teacher = TeacherStore(
                 [paths] if isinstance(paths, str) else paths,
-                len(rows), self.teacher_embedding_dim, rows.queries_digest,
+                len(rows),
+                self.teacher_embedding_dim,
+                rows.queries_digest,
             )
         elif paths is not None:
-            raise InputError(f"{key}: expected distill data (rows of 'query' alone), found {rows.format} rows")
+            raise InputError(
+                f"{key}: expected distill data (rows of 'query' alone), found {rows.format} rows"
+            )
         return ExampleDataset(rows, self.neg_nums, self.seed, teacher)
 
-    # --- Facts that others ask for -----------------------------------------------------------------
+    # --- Facts that others ask for ------------------------------------------------------
 
     @property
     def format(self) -> Format | None:
@@ -187,25 +209,25 @@ class EmbeddingDataModule(pl.LightningDataModule):
         """Return what makes batches for ``encoder``."""
         return Collator(encoder, self.query_max_len, self.passage_max_len, self.tokens_per_chunk)
 
-    # --- Loaders -------------------------------------------------------------------------------
+    # --- Loaders ------------------------------------------------------------------------
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader:
         """Return the training batches, in the order of :class:`GlobalBatchSampler`."""
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[Batch] | list:
+    def val_dataloader(self) -> DataLoader | list:
         """Return the validation batches in the files' order, none without ``val_path``."""
         return self._loader("val") if "val" in self.datasets else []
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> DataLoader:
         """Return the test batches in the files' order."""
         return self._loader("test")
 
-    def predict_dataloader(self) -> DataLoader[Batch]:
+    def predict_dataloader(self) -> DataLoader:
         """Return batches of queries alone, in the file's order."""
         return self._loader("predict")
 
-    def _loader(self, name: DataSet) -> DataLoader[Batch]:
+    def _loader(self, name: DataSet) -> DataLoader:
         return DataLoader(
             self.datasets[name],
             batch_sampler=self.sampler(name),

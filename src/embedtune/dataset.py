@@ -52,7 +52,7 @@ def resolve_paths(spec: str | Sequence[str], key: str) -> list[Path]:
     for pattern in [spec] if isinstance(spec, str) else spec:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not found:
-            raise InputError(f"{key}: expected a jsonl file or a glob that matches some, found nothing at {pattern}")
+            raise InputError(f"{key}: expected a jsonl file or a glob, found nothing at {pattern}")
         for path in map(Path, found):
             if path.is_dir():
                 raise InputError(f"{key}: expected a jsonl file, found the folder {path}")
@@ -224,7 +224,10 @@ def draw_negatives(
     Distinct texts are drawn without repetition while there are enough; with fewer than ``count``,
     all are taken as often as it goes and the remainder is drawn.
 
-    >>> draw_negatives(["a", "b", "a", "p"], ["p"], 2, np.random.default_rng(0)) in (["a", "b"], ["b", "a"])
+    >>> draw_negatives(["a", "b", "a", "p"], ["p"], 2, np.random.default_rng(0)) in (
+    ...     ["a", "b"],
+    ...     ["b", "a"],
+    ... )
     True
     """
     candidates = [text for text in dict.fromkeys(negatives) if text not in positives]

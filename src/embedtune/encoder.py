@@ -57,7 +57,9 @@ def load_sentence_transformer(
         )
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise InputError(f"model_name_or_path: cannot load {model_name_or_path!r}: {reason}") from error
+        raise InputError(
+            f"model_name_or_path: cannot load {model_name_or_path!r}: {reason}"
+        ) from error
 
 
 class Encoder(nn.Module):
@@ -105,7 +107,7 @@ class Encoder(nn.Module):
                 return
         self.model.insert(1, pooling)
 
-    # --- Structure -----------------------------------------------------------------------------
+    # --- Structure ----------------------------------------------------------------------
 
     @property
     def width(self) -> int:
@@ -155,7 +157,7 @@ class Encoder(nn.Module):
         self.model.prompts["query"] = prompt
         self.spec = self.spec._replace(query_prompt=prompt)
 
-    # --- Text to features ------------------------------------------------------------------------
+    # --- Text to features ---------------------------------------------------------------
 
     def default_prompt(self, role: Role) -> str | None:
         """Return the model's own prompt for queries or documents, None where it has none."""
@@ -189,9 +191,13 @@ class Encoder(nn.Module):
     def pad(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         """Pad single texts' features, each tensor ``[t]``, to one batch ``[n, longest]``."""
         # The tokenizer's own pad, which knows the padding side, token and token type.
-        return dict(self.model.tokenizer.pad({k: [r[k] for r in rows] for k in rows[0]}, return_tensors="pt"))
+        return dict(
+            self.model.tokenizer.pad(
+                {k: [r[k] for r in rows] for k in rows[0]}, return_tensors="pt"
+            )
+        )
 
-    # --- Features to embeddings ------------------------------------------------------------------
+    # --- Features to embeddings ---------------------------------------------------------
 
     def forward(self, features: Features) -> Tensor:
         """Return the embeddings ``[b, width]``, float32, not normalised."""

@@ -4,6 +4,6 @@
 class InputError(ValueError):
     """Bad input: its message names the file, line, field or YAML key, what was found and expected.
 
-    The command line prints the message alone and exits with code 2; Python callers catch it as
-    the ``ValueError`` it is. Every other exception is a defect of embedtune and keeps its traceback.
+    The command line prints the message alone and exits with code 2; Python callers catch it as the
+    ``ValueError`` it is. Every other exception is a defect of embedtune and keeps its traceback.
     """

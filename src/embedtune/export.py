@@ -3,7 +3,7 @@
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -73,7 +73,7 @@ def export_encoder(encoder: Encoder, folder: Path) -> float:
     if not difference <= TOLERANCE:  # also true of nan
         message = (
             f"{folder}: embeddings differ from those of the training graph by {difference:.1e} of "
-            f"the largest value, expected at most {TOLERANCE:.0e}; the folder is marked {UNVERIFIED}"
+            f"the largest value, expected at most {TOLERANCE:.0e}; it is marked {UNVERIFIED}"
         )
         (folder / UNVERIFIED).write_text(message + "\n")
         raise ExportError(message)
@@ -91,13 +91,18 @@ def largest_difference(encoder: Encoder, folder: Path) -> float:
     )
     worst = 0.0
     with torch.autocast("cpu", enabled=False):
-        for encode, role in ((exported.encode_query, "query"), (exported.encode_document, "document")):
+        for encode, role in (
+            (exported.encode_query, "query"),
+            (exported.encode_document, "document"),
+        ):
             found = encode(list(PROBES), convert_to_tensor=True, show_progress_bar=False).float()
             expected = _training_embeddings(encoder, role)
             if found.shape != expected.shape:
                 return float("inf")
             scale = expected.abs().max()
-            worst = max(worst, ((found - expected).abs().max() / scale).nan_to_num(torch.inf).item())
+            worst = max(
+                worst, ((found - expected).abs().max() / scale).nan_to_num(torch.inf).item()
+            )
     return worst
 
 
@@ -129,8 +134,10 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> float:
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         spec = EncoderSpec(**content["encoder_spec"])
-    except Exception as error:  # noqa: BLE001 - torch raises many types for a file that is none
-        raise InputError(f"{checkpoint}: expected a checkpoint of embedtune fit: {error}") from error
+    except Exception as error:
+        raise InputError(
+            f"{checkpoint}: expected a checkpoint of embedtune fit: {error}"
+        ) from error
     encoder = Encoder(spec)
     weights = {
         name.removeprefix("encoder."): tensor
@@ -146,8 +153,8 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> float:
 class ExportModel(pl.Callback):
     """Export at the end of every epoch and of the fit.
 
-    ``<default_root_dir>/model`` is the final model, ``checkpoints/epoch-1``, ``epoch-2``, .. those of
-    the epochs.
+    ``<default_root_dir>/model`` is the final model; ``checkpoints/epoch-1``, ``epoch-2``, .. are
+    those of the epochs.
     """
 
     def __init__(self, save_on_epoch_end: bool = True, num_max_checkpoints: int = 5) -> None:
@@ -175,7 +182,7 @@ class ExportModel(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the final model."""
-        if trainer.is_global_zero and not trainer.fast_dev_run:
+        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
             self._export(pl_module, Path(trainer.default_root_dir) / "model")
 
     def _export(self, module: pl.LightningModule, folder: Path) -> None:

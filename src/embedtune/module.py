@@ -1,7 +1,7 @@
 """The LightningModule: encoder, projection and loss."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -26,7 +26,7 @@ from embedtune.projection import ProjectionInit, init_projection, parse_dims, pr
 from embedtune.records import Format
 
 PCA_EXAMPLES = 512
-"""Training examples whose texts PCA looks at (or as many as the encoder is wide, if that is more)."""
+"""Examples whose texts PCA looks at, or as many as the encoder is wide where that is more."""
 PCA_MAX_LEN = 128
 """Tokens of each of these texts: its beginning is enough to find the principal axes."""
 
@@ -96,12 +96,12 @@ class EmbeddingModule(pl.LightningModule):
         self.spearman = SpearmanCorrCoef()
         self.encoder = Encoder(EncoderSpec(model_name_or_path, pooling, trust_remote_code))
 
-    # --- What depends on the data ----------------------------------------------------------------
+    # --- What depends on the data -------------------------------------------------------
 
     @property
     def data(self) -> Any:
         """The :class:`~embedtune.datamodule.EmbeddingDataModule` of the running Trainer."""
-        return self.trainer.datamodule
+        return cast(Any, self.trainer).datamodule
 
     def setup(self, stage: str) -> None:
         """Settle the loss and the projection for the data's format."""
@@ -140,8 +140,8 @@ class EmbeddingModule(pl.LightningModule):
             lengths = rows.list_lengths
             if lengths.min() < 2:
                 raise InputError(
-                    f"{rows.place(int(lengths.argmin()))}: a list of one text carries no signal for "
-                    "ListwiseKL; use model.loss: embedtune.losses.CoSENT (sentence pairs with "
+                    f"{rows.place(int(lengths.argmin()))}: a list of one text carries no signal "
+                    "for ListwiseKL; use model.loss: embedtune.losses.CoSENT (sentence pairs with "
                     "scores), or ListwiseKL with over: batch"
                 )
 
@@ -155,7 +155,7 @@ class EmbeddingModule(pl.LightningModule):
         if width is None:
             return
         sample = self._sample_embeddings() if self.projection_init == "pca" else None
-        init_projection(self.encoder.append_projection(width), self.projection_init, sample)
+        init_projection(self.encoder.append_projection(width).linear, self.projection_init, sample)
 
     def _sample_embeddings(self) -> Tensor:
         """Embed a fixed sample of the training texts, ``[n, hidden]``."""
@@ -173,7 +173,7 @@ class EmbeddingModule(pl.LightningModule):
                 embeddings.append(self(batch).cpu())
         return torch.cat(embeddings)
 
-    # --- Steps -------------------------------------------------------------------------------------
+    # --- Steps --------------------------------------------------------------------------
 
     def forward(self, batch: Batch) -> Tensor:
         """Encode all chunks of a batch; float32 ``[n, d]``, not normalised."""
@@ -201,16 +201,18 @@ class EmbeddingModule(pl.LightningModule):
         )
         # Similarities divided by a temperature of 0.02 need all of float32's digits.
         with torch.autocast(self.device.type, enabled=False):
+            assert self.loss is not None
             return embeddings, self.loss(embeddings, target)
 
-    def on_train_start(self) -> None:
+    def on_fit_start(self) -> None:
         """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
-        self.encoder.train()
+        self.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
         _, parts = self._compute_loss(batch)
         self._log("train", parts, len(batch.query))
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return parts["loss"]
 
     def on_validation_start(self) -> None:
@@ -241,7 +243,9 @@ class EmbeddingModule(pl.LightningModule):
             queries = embeddings.query[batch.list_index]
             cosine = torch.nn.functional.cosine_similarity(queries, embeddings.positive)
             self.spearman.update(cosine, batch.scores)
-            self.log(f"{prefix}/spearman", self.spearman, on_epoch=True, batch_size=len(batch.query))
+            self.log(
+                f"{prefix}/spearman", self.spearman, on_epoch=True, batch_size=len(batch.query)
+            )
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the embeddings of the queries as the exported model gives them, ``[b, d]``."""
@@ -258,7 +262,7 @@ class EmbeddingModule(pl.LightningModule):
                 sync_dist=prefix != "train",
             )
 
-    # --- Optimisation --------------------------------------------------------------------------------
+    # --- Optimisation -------------------------------------------------------------------
 
     @property
     def num_steps(self) -> int:
@@ -275,14 +279,17 @@ class EmbeddingModule(pl.LightningModule):
         elif limit is not None:
             batches = int(batches * limit)
         per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
-        by_epochs = per_epoch * trainer.max_epochs if trainer.max_epochs >= 0 else math.inf
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        by_epochs = per_epoch * epochs if epochs >= 0 else math.inf
         by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
         return max(1, int(min(by_epochs, by_steps)))
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """Return AdamW and a schedule that moves every step."""
         optimizer = build_optimizer(self, self.lr, self.weight_decay)
-        schedule = build_schedule(optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion)
+        schedule = build_schedule(
+            optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ class WriteEmbeddings(pl.Callback):
         """Write the rows of a batch at their places; every rank writes its own."""
         if self._file is None:
             self._file = self._create(trainer, outputs.shape[1])
-        self._file[batch.index.cpu().numpy()] = outputs.float().cpu().numpy()
+        self._file[batch.example_id.cpu().numpy()] = outputs.float().cpu().numpy()
 
     def _create(self, trainer: Any, width: int) -> np.memmap:
         data = trainer.datamodule

@@ -47,7 +47,7 @@ def _data_facts(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str,
         facts["negatives"] = f"{data.neg_nums} a query, drawn anew every epoch"
     elif rows.format == Format.PAIR:
         facts["negatives"] = (
-            f"the other queries' positives (data.neg_nums {data.neg_nums} has no effect on pair data)"
+            f"other queries' positives (data.neg_nums {data.neg_nums} has no effect on pair data)"
         )
     elif train.teacher is not None:
         facts["teacher"] = f"width {train.teacher.width}"
@@ -59,7 +59,7 @@ def _data_facts(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str,
 
 
 def _run_facts(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
-    epochs = f"{trainer.max_epochs} epochs" if trainer.max_epochs >= 0 else "max_steps"
+    epochs = f"{trainer.max_epochs} epochs" if (trainer.max_epochs or -1) >= 0 else "max_steps"
     accumulated = trainer.accumulate_grad_batches
     facts = {
         "steps": f"{module.num_steps:,} ({epochs}"
@@ -132,7 +132,7 @@ class Throughput(pl.Callback):
         batch_idx: int,
     ) -> None:
         """Count the batch, and log where the Trainer logs."""
-        self._examples += len(batch.index) * trainer.world_size
+        self._examples += len(batch.example_id) * trainer.world_size
         now = time.perf_counter()
         rate = self._examples / max(now - self._since, 1e-9)
         pl_module.log("train/examples_per_s", rate, prog_bar=True, batch_size=1)

@@ -72,36 +72,38 @@ def projection_dim(
     return None
 
 
-def init_projection(dense: nn.Module, init: ProjectionInit, sample: Tensor | None) -> None:
+def init_projection(linear: nn.Linear, init: ProjectionInit, sample: Tensor | None) -> None:
     """Initialise a projection so that it keeps what the encoder knows.
 
     Rows beyond the encoder's width keep torch's default random weights: a random projection keeps
     the angles between embeddings in expectation (Johnson-Lindenstrauss).
 
     Args:
-        dense: A sentence-transformers ``Dense``; its weight is ``[out, hidden]``; the bias is zeroed unless ``init`` is random.
+        linear: Its weight is ``[out, hidden]``; its bias is zeroed unless ``init`` is random.
         init: ``identity`` copies the coordinates, ``orthogonal`` is a random rotation, ``pca`` the
             uncentred principal axes of the sample, strongest first, so that a prefix keeps as much
             of the similarities as a prefix can; ``random`` leaves torch's weights.
         sample: Embeddings ``[n, hidden]`` for ``pca``.
     """
-    weight = dense.linear.weight
+    weight = linear.weight
     kept = min(weight.shape)
     if init == "random":
         return
     with torch.no_grad():
-        nn.init.zeros_(dense.linear.bias)
+        nn.init.zeros_(linear.bias)
         if init == "identity":
             weight[:kept] = torch.eye(weight.shape[1])[:kept]
         elif init == "orthogonal":
-            weight[:kept] = nn.init.orthogonal_(torch.empty(weight.shape[1], weight.shape[1]))[:kept]
+            weight[:kept] = nn.init.orthogonal_(torch.empty(weight.shape[1], weight.shape[1]))[
+                :kept
+            ]
         elif init == "pca":
             assert sample is not None, "pca needs a sample of embeddings"
             weight[:kept] = principal_axes(sample)[:kept]
 
 
 def principal_axes(sample: Tensor) -> Tensor:
-    """Return the uncentred principal axes of ``sample`` ``[n, d]`` as rows ``[d, d]``, strongest first.
+    """Return the uncentred principal axes of a sample ``[n, d]``, strongest first, ``[d, d]``.
 
     The rows are orthonormal: applying them is a rotation, which leaves every cosine as it is.
     """

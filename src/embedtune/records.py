@@ -3,7 +3,7 @@
 import gzip
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -37,16 +37,16 @@ class Record(NamedTuple):
 
     query: str
     prompt: str | None = None
-    positives: list[str] = []
-    negatives: list[str] = []
-    scores: list[float] = []
+    positives: Sequence[str] = ()
+    negatives: Sequence[str] = ()
+    scores: Sequence[float] = ()
 
 
 class Example(NamedTuple):
     """What one unit of ``batch_size`` holds.
 
     Attributes:
-        index: Its number in the data set.
+        example_id: Its number in the data set.
         query: The query without its prompt.
         prompt: The row's own query prompt, or None.
         positives: One text (pair, triplet), the whole list (scored) or none (distill).
@@ -56,13 +56,13 @@ class Example(NamedTuple):
         teacher: float32 ``[D]`` teacher embedding of the query (distill).
     """
 
-    index: int
+    example_id: int
     query: str
     prompt: str | None = None
-    positives: list[str] = []
-    negatives: list[str] = []
-    known_positives: list[str] = []
-    scores: list[float] = []
+    positives: Sequence[str] = ()
+    negatives: Sequence[str] = ()
+    known_positives: Sequence[str] = ()
+    scores: Sequence[float] = ()
     teacher: np.ndarray | None = None
 
 
@@ -172,9 +172,9 @@ def parse_record(line: Line, row_format: Format) -> Record:
     record = Record(
         query=query,
         prompt=prompt or None,
-        positives=_texts(line, "pos") if "pos" in needed else [],
-        negatives=_texts(line, "neg") if "neg" in needed else [],
-        scores=_scores(line) if "scores" in needed else [],
+        positives=_texts(line, "pos") if "pos" in needed else (),
+        negatives=_texts(line, "neg") if "neg" in needed else (),
+        scores=_scores(line) if "scores" in needed else (),
     )
     if record.negatives and not set(record.negatives) - set(record.positives):
         raise line.error(

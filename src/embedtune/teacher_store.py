@@ -58,7 +58,9 @@ class TeacherStore:
     @staticmethod
     def _open(path: Path, rows: int, queries_digest: str | None) -> np.memmap:
         if not path.is_file():
-            raise InputError(f"data.teacher_path: expected a float32 memory map, found no file {path}")
+            raise InputError(
+                f"data.teacher_path: expected a float32 memory map, found no file {path}"
+            )
         size = path.stat().st_size
         width, rest = divmod(size, rows * FLOAT32_BYTES)
         if rest or not width:
@@ -75,7 +77,8 @@ class TeacherStore:
                 )
             if queries_digest is not None and known["queries_digest"] != queries_digest:
                 raise InputError(
-                    f"{path}: was made from other texts than this data, or from another order of them"
+                    f"{path}: expected the embeddings of this data's texts in their order, "
+                    "found those of other texts or of another order"
                 )
         return np.memmap(path, dtype=np.float32, mode="r", shape=(rows, width))
 

@@ -1,0 +1,273 @@
+"""Harvest training and test pairs from the docstrings of numpy, torch and the standard library.
+
+The sources are parsed, never imported: nothing runs, nothing is printed, and two harvests of the
+same installation are identical. The query of a pair is the summary of a docstring (its first
+paragraph), the document is the rest.
+"""
+
+import ast
+import hashlib
+import importlib.util
+import json
+import re
+import sysconfig
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from embedtune.errors import InputError
+
+SKIPPED = {
+    # Tests, games, graphical interfaces, and what later versions no longer have.
+    *("test", "tests", "testing", "idlelib", "tkinter", "turtle", "turtledemo", "this"),
+    *("antigravity", "lib2to3", "distutils", "ensurepip", "site-packages", "f2py"),
+    *("datapipes", "matrixlib", "telnetlib", "imaplib"),
+}
+TORCH = (
+    # What users of torch call; elsewhere its docstrings speak to its own developers.
+    *("_torch_docs", "amp", "autograd", "distributions", "fft", "func"),
+    *("functional", "hub", "linalg", "nn", "optim", "profiler", "quasirandom", "random"),
+    *("serialization", "signal", "sparse", "special", "storage", "utils"),
+)
+MIN_QUERY_WORDS, MAX_QUERY_CHARACTERS = 3, 300
+MIN_DOCUMENT_CHARACTERS, MAX_DOCUMENT_CHARACTERS = 40, 2000
+TEST_PAIRS, DEV_PAIRS = 250, 200
+MAX_HELD_OUT_MODULE = 40  # a larger module always trains, so that none dominates a small split
+
+
+class Docstring(NamedTuple):
+    """One docstring, with the module that it was found in and the name that it describes."""
+
+    module: str
+    name: str
+    text: str
+
+
+class Pair(NamedTuple):
+    """A summary and the documentation that follows it."""
+
+    module: str
+    name: str
+    query: str
+    document: str
+
+
+class DemoCounts(NamedTuple):
+    """How many pairs each split got, and how many documents the test set searches."""
+
+    train: int
+    dev: int
+    test: int
+    corpus: int
+
+
+def harvest(out: Path) -> DemoCounts:
+    """Write ``OUT/train.jsonl``, ``OUT/dev.jsonl`` and the BEIR folder ``OUT/test``.
+
+    The test set's queries are its own, its corpus holds the documents of all splits.
+
+    Raises:
+        InputError: ``out`` is a file, or lies below one.
+    """
+    out = Path(out)
+    test = out / "test"
+    try:
+        (test / "qrels").mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"{out}: expected a folder to write to, found a file") from None
+    splits = split_pairs(list(collect_pairs(docstrings())))
+    for name in ("train", "dev"):
+        rows = ({"query": pair.query, "pos": [pair.document]} for pair in splits[name])
+        _write_jsonl(out / f"{name}.jsonl", rows)
+    corpus = sorted(pair for pairs in splits.values() for pair in pairs)
+    _write_jsonl(
+        test / "corpus.jsonl",
+        ({"_id": pair.name, "title": "", "text": pair.document} for pair in corpus),
+    )
+    queries = [(f"query-{number:03}", pair) for number, pair in enumerate(splits["test"], start=1)]
+    _write_jsonl(
+        test / "queries.jsonl", ({"_id": name, "text": pair.query} for name, pair in queries)
+    )
+    qrels = "".join(f"{name}\t{pair.name}\t1\n" for name, pair in queries)
+    _write(test / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n" + qrels)
+    train, dev = len(splits["train"]), len(splits["dev"])
+    return DemoCounts(train=train, dev=dev, test=len(queries), corpus=len(corpus))
+
+
+def _write_jsonl(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+# --- Sources ---------------------------------------------------------------------------------------
+
+
+def docstrings() -> Iterator[Docstring]:
+    """Yield the docstrings of all sources, in the order of module names and lines."""
+    for module, path in sorted(source_files()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old sources have invalid escapes in their strings
+            try:
+                tree = ast.parse(path.read_bytes())
+            except SyntaxError:
+                continue
+        yield from _defined(module, module, tree)
+        yield from _attached(module, tree)
+
+
+def source_files() -> Iterator[tuple[str, Path]]:
+    """Yield the name and the file of every module that is harvested."""
+    standard = Path(sysconfig.get_path("stdlib"))
+    yield from _modules(standard, standard, public=True)
+    numpy, torch = _package("numpy"), _package("torch")
+    yield from _modules(numpy, numpy.parent, public=False)
+    for part in TORCH:
+        # The private modules named above are where the docstrings of C functions are.
+        if (torch / part).is_dir():
+            yield from _modules(torch / part, torch.parent, public=True)
+        elif (torch / f"{part}.py").is_file():
+            yield f"torch.{part}", torch / f"{part}.py"
+
+
+def _package(name: str) -> Path:
+    spec = importlib.util.find_spec(name)  # a top-level name is found without importing it
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _modules(folder: Path, root: Path, *, public: bool) -> Iterator[tuple[str, Path]]:
+    for path in folder.rglob("*.py"):
+        parts = path.relative_to(root).with_suffix("").parts
+        if parts[-1] == "__init__":
+            parts = parts[:-1]
+        if SKIPPED.isdisjoint(parts) and not (public and any(part[0] == "_" for part in parts)):
+            yield ".".join(parts), path
+
+
+def _defined(module: str, prefix: str, node: ast.AST) -> Iterator[Docstring]:
+    """Yield the docstrings of the public classes and functions in ``node``, at any depth."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = f"{prefix}.{child.name}"
+            if not child.name.startswith("_"):
+                yield Docstring(module, name, ast.get_docstring(child) or "")
+            if isinstance(child, ast.ClassDef):
+                yield from _defined(module, name, child)
+        elif not isinstance(child, ast.expr):
+            yield from _defined(module, prefix, child)  # below an `if` or a `try`
+
+
+def _attached(module: str, tree: ast.Module) -> Iterator[Docstring]:
+    """Yield the docstrings that a module gives to C functions by ``add_docstr`` and the like."""
+    for node in ast.walk(tree):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
+            continue
+        function, (*target, text) = node.func.id.lstrip("_"), node.args
+        if not function.startswith(("add_docstr", "add_newdoc")):
+            continue
+        if isinstance(text, ast.Tuple) and len(text.elts) == 2:  # numpy: (method, docstring)
+            target, text = [*target, text.elts[0]], text.elts[1]
+        name = ".".join(ast.unparse(part).strip("'\"") for part in target)
+        if not name.startswith(("numpy.", "torch.")):
+            name = f"{module}.{name}"
+        yield Docstring(module, name, _string(text))
+
+
+def _string(node: ast.expr) -> str:
+    """Return the string that an expression of literals, ``+`` and ``.format`` stands for."""
+    match node:
+        case ast.Constant(value=str(text)):
+            return text
+        case ast.BinOp(left=left, op=ast.Add(), right=right):
+            return _string(left) + _string(right)
+        case ast.Call(func=ast.Attribute(value=template, attr="format")):
+            # The values are descriptions shared by many functions: they tell none apart.
+            text = re.sub(r"(?<!\{)\{\w+\}(?!\})", "", _string(template))
+            return text.replace("{{", "{").replace("}}", "}")
+    return ""
+
+
+# --- Pairs -----------------------------------------------------------------------------------------
+
+ROLE = re.compile(r":[\w:]+:`~?\.?([^`<]+?)(?:\s*<[^`>]*>)?`")
+SIGNATURE = re.compile(r"[\w.]+ ?\(.*\)(?: *->.*)?(?:\s*--)?", re.DOTALL)
+DIRECTIVE = re.compile(r"^[ \t]*\.\. +(?:version\w+|deprecated|index|_)\b.*\n?", re.MULTILINE)
+SENTENCE_END = re.compile(r"(?<=[a-z)`'\"]\.)\s+(?=[A-Z])")
+
+
+def collect_pairs(found: Iterable[Docstring]) -> Iterator[Pair]:
+    """Yield a pair for every docstring that has a summary and more; each text comes once."""
+    names: set[str] = set()
+    queries: set[str] = set()
+    documents: set[str] = set()
+    for module, name, text in found:
+        if " at 0x" in text:
+            continue
+        query, document = split_docstring(text)
+        new = name not in names and query not in queries and document not in documents
+        if new and _is_useful(query, document):
+            names.add(name)
+            queries.add(query)
+            documents.add(document)
+            yield Pair(module, name, query, document)
+
+
+def split_docstring(text: str) -> tuple[str, str]:
+    """Split a docstring into its summary and the rest, both cleaned; either may be empty.
+
+    >>> split_docstring("add(a, b) -> c\\n\\nAdd :attr:`a`\\nto b.\\n\\nBoth are broadcast.")
+    ('Add a to b.', 'Both are broadcast.')
+    """
+    text = DIRECTIVE.sub("", ROLE.sub(r"\1", text.expandtabs()))
+    paragraphs = [part for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
+    while paragraphs and SIGNATURE.fullmatch(paragraphs[0].strip()):
+        del paragraphs[0]
+    if not paragraphs:
+        return "", ""
+    query, document = " ".join(paragraphs[0].split()), "\n\n".join(paragraphs[1:])
+    if len(query) > MAX_QUERY_CHARACTERS:
+        query, *others = SENTENCE_END.split(query, maxsplit=1)
+        document = "\n\n".join([*others, document])
+    lines = (" ".join(line.split()) for line in document.splitlines())
+    document = "\n".join(line for line in lines if line)
+    if len(document) > MAX_DOCUMENT_CHARACTERS:
+        document = document[:MAX_DOCUMENT_CHARACTERS].rpartition("\n")[0]
+    return query, document
+
+
+def _is_useful(query: str, document: str) -> bool:
+    words = re.findall(r"[^\W\d_]{2,}", query)
+    return (
+        len(words) >= MIN_QUERY_WORDS
+        and len(query) <= MAX_QUERY_CHARACTERS
+        and len(document) >= MIN_DOCUMENT_CHARACTERS
+        and not query.startswith((">>>", "..", "Parameters", "Args", "Usage"))
+        # A repeated summary would turn the search into string matching.
+        and query.rstrip(".").lower() not in " ".join(document.split()).lower()
+    )
+
+
+def split_pairs(pairs: Iterable[Pair]) -> dict[str, list[Pair]]:
+    """Give each module's pairs to one split, in the order of a hash of the module's name.
+
+    The first modules fill ``test``, the next ``dev``, and all others go to ``train``.
+    """
+    modules: dict[str, list[Pair]] = defaultdict(list)
+    for pair in pairs:
+        modules[pair.module].append(pair)
+    splits: dict[str, list[Pair]] = {"train": [], "dev": [], "test": []}
+    for module in sorted(modules, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        held_out = len(modules[module]) <= MAX_HELD_OUT_MODULE
+        if held_out and len(splits["test"]) < TEST_PAIRS:
+            splits["test"] += modules[module]
+        elif held_out and len(splits["dev"]) < DEV_PAIRS:
+            splits["dev"] += modules[module]
+        else:
+            splits["train"] += modules[module]
+    return {name: sorted(pairs) for name, pairs in splits.items()}

@@ -1,0 +1,292 @@
+"""Losses over embeddings: modules that hold hyper-parameters, and the contract of a plug-in."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from embedtune import functional
+from embedtune.errors import InputError
+from embedtune.records import Format
+
+
+class Embeddings(NamedTuple):
+    """The embeddings of a batch, float32, not normalised.
+
+    Attributes:
+        query: ``[b, d]``.
+        positive: ``[m, d]``: one per query (pair, triplet), or the lists one after another (scored).
+        negative: ``[b * k, d]``: the hard negatives, query by query (triplet).
+    """
+
+    query: Tensor
+    positive: Tensor | None = None
+    negative: Tensor | None = None
+
+    def cut(self, width: int) -> "Embeddings":
+        """Return the first ``width`` columns of each."""
+        return Embeddings(*(None if e is None else e[:, :width] for e in self))
+
+
+class Target(NamedTuple):
+    """What the embeddings are trained towards; what a format does not have is None.
+
+    Attributes:
+        scores: float32 ``[m]`` (scored).
+        list_index: int64 ``[m]``: which query each positive belongs to.
+        teacher: float32 ``[b, D]`` (distill).
+        query_id, positive_id, negative_id: int64 text hashes, ``[b]``, ``[m]``, ``[b * k]``.
+        known_positive_id: int64 ``[b, p]``: hashes of every positive of each row, 0 pads.
+    """
+
+    scores: Tensor | None = None
+    list_index: Tensor | None = None
+    teacher: Tensor | None = None
+    query_id: Tensor | None = None
+    positive_id: Tensor | None = None
+    negative_id: Tensor | None = None
+    known_positive_id: Tensor | None = None
+
+
+class Loss(nn.Module):
+    """What a loss is: a function of embeddings that never sees the model.
+
+    A loss of your own derives from this class, or has its ``forward``, and is named in the YAML by
+    its import path. With ``use_mrl`` it is called with the embeddings cut to each width.
+
+    Attributes:
+        formats: The formats of data it can be trained on; all by default.
+    """
+
+    formats: ClassVar[frozenset[Format]] = frozenset(Format)
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the scalar "loss", and under other names scalars to log beside it."""
+        raise NotImplementedError
+
+
+class InfoNCE(Loss):
+    """Cross-entropy of the own positive against negatives (van den Oord et al. 2018).
+
+    Candidates that are known positives of a query are masked (see
+    :func:`~embedtune.functional.known_positive_mask`).
+    """
+
+    formats = frozenset({Format.PAIR, Format.TRIPLET})
+
+    def __init__(self, temperature: float = 0.02, in_batch_positives: bool = False) -> None:
+        """Set the hyper-parameters.
+
+        Args:
+            temperature: Divides the cosines.
+            in_batch_positives: With hard negatives, also use the other queries' positives as
+                negatives; pair data uses them in any case.
+        """
+        super().__init__()
+        self.temperature = _positive(temperature=temperature)
+        self.in_batch_positives = in_batch_positives
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the mean over the queries."""
+        similarity = functional.cosine_similarity(embeddings.query, candidates(embeddings))
+        return self.from_similarities(similarity, target)
+
+    def from_similarities(self, similarity: Tensor, target: Target) -> dict[str, Tensor]:
+        """Return the loss of given cosines ``[b, n]`` of queries with :func:`candidates`."""
+        excluded = None
+        if target.query_id is not None:
+            ids = [i for i in (target.positive_id, target.negative_id) if i is not None]
+            excluded = functional.known_positive_mask(
+                target.query_id, torch.cat(ids), target.known_positive_id
+            )
+        loss = functional.info_nce(similarity, self.temperature, self.in_batch_positives, excluded)
+        return {"loss": loss}
+
+
+def candidates(embeddings: Embeddings) -> Tensor:
+    """Return the positives and then the hard negatives, ``[n, d]``."""
+    documents = [e for e in (embeddings.positive, embeddings.negative) if e is not None]
+    return torch.cat(documents)
+
+
+class ListwiseKL(Loss):
+    """KL divergence of the student's distribution over texts from that of the scores."""
+
+    formats = frozenset({Format.SCORED})
+
+    def __init__(
+        self,
+        over: Literal["list", "batch"] = "list",
+        temperature: float = 0.02,
+        teacher_temperature: float | None = None,
+    ) -> None:
+        """Set the hyper-parameters.
+
+        Args:
+            over: ``list`` compares the texts of each query, ``batch`` all pairs of the batch.
+            temperature: Divides the cosines.
+            teacher_temperature: Divides the scores; 1.0 over lists and 0.02 over the batch.
+        """
+        super().__init__()
+        default = 1.0 if over == "list" else 0.02
+        self.over = over
+        self.temperature = _positive(temperature=temperature)
+        self.teacher_temperature = _positive(teacher_temperature=teacher_temperature or default)
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the mean over lists, or over the pairs of the batch."""
+        cosine, temperatures = (
+            _pair_cosines(embeddings, target),
+            (
+                self.temperature,
+                self.teacher_temperature,
+            ),
+        )
+        if self.over == "batch":
+            return {"loss": functional.kl_over_batch(cosine, target.scores, *temperatures)}
+        num_lists = len(embeddings.query)
+        loss = functional.kl_over_list(
+            cosine, target.scores, target.list_index, num_lists, *temperatures
+        )
+        return {"loss": loss}
+
+
+class CoSENT(Loss):
+    """Order the pairs of the batch as their scores order them (Su 2022)."""
+
+    formats = frozenset({Format.SCORED})
+
+    def __init__(self, scale: float = 20.0) -> None:
+        """Set the hyper-parameters.
+
+        Args:
+            scale: Multiplies the differences of cosines.
+        """
+        super().__init__()
+        self.scale = _positive(scale=scale)
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the loss of all pairs of the batch."""
+        cosine = _pair_cosines(embeddings, target)
+        return {"loss": functional.cosent(cosine, target.scores, self.scale)}
+
+
+def _pair_cosines(embeddings: Embeddings, target: Target) -> Tensor:
+    queries = embeddings.query[target.list_index]
+    return functional.pairwise_cosine(queries, embeddings.positive)
+
+
+class Distillation(Loss):
+    """Three terms that pull the student's embeddings to the teacher's.
+
+    The cosine of both embeddings at full width; the mean squared difference of their similarity
+    matrices; and a hinge on the order of all pairs of pairs. With ``mrl_dims`` the last two are
+    averaged over the student's widths, against the teacher's full width (after the Stella report,
+    Zhang et al. 2024, section 3).
+    """
+
+    formats = frozenset({Format.DISTILL})
+
+    def __init__(
+        self,
+        mrl_dims: list[int] | None = None,
+        cosine_weight: float = 10.0,
+        similarity_weight: float = 200.0,
+        rank_weight: float = 20.0,
+        margin: float = 0.015,
+    ) -> None:
+        """Set the hyper-parameters.
+
+        Args:
+            mrl_dims: Widths of the student; the default is its full width, and with
+                ``model.use_mrl`` the widths of ``model.mrl_dims``.
+            cosine_weight: Weight of the cosine term.
+            similarity_weight: Weight of the squared differences.
+            rank_weight: Weight of the hinge.
+            margin: By how much the student should tell apart what the teacher orders.
+        """
+        super().__init__()
+        self.mrl_dims = mrl_dims
+        self.cosine_weight, self.similarity_weight = cosine_weight, similarity_weight
+        self.rank_weight, self.margin = rank_weight, margin
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the weighted sum, and its terms without their weights."""
+        student, teacher = embeddings.query, target.teacher
+        assert teacher is not None
+        truth = functional.cosine_similarity(teacher, teacher)
+        dims = self.mrl_dims or [student.shape[1]]
+        similarities = functional.nested_cosine_similarities(student, student, dims)
+        cosine = functional.distill_cosine(student, teacher)
+        # Added up in float32 whatever the inputs, as the reference implementation does: with it
+        # float64 inputs give its totals and gradients to the last digits.
+        mse, hinge = (torch.zeros((), device=student.device) for _ in range(2))
+        for similarity in similarities:
+            mse += functional.similarity_mse(similarity, truth)
+            hinge += functional.rank_hinge(similarity, truth, self.margin)
+        mse, hinge = mse / len(dims), hinge / len(dims)
+        loss = self.cosine_weight * cosine + self.similarity_weight * mse + self.rank_weight * hinge
+        return {"loss": loss, "cosine": cosine, "similarity_mse": mse, "rank_hinge": hinge}
+
+
+class Matryoshka(Loss):
+    """A loss at every width of one embedding's prefixes (MRL, Kusupati et al. 2022, eq. 1).
+
+    A loss that implements ``from_similarities`` gets the products of all widths for the price of
+    the full one; any other is called with the embeddings cut to each width.
+    """
+
+    def __init__(
+        self, loss: Loss, dims: Sequence[int], weights: Sequence[float] | None = None
+    ) -> None:
+        """Wrap a loss.
+
+        Args:
+            loss: The loss at each width.
+            dims: The widths.
+            weights: Their weights in the mean; equal by default.
+        """
+        super().__init__()
+        self.loss, self.dims = loss, list(dims)
+        self.weights = [1.0] * len(self.dims) if weights is None else list(weights)
+        if len(self.weights) != len(self.dims) or sum(self.weights) <= 0:
+            raise InputError(
+                f"weights: expected {len(self.dims)} numbers with a positive sum, "
+                f"found {self.weights}"
+            )
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the weighted mean, and the loss at each width."""
+        width = embeddings.query.shape[1]
+        if max(self.dims) > width:
+            raise InputError(
+                f"mrl_dims: expected widths up to the embedding's {width}, found {max(self.dims)}"
+            )
+        if hasattr(self.loss, "from_similarities"):
+            similarities = functional.nested_cosine_similarities(
+                embeddings.query, candidates(embeddings), self.dims
+            )
+            losses = [self.loss.from_similarities(s, target)["loss"] for s in similarities]
+        else:
+            losses = [self.loss(embeddings.cut(dim), target)["loss"] for dim in self.dims]
+        total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
+        parts = {f"loss/{dim}": loss for dim, loss in zip(self.dims, losses, strict=True)}
+        return {"loss": torch.as_tensor(total) / sum(self.weights), **parts}
+
+
+def default_loss(row_format: Format, temperature: float | None) -> Loss:
+    """Return the loss for a format of data when none is given."""
+    if row_format == Format.DISTILL:
+        if temperature is not None:
+            raise InputError("model.temperature: Distillation has none; leave it out")
+        return Distillation()
+    kwargs = {} if temperature is None else {"temperature": temperature}
+    return ListwiseKL(**kwargs) if row_format == Format.SCORED else InfoNCE(**kwargs)
+
+
+def _positive(**parameter: float) -> float:
+    ((name, value),) = parameter.items()
+    if not value > 0:
+        raise InputError(f"{name}: expected a positive number, found {value}")
+    return value
