@@ -69,13 +69,11 @@ class Parser(LightningArgumentParser):
         fail(" ".join(str(message).split()) + hint)
 
     def _nearest(self, unknown: str) -> str:
-        keys = {action.dest for parser in self._parsers() for action in parser._actions}
-        nearest = difflib.get_close_matches(unknown, keys, n=1)
-        if not nearest:
-            # Perhaps the right name in the wrong place.
-            by_name = {key.rpartition(".")[2]: key for key in sorted(keys)}
-            names = difflib.get_close_matches(unknown.rpartition(".")[2], by_name, n=1)
-            nearest = [by_name[name] for name in names]
+        keys = sorted({action.dest for parser in self._parsers() for action in parser._actions})
+        name = unknown.rpartition(".")[2]
+        # The right name in the wrong place, or else a misspelt one.
+        nearest = [key for key in keys if key.rpartition(".")[2] == name]
+        nearest = nearest or difflib.get_close_matches(unknown, keys, n=1)
         return f"; the nearest valid key is {nearest[0]}" if nearest else ""
 
     def _parsers(self) -> list[Any]:
@@ -136,6 +134,20 @@ class TrainerCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""
+
+    def instantiate_classes(self) -> None:
+        """Build module, data module and Trainer.
+
+        Raises:
+            InputError: A value is refused, also where jsonargparse wraps the refusal in its own.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            refusal: BaseException | None = error
+            while refusal is not None and not isinstance(refusal, InputError):
+                refusal = refusal.__cause__ or refusal.__context__
+            raise refusal or error from None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the Trainer with the loggers and callbacks of a run folder."""

@@ -1,8 +1,8 @@
 """Compare models on a retrieval test set: nDCG@10 and more, at several embedding widths."""
 
-import csv
 import json
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +17,7 @@ from embedtune.records import read_lines
 
 log = logging.getLogger("embedtune")
 
-METRICS = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@100": "recall@100"}
-"""The reported metrics, by sentence-transformers' names, and how they are written."""
-
-BATCH_SIZE = 64
+METRICS = ("ndcg@10", "mrr@10", "recall@100")
 
 
 class RetrievalSet(NamedTuple):
@@ -38,14 +35,14 @@ class RetrievalSet(NamedTuple):
 
 
 class Result(NamedTuple):
-    """The quality of one model at one width; ``metrics`` has the keys of :data:`METRICS`."""
+    """The quality of one model at one width; ``metrics`` has a value for each of METRICS."""
 
     model: str
     width: int
     metrics: dict[str, float]
 
 
-# --- Test sets -------------------------------------------------------------------------------------
+# --- Test sets ------------------------------------------------------------------------------------
 
 
 def read_beir(folder: Path, split: str = "test") -> RetrievalSet:
@@ -97,59 +94,60 @@ def _read_texts(path: Path) -> dict[str, str]:
 
 def _read_qrels(path: Path) -> Iterator[tuple[str, str, str, int]]:
     """Yield place, query id, document id and grade of every row below the header."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        for number, row in enumerate(rows, start=1):
-            header = number == 1 and row[-1:] == ["score"]
-            if header or not row:
-                continue
-            place = f"{path}:{number}"
-            if len(row) != 3:
-                expected = "query-id, corpus-id and score, separated by tabs"
-                raise InputError(f"{place}: expected {expected}, found {len(row)} columns")
-            try:
-                grade = int(row[2])
-            except ValueError:
-                raise InputError(f"{place}: expected a whole score, found {row[2]!r}") from None
-            yield place, row[0], row[1], grade
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected UTF-8 text, found {error.reason}") from None
+    for number, line in enumerate(lines, start=1):
+        place, columns = f"{path}:{number}", line.rstrip("\r").split("\t")
+        if columns == [""]:
+            continue
+        if len(columns) != 3:
+            expected = "query-id, corpus-id and score, separated by tabs"
+            raise InputError(f"{place}: expected {expected}, found {len(columns)} column(s)")
+        query, document, score = columns
+        if re.fullmatch(r"-?\d+", score):
+            yield place, query, document, int(score)
+        elif number > 1:  # line 1 is the header, whatever its words
+            raise InputError(f"{place}: expected a whole score, found {score!r}")
 
 
-# --- Measuring -------------------------------------------------------------------------------------
+# --- Measuring ------------------------------------------------------------------------------------
 
 
 class PrefixEvaluator(InformationRetrievalEvaluator):
-    """sentence-transformers' evaluator, encoding every text once for all widths.
+    """sentence-transformers' evaluator for one model, which encodes each text once for all widths.
 
-    Its own ``truncate_dim`` would encode the test set again for each width.
+    With its own ``truncate_dim`` the test set would be encoded again for every width. Its nDCG is
+    binary: whatever is relevant counts alike.
     """
 
-    def __init__(self, data: RetrievalSet) -> None:
-        """Prepare the measures of :data:`METRICS`."""
+    def __init__(self, model: SentenceTransformer, data: RetrievalSet) -> None:
+        """Encode the test set with the model's own query and document prompts."""
         super().__init__(
             queries=dict(data.queries),
             corpus=dict(data.corpus),
             relevant_docs={query: set(documents) for query, documents in data.relevant.items()},
-            mrr_at_k=[10],
             ndcg_at_k=[10],
-            accuracy_at_k=[10],
+            mrr_at_k=[10],
             precision_recall_at_k=[100],
-            map_at_k=[100],
-            show_progress_bar=True,
-            batch_size=BATCH_SIZE,
-            write_csv=False,
-            # One chunk: the texts are few enough to be held at once, and are encoded in one go.
-            corpus_chunk_size=max(1, len(data.corpus)),
+            corpus_chunk_size=len(data.corpus),  # one chunk, hence one slice of the embeddings
         )
-        self._full: dict[str, Tensor] = {}
-
-    def measure(self, model: SentenceTransformer, width: int) -> dict[str, float]:
-        """Return the metrics of ``model``'s embeddings cut to ``width``."""
-        self.truncate_dim = width
+        self.model = model
         self.score_functions = self._model_score_functions(model)
-        (scores,) = self.compute_all_metrics(model).values()
-        found: dict[str, Any] = dict(scores)  # {"ndcg@k": {10: value}, ..}
-        pairs = ((key, *key.split("@")) for key in METRICS)
-        return {key: float(found[f"{name}@k"][int(k)]) for key, name, k in pairs}
+        options: dict[str, Any] = {"convert_to_tensor": True, "show_progress_bar": True}
+        self.embeddings: dict[str | None, Tensor] = {
+            "query": model.encode_query(self.queries, **options),
+            "document": model.encode_document(self.corpus, **options),
+        }
+
+    def at_width(self, width: int) -> dict[str, float]:
+        """Return the metrics of the embeddings cut to ``width``, by the names in METRICS."""
+        self.truncate_dim = width
+        (scores,) = self.compute_all_metrics(self.model).values()
+        found: Any = scores  # {"ndcg@k": {10: value}, ..}, declared as a number
+        split = {metric: metric.split("@") for metric in METRICS}
+        return {metric: float(found[f"{name}@k"][int(k)]) for metric, (name, k) in split.items()}
 
     def embed_inputs(
         self,
@@ -159,15 +157,8 @@ class PrefixEvaluator(InformationRetrievalEvaluator):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Return the embeddings cut to the current width; the first call encodes."""
-        role = str(encode_fn_name)
-        if role not in self._full:
-            width, self.truncate_dim = self.truncate_dim, None
-            self._full[role] = super().embed_inputs(
-                model, sentences, encode_fn_name, *args, **kwargs
-            )
-            self.truncate_dim = width
-        return self._full[role][:, : self.truncate_dim]
+        """Return the stored embeddings of a role at the current width."""
+        return self.embeddings[encode_fn_name][:, : self.truncate_dim]
 
 
 def evaluate_models(
@@ -189,7 +180,7 @@ def evaluate_models(
     for width in dims or ():
         if width < 1:
             raise InputError(f"dims: expected widths of at least 1, found {width}")
-    results = [result for model in models for result in _evaluate(model, data, dims)]
+    results = [result for model in dict.fromkeys(models) for result in _evaluate(model, data, dims)]
     if not results:
         raise InputError(f"dims: expected a width that a model has, found only {list(dims or ())}")
     return results
@@ -197,17 +188,16 @@ def evaluate_models(
 
 def _evaluate(name: str, data: RetrievalSet, dims: Sequence[int] | None) -> Iterator[Result]:
     model = load_sentence_transformer(name)
-    own = model.get_embedding_dimension()
-    assert own is not None
-    widths = [own] if dims is None else sorted({dim for dim in dims if dim <= own}, reverse=True)
-    for dim in sorted(set(dims or ()) - set(widths)):
-        log.warning("%s has width %s: left out at width %s", name, own, dim)
-    evaluator = PrefixEvaluator(data)
-    for width in widths:
-        yield Result(name, width, evaluator.measure(model, width))
+    own = model.get_embedding_dimension() or model.encode_query(["unknown"]).shape[1]
+    asked = {own} if dims is None else set(dims)
+    if missing := sorted(width for width in asked if width > own):
+        log.warning("%s has width %s: left out at %s", name, own, ", ".join(map(str, missing)))
+    if widths := sorted((width for width in asked if width <= own), reverse=True):
+        evaluator = PrefixEvaluator(model, data)
+        yield from (Result(name, width, evaluator.at_width(width)) for width in widths)
 
 
-# --- Reporting -------------------------------------------------------------------------------------
+# --- Reporting ------------------------------------------------------------------------------------
 
 
 def format_table(results: Sequence[Result]) -> str:
@@ -218,19 +208,30 @@ def format_table(results: Sequence[Result]) -> str:
     a        .5000      -
     bc           -  .2500
     """
+    labels = _labels(results)
     widths = sorted({result.width for result in results}, reverse=True)
     cells = {(r.model, r.width): f"{r.metrics['ndcg@10']:.4f}".removeprefix("0") for r in results}
-    names = list(dict.fromkeys(result.model for result in results))
     rows = [["nDCG@10", *map(str, widths)]]
-    rows += [[name, *(cells.get((name, width), "-") for width in widths)] for name in names]
-    longest = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for model, label in labels.items():
+        rows.append([label, *(cells.get((model, width), "-") for width in widths)])
+    first, *longest = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join([row[0].ljust(longest[0]), *map(str.rjust, row[1:], longest[1:])]) for row in rows
+        "  ".join([row[0].ljust(first), *map(str.rjust, row[1:], longest)]) for row in rows
     )
 
 
+def _labels(results: Sequence[Result]) -> dict[str, str]:
+    """Return a short name of each model: the last parts of its path, as many as tell it apart."""
+    parts = {result.model: Path(result.model).parts for result in results}
+    for count in range(2, max(map(len, parts.values()), default=0)):
+        labels = {model: "/".join(path[-count:]) for model, path in parts.items()}
+        if len(set(labels.values())) == len(parts):
+            return labels
+    return {model: model for model in parts}
+
+
 def write_results(results: Sequence[Result], out: Path) -> None:
-    """Write all metrics to ``OUT/evaluation.json`` and nDCG@10 against width to ``OUT/quality.png``.
+    """Write ``OUT/evaluation.json`` (all metrics) and ``OUT/quality.png`` (nDCG@10 by width).
 
     Raises:
         InputError: ``out`` is a file, or matplotlib is not installed.
@@ -255,9 +256,9 @@ def _draw(results: Sequence[Result], path: Path) -> None:
     figure = Figure(figsize=(7, 4.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    for model in dict.fromkeys(result.model for result in results):
+    for model, label in _labels(results).items():
         points = sorted((r.width, r.metrics["ndcg@10"]) for r in results if r.model == model)
-        axes.plot(*zip(*points, strict=True), marker="o", label=model)
+        axes.plot(*zip(*points, strict=True), marker="o", label=label)
     widths = sorted({result.width for result in results})
     axes.set_xscale("log", base=2)
     axes.set_xticks(widths, labels=[str(width) for width in widths])
