@@ -6,9 +6,9 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL, Matryoshka
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, InputError
+from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL, Matryoshka
 from embedtune.optim import build_optimizer, build_schedule
 from embedtune.teacher_store import TeacherWriter
 

@@ -243,7 +243,7 @@ def split_docstring(text: str) -> tuple[str, str]:
 
 
 def _is_useful(query: str, document: str) -> bool:
-    words = re.findall(r"[^\W\d_]{2,}", query)
+    words = re.findall(r"\S*[^\W\d_]{2}\S*", query)
     return (
         len(words) >= MIN_QUERY_WORDS
         and len(query) <= MAX_QUERY_CHARACTERS

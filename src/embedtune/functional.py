@@ -1,7 +1,7 @@
 """Every loss and similarity as a pure function of tensors.
 
-Axes: ``b`` queries, ``m`` positives, ``n`` documents (candidates), ``p`` known positives of a query,
-``d`` width. Any float dtype; training uses float32.
+Axes: ``b`` queries, ``m`` positives, ``n`` documents (candidates), ``p`` known positives of a
+query, ``d`` width. Any float dtype; training uses float32.
 """
 
 from collections.abc import Sequence

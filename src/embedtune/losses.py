@@ -16,7 +16,7 @@ class Embeddings(NamedTuple):
 
     Attributes:
         query: ``[b, d]``.
-        positive: ``[m, d]``: one per query (pair, triplet), or the lists one after another (scored).
+        positive: ``[m, d]``: one per query (pair, triplet), or list after list (scored).
         negative: ``[b * k, d]``: the hard negatives, query by query (triplet).
     """
 
@@ -136,19 +136,12 @@ class ListwiseKL(Loss):
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the mean over lists, or over the pairs of the batch."""
-        cosine, temperatures = (
-            _pair_cosines(embeddings, target),
-            (
-                self.temperature,
-                self.teacher_temperature,
-            ),
-        )
+        cosine, scores, list_index = _scored_pairs(embeddings, target)
+        temperatures = self.temperature, self.teacher_temperature
         if self.over == "batch":
-            return {"loss": functional.kl_over_batch(cosine, target.scores, *temperatures)}
+            return {"loss": functional.kl_over_batch(cosine, scores, *temperatures)}
         num_lists = len(embeddings.query)
-        loss = functional.kl_over_list(
-            cosine, target.scores, target.list_index, num_lists, *temperatures
-        )
+        loss = functional.kl_over_list(cosine, scores, list_index, num_lists, *temperatures)
         return {"loss": loss}
 
 
@@ -168,13 +161,18 @@ class CoSENT(Loss):
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the loss of all pairs of the batch."""
-        cosine = _pair_cosines(embeddings, target)
-        return {"loss": functional.cosent(cosine, target.scores, self.scale)}
+        cosine, scores, _ = _scored_pairs(embeddings, target)
+        return {"loss": functional.cosent(cosine, scores, self.scale)}
 
 
-def _pair_cosines(embeddings: Embeddings, target: Target) -> Tensor:
-    queries = embeddings.query[target.list_index]
-    return functional.pairwise_cosine(queries, embeddings.positive)
+def _scored_pairs(embeddings: Embeddings, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the cosine of each text with its query, its score, and its query's number."""
+    positive, scores, list_index = embeddings.positive, target.scores, target.list_index
+    assert positive is not None
+    assert scores is not None
+    assert list_index is not None
+    queries = embeddings.query[list_index]
+    return functional.pairwise_cosine(queries, positive), scores, list_index
 
 
 class Distillation(Loss):
@@ -218,16 +216,31 @@ class Distillation(Loss):
         truth = functional.cosine_similarity(teacher, teacher)
         dims = self.mrl_dims or [student.shape[1]]
         similarities = functional.nested_cosine_similarities(student, student, dims)
+        squared = [functional.similarity_mse(s, truth) for s in similarities]
+        ranks = [functional.rank_hinge(s, truth, self.margin) for s in similarities]
         cosine = functional.distill_cosine(student, teacher)
-        # Added up in float32 whatever the inputs, as the reference implementation does: with it
-        # float64 inputs give its totals and gradients to the last digits.
-        mse, hinge = (torch.zeros((), device=student.device) for _ in range(2))
-        for similarity in similarities:
-            mse += functional.similarity_mse(similarity, truth)
-            hinge += functional.rank_hinge(similarity, truth, self.margin)
-        mse, hinge = mse / len(dims), hinge / len(dims)
-        loss = self.cosine_weight * cosine + self.similarity_weight * mse + self.rank_weight * hinge
-        return {"loss": loss, "cosine": cosine, "similarity_mse": mse, "rank_hinge": hinge}
+        loss = (
+            self.cosine_weight * cosine
+            + self.similarity_weight * _float32_mean(squared)
+            + self.rank_weight * _float32_mean(ranks)
+        )
+        parts = {
+            "similarity_mse": torch.stack(squared).mean(),
+            "rank_hinge": torch.stack(ranks).mean(),
+        }
+        return {"loss": loss, "cosine": cosine, **parts}
+
+
+def _float32_mean(terms: Sequence[Tensor]) -> Tensor:
+    """Average terms in a float32 sum, whatever their type, as the reference implementation does.
+
+    So float64 inputs give its totals and gradients to the last digits; float32 ones see no
+    difference.
+    """
+    total = torch.zeros((), dtype=torch.float32, device=terms[0].device)
+    for term in terms:
+        total += term
+    return total / len(terms)
 
 
 class Matryoshka(Loss):
@@ -263,11 +276,12 @@ class Matryoshka(Loss):
             raise InputError(
                 f"mrl_dims: expected widths up to the embedding's {width}, found {max(self.dims)}"
             )
-        if hasattr(self.loss, "from_similarities"):
+        from_similarities = getattr(self.loss, "from_similarities", None)
+        if from_similarities is not None:
             similarities = functional.nested_cosine_similarities(
                 embeddings.query, candidates(embeddings), self.dims
             )
-            losses = [self.loss.from_similarities(s, target)["loss"] for s in similarities]
+            losses = [from_similarities(s, target)["loss"] for s in similarities]
         else:
             losses = [self.loss(embeddings.cut(dim), target)["loss"] for dim in self.dims]
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
@@ -281,8 +295,8 @@ def default_loss(row_format: Format, temperature: float | None) -> Loss:
         if temperature is not None:
             raise InputError("model.temperature: Distillation has none; leave it out")
         return Distillation()
-    kwargs = {} if temperature is None else {"temperature": temperature}
-    return ListwiseKL(**kwargs) if row_format == Format.SCORED else InfoNCE(**kwargs)
+    kind = ListwiseKL if row_format == Format.SCORED else InfoNCE
+    return kind() if temperature is None else kind(temperature=temperature)
 
 
 def _positive(**parameter: float) -> float:

@@ -239,7 +239,7 @@ class EmbeddingModule(pl.LightningModule):
     def _evaluation_step(self, prefix: str, batch: Batch) -> None:
         embeddings, parts = self._compute_loss(batch)
         self._log(prefix, parts, len(batch.query))
-        if batch.scores is not None:
+        if batch.scores is not None and embeddings.positive is not None:
             queries = embeddings.query[batch.list_index]
             cosine = torch.nn.functional.cosine_similarity(queries, embeddings.positive)
             self.spearman.update(cosine, batch.scores)

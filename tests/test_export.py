@@ -1,0 +1,154 @@
+"""The exported folder is the trained model, or it is marked and the command fails."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from embedtune import Embedding, InputError, export
+from embedtune.cli import main
+from embedtune.encoder import Encoder, EncoderSpec
+from embedtune.export import TOLERANCE, UNVERIFIED, ExportError, export_checkpoint, export_encoder
+
+
+@pytest.fixture
+def encoder(tiny_bert) -> Encoder:
+    encoder = Encoder(EncoderSpec(str(tiny_bert)))
+    encoder.append_projection(48)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return encoder
+
+
+def modules(folder: Path) -> list[str]:
+    return [m["type"].rpartition(".")[2] for m in json.loads((folder / "modules.json").read_text())]
+
+
+def test_an_export_loads_and_equals_the_training_graph(encoder, tmp_path):
+    encoder.set_query_prompt("find: ")
+    folder = tmp_path / "model"
+    assert export_encoder(encoder, folder) <= TOLERANCE
+    assert modules(folder) == ["Transformer", "Pooling", "Dense", "Normalize"]
+    assert not (folder / UNVERIFIED).exists()
+    assert not list(folder.rglob("*.bin"))
+    model = SentenceTransformer(str(folder), device="cpu")
+    assert model.prompts["query"] == "find: "
+    assert model.similarity_fn_name == "cosine"
+    with torch.no_grad():
+        features = encoder.eval().tokenize(["find: a text"], "query", None, 64)
+        expected = torch.nn.functional.normalize(encoder(features), dim=-1)
+    torch.testing.assert_close(torch.as_tensor(model.encode_query(["a text"])), expected)
+
+
+def test_a_model_without_normalize_gets_none(tiny_transformer, tmp_path):
+    export_encoder(Encoder(EncoderSpec(str(tiny_transformer))), tmp_path / "model")
+    assert modules(tmp_path / "model") == ["Transformer", "Pooling"]
+
+
+def test_training_goes_on_after_an_export(encoder, tmp_path):
+    before = [id(parameter) for parameter in encoder.parameters()]
+    export_encoder(encoder, tmp_path / "model")
+    assert [id(parameter) for parameter in encoder.parameters()] == before
+    assert len(encoder.model) == 3
+
+
+def damage(folder: Path) -> None:
+    weights = load_file(folder / "2_Dense" / "model.safetensors")
+    weights["linear.weight"][0, 0] += 0.01
+    save_file(weights, folder / "2_Dense" / "model.safetensors")
+
+
+def test_a_folder_that_differs_is_marked_and_the_command_fails(
+    encoder, tmp_path, monkeypatch, capsys
+):
+    load = export.load_sentence_transformer
+
+    def load_damaged(path, **kwargs):
+        damage(Path(path))
+        return load(path, **kwargs)
+
+    monkeypatch.setattr(export, "load_sentence_transformer", load_damaged)
+    with pytest.raises(ExportError, match="differ"):
+        export_encoder(encoder, tmp_path / "model")
+    assert "differ" in (tmp_path / "model" / UNVERIFIED).read_text()
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+    checkpoint = {
+        "encoder_spec": encoder.spec._asdict(),
+        "state_dict": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
+    }
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(tmp_path / "last.ckpt"), str(tmp_path / "again")])
+    assert caught.value.code == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_weights_that_are_not_numbers_are_not_verified(encoder, tmp_path):
+    with torch.no_grad():
+        encoder.dense.linear.weight[0, 0] = float("nan")
+    with pytest.raises(ExportError):
+        export_encoder(encoder, tmp_path / "model")
+
+
+def test_missing_weights_are_an_error(encoder, tmp_path):
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    del state["encoder.model.2.linear.bias"]
+    checkpoint = {"encoder_spec": encoder.spec._asdict(), "state_dict": state}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=r"model\.2\.linear\.bias"):
+        export_checkpoint(tmp_path / "last.ckpt", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_export_replaces_an_export_and_nothing_else(encoder, tmp_path):
+    export_encoder(encoder, tmp_path / "model")
+    export_encoder(encoder, tmp_path / "model")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="found something else"):
+        export_encoder(encoder, precious)
+    assert (precious / "thesis.txt").exists()
+
+
+def test_longer_training_texts_lengthen_the_exported_input(tiny_bert, tmp_path):
+    model = SentenceTransformer(str(tiny_bert), device="cpu")
+    model.max_seq_length = 16
+    model.save_pretrained(str(tmp_path / "short"))
+    for trained, expected in ((32, 32), (8, 16)):
+        encoder = Encoder(EncoderSpec(str(tmp_path / "short"), max_seq_length=trained))
+        export_encoder(encoder, tmp_path / "model")
+        exported = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+        assert exported.max_seq_length == expected
+
+
+# --- Embedding ------------------------------------------------------------------------------
+
+
+def test_embedding_encodes_in_order_without_gradients(encoder, tmp_path):
+    export_encoder(encoder, tmp_path / "model")
+    embedding = Embedding.from_pretrained(tmp_path / "model").to("cpu")
+    texts = [f"text {'x ' * (i % 7)}{i}" for i in range(50)]
+    found = embedding.encode(texts, batch_size=8)
+    expected = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts)
+    assert found.shape == (50, 48)
+    assert (found.device.type, found.dtype, found.requires_grad) == ("cpu", torch.float32, False)
+    torch.testing.assert_close(found, torch.as_tensor(expected))
+    (found * 2).sum()  # an ordinary tensor, not one of inference mode
+    assert not found.is_inference()
+
+
+def test_embedding_takes_a_prompt_and_a_longest_input(tiny_bert):
+    embedding = Embedding.from_pretrained(tiny_bert)
+    prompted = embedding.encode(["text"], prompt="query: ")
+    torch.testing.assert_close(prompted, embedding.encode(["query: text"]))
+    long_text = "a b c d e f g h i j k l m n o p"
+    torch.testing.assert_close(
+        embedding.encode([long_text], max_len=6), embedding.encode(["a b c d"])
+    )
+    assert embedding.encode([]).shape == (0, 32)
