@@ -3,7 +3,7 @@
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.base.modules import Dense, Normalize, Router
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from embedtune.batch import Text, make_chunks
@@ -43,6 +43,21 @@ def test_a_bag_of_tokens_is_encoded_in_one_chunk(tmp_path, tiny_bert):
     encoder = Encoder(EncoderSpec(str(tmp_path))).eval()
     expected = torch.as_tensor(encoder.model.encode(TEXTS))
     torch.testing.assert_close(encode(encoder, TEXTS), expected)
+
+
+def test_a_router_takes_queries_and_documents_apart(tiny_bert, tmp_path):
+    routes = [list(SentenceTransformer(str(tiny_bert), device="cpu")) for _ in range(2)]
+    with torch.no_grad():
+        routes[1][0].auto_model.embeddings.word_embeddings.weight.mul_(-1)
+    router = Router.for_query_document(query_modules=routes[0], document_modules=routes[1])
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path))
+    encoder = Encoder(EncoderSpec(str(tmp_path))).eval()
+    queries = encode(encoder, TEXTS, role="query")
+    documents = encode(encoder, TEXTS, role="document")
+    assert (queries - documents).abs().max() > 0.01
+    expected = encoder.model.encode_query(TEXTS), encoder.model.encode_document(TEXTS)
+    torch.testing.assert_close(queries, torch.as_tensor(expected[0]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(documents, torch.as_tensor(expected[1]), rtol=0, atol=1e-6)
 
 
 def test_a_prompt_is_prepended(tiny_bert):

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from embedtune.datamodule import EmbeddingDataModule
@@ -268,9 +269,19 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
+class LinesAboveProgress(logging.Handler):
+    """Write log lines to stderr without breaking the progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one line above the bar."""
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def quiet_libraries() -> None:
     """Let embedtune's own lines through, and of the libraries what a user can act on."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.basicConfig(
+        format="%(message)s", level=logging.WARNING, handlers=[LinesAboveProgress()]
+    )
     log.setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -290,6 +301,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command that ``argv`` (by default the process's own arguments) asks for."""
     args = list(sys.argv[1:] if argv is None else argv)
     quiet_libraries()
+    sys.path.append(str(Path.cwd()))  # a loss of the user's own, named by its import path
     if not args or args[0] in ("-h", "--help"):
         sys.stdout.write(OVERVIEW)
         return

@@ -187,15 +187,14 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
     def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Example]:
         """Return several examples with one read of the table (the loader's fast path)."""
         indices = np.asarray([index for _, index in keys])
-        rows = indices if self._starts is None else self._row_of(indices)
+        rows = indices
+        if self._starts is not None:
+            rows = np.searchsorted(self._starts, indices, side="right") - 1
         columns = self.rows.table[rows.tolist()]
         return [
             self._example(keys[i], int(rows[i]), {name: columns[name][i] for name in columns})
             for i in range(len(keys))
         ]
-
-    def _row_of(self, indices: np.ndarray) -> np.ndarray:
-        return np.searchsorted(self._starts, indices, side="right") - 1
 
     def _example(self, key: tuple[int, int], row: int, fields: dict[str, Any]) -> Example:
         epoch, index = key

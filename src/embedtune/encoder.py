@@ -99,7 +99,8 @@ class Encoder(nn.Module):
             self.set_query_prompt(spec.query_prompt)
 
     def _set_pooling(self, mode: PoolingMode) -> None:
-        pooling = Pooling(self.model[0].get_embedding_dimension(), mode)
+        transformer: Any = self.model[0]
+        pooling = Pooling(transformer.get_embedding_dimension(), mode)
         for position, module in enumerate(self.model):
             if isinstance(module, Pooling):
                 pooling.include_prompt = module.include_prompt
@@ -112,7 +113,9 @@ class Encoder(nn.Module):
     @property
     def width(self) -> int:
         """Width of the embeddings."""
-        return int(self.model.get_embedding_dimension())
+        width = self.model.get_embedding_dimension()
+        assert width is not None, "checked when the encoder is built"
+        return width
 
     @property
     def dense(self) -> Dense | None:

@@ -26,7 +26,11 @@ class Embeddings(NamedTuple):
 
     def cut(self, width: int) -> "Embeddings":
         """Return the first ``width`` columns of each."""
-        return Embeddings(*(None if e is None else e[:, :width] for e in self))
+        return Embeddings(
+            self.query[:, :width],
+            None if self.positive is None else self.positive[:, :width],
+            None if self.negative is None else self.negative[:, :width],
+        )
 
 
 class Target(NamedTuple):
@@ -95,7 +99,7 @@ class InfoNCE(Loss):
     def from_similarities(self, similarity: Tensor, target: Target) -> dict[str, Tensor]:
         """Return the loss of given cosines ``[b, n]`` of queries with :func:`candidates`."""
         excluded = None
-        if target.query_id is not None:
+        if target.query_id is not None and target.known_positive_id is not None:
             ids = [i for i in (target.positive_id, target.negative_id) if i is not None]
             excluded = functional.known_positive_mask(
                 target.query_id, torch.cat(ids), target.known_positive_id

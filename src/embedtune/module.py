@@ -1,5 +1,6 @@
 """The LightningModule: encoder, projection and loss."""
 
+import logging
 import math
 from typing import Any, Literal, cast
 
@@ -24,6 +25,8 @@ from embedtune.losses import (
 from embedtune.optim import build_optimizer, build_schedule
 from embedtune.projection import ProjectionInit, init_projection, parse_dims, projection_dim
 from embedtune.records import Format
+
+log = logging.getLogger("embedtune")
 
 PCA_EXAMPLES = 512
 """Examples whose texts PCA looks at, or as many as the encoder is wide where that is more."""
@@ -163,6 +166,7 @@ class EmbeddingModule(pl.LightningModule):
         count = min(len(data), max(PCA_EXAMPLES, self.encoder.width))
         indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
         collate = Collator(self.encoder, PCA_MAX_LEN, PCA_MAX_LEN, self.data.tokens_per_chunk)
+        log.info("finding the principal axes of the texts of %s examples", f"{count:,}")
         device = self.trainer.strategy.root_device
         self.encoder.to(device).eval()
         embeddings = []
