@@ -9,7 +9,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "embedtune"
 LAYERS = [  # a module imports from the layers above its own line, never from its own or below
     "errors",
-    "records functional encoder optim teacher_store gather sampler",
+    "records functional encoder optim precision teacher_store gather sampler",
     "dataset batch losses projection metrics strategies",
     "datamodule module",
     "export evaluate report check mine teach demo embedding predict progress",

@@ -20,6 +20,7 @@ from embedtune.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
 from embedtune.export import ExportError, ExportModel, export_checkpoint
 from embedtune.module import EmbeddingModule
+from embedtune.precision import default_precision
 from embedtune.predict import WriteEmbeddings
 from embedtune.progress import RunSummary, Throughput
 from embedtune.teach import teach
@@ -154,14 +155,16 @@ class TrainerCLI(LightningCLI):
         """Build the Trainer with the loggers and callbacks of a run folder."""
         config = self.config_init[self.subcommand]
         folder = Path(config.trainer.default_root_dir)
+        is_fit = self.subcommand == "fit"
         if config.trainer.logger is None:
-            is_fit = self.subcommand == "fit"
             kwargs["logger"] = make_loggers(config.log_with, folder) if is_fit else False
+        if config.trainer.precision is None and is_fit:
+            kwargs["precision"] = default_precision(str(config.trainer.accelerator))
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
         callbacks = list(config.trainer.callbacks or [])
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar())
-        if self.subcommand == "fit":
+        if is_fit:
             callbacks += [RunSummary(), Throughput()]
             callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
         elif self.subcommand == "predict":
