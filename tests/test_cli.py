@@ -92,6 +92,28 @@ def test_the_saved_configuration_runs_again(tiny_bert):
     assert Path("run/model/model.safetensors").read_bytes() == before
 
 
+def test_the_share_of_truncated_texts_is_told(tiny_bert, caplog):
+    """Also where the encoder's 64 positions, not passage_max_len, are the limit."""
+    rows = [{"query": "q", "pos": ["w " * (100 if i < 2 else 5)]} for i in range(8)]
+    with caplog.at_level("INFO", logger="embedtune"):
+        fit(tiny_bert, data=write("long.jsonl", rows))
+    told = "0.0% of the queries at 64 tokens, 25.0% of the documents at 64 tokens (of 8 examples)"
+    assert told in caplog.text
+
+
+def test_a_run_may_go_without_checkpoints(tiny_bert):
+    fit(tiny_bert, "--trainer.enable_checkpointing", "false")
+    assert not list(Path("run").rglob("*.ckpt"))
+    assert Path("run/model/modules.json").exists()
+
+
+def test_a_drawn_seed_is_also_that_of_the_data(tiny_bert):
+    fit(tiny_bert, "--seed_everything", "true")
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert isinstance(saved["seed_everything"], int)
+    assert not isinstance(saved["seed_everything"], bool)
+
+
 def test_only_the_last_epochs_are_kept(tiny_bert):
     fit(tiny_bert, "--trainer.max_epochs", "4", "--num_max_checkpoints", "2")
     kept = sorted(path.name for path in Path("run/checkpoints").glob("epoch-*"))
@@ -326,6 +348,7 @@ def test_unknown_commands_and_missing_arguments_are_named(capsys):
     Path("text.ckpt").write_text("not a checkpoint")
     assert "expected a checkpoint of embedtune" in failure(capsys, "export", "text.ckpt", "out")
     assert "out" in failure(capsys, "teach", "--model", "m", "--data", "d")
+    assert "dims" in failure(capsys, "evaluate", "m", "--data", "d", "--dims", "64,x")
 
 
 def test_the_installed_command_exits_with_code_2_and_no_traceback():

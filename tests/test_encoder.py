@@ -67,13 +67,11 @@ def test_a_prompt_is_prepended(tiny_bert):
     assert not torch.allclose(prompted, encode(encoder, ["text"]))
 
 
-def test_max_len_truncates_and_never_exceeds_the_positions(tiny_bert):
-    encoder = Encoder(EncoderSpec(str(tiny_bert))).eval()
-    assert encoder.max_positions == 64
-    long_text = "word " * 100
-    for max_len, expected in ((10, 10), (1000, 64)):
-        features = encoder.tokenize([long_text], "document", None, max_len)
-        assert features["input_ids"].shape == (1, expected)
+def test_max_len_truncates_and_is_capped_by_the_positions(tiny_bert):
+    encoder = Encoder(EncoderSpec(str(tiny_bert)))
+    assert (encoder.max_positions, encoder.cap(10), encoder.cap(1000)) == (64, 10, 64)
+    features = encoder.tokenize(["word " * 100], "document", None, 10)
+    assert features["input_ids"].shape == (1, 10)
 
 
 def test_the_models_own_prompts_depend_on_the_role(tiny_bert, tmp_path):

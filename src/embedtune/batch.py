@@ -69,7 +69,8 @@ class Collator:
             tokens_per_chunk: Largest number of tokens, padding included, that are encoded at once.
         """
         self.encoder = encoder
-        self.query_max_len, self.passage_max_len = query_max_len, passage_max_len
+        self.query_max_len = encoder.cap(query_max_len)
+        self.passage_max_len = encoder.cap(passage_max_len)
         self.tokens_per_chunk = tokens_per_chunk
 
     def __call__(self, examples: Sequence[Example]) -> Batch:

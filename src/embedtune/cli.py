@@ -23,6 +23,7 @@ from embedtune.module import EmbeddingModule
 from embedtune.precision import default_precision
 from embedtune.predict import WriteEmbeddings
 from embedtune.progress import RunSummary, Throughput
+from embedtune.projection import parse_dims
 from embedtune.teach import teach
 
 log = logging.getLogger("embedtune")
@@ -137,6 +138,12 @@ class TrainerCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""
 
+    def before_instantiate_classes(self) -> None:
+        """Give the data a seed that was drawn (``seed_everything: true``)."""
+        config = self.config[self.subcommand]
+        if not isinstance(config.seed_everything, bool):
+            config.data.seed = config.seed_everything
+
     def instantiate_classes(self) -> None:
         """Build module, data module and Trainer.
 
@@ -161,6 +168,8 @@ class TrainerCLI(LightningCLI):
         if config.trainer.precision is None and is_fit:
             kwargs["precision"] = default_precision(str(config.trainer.accelerator))
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
+        if config.trainer.enable_checkpointing is False:
+            self._parser(self.subcommand).callback_keys.remove("checkpoint")
         callbacks = list(config.trainer.callbacks or [])
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar())
@@ -229,7 +238,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
         "--out", type=str, default=None, help="folder for evaluation.json and a chart"
     )
     args = parser.parse_args(argv)
-    dims = None if args.dims is None else [int(dim) for dim in args.dims.split(",")]
+    dims = None if args.dims is None else parse_dims(args.dims, "dims")
     results = evaluate_models(args.models, read_beir(Path(args.data)), dims)
     sys.stdout.write(format_table(results) + "\n")
     if args.out is not None:

@@ -148,6 +148,10 @@ class Encoder(nn.Module):
         offset = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
         return int(positions) - (0 if offset is None else offset + 1)
 
+    def cap(self, max_len: int) -> int:
+        """Return ``max_len``, or as many tokens as there are positions if they are fewer."""
+        return max_len if self.max_positions is None else min(max_len, self.max_positions)
+
     def raise_max_seq_length(self, length: int) -> None:
         """Let ``encode`` take inputs as long as those trained on; never shortens."""
         known = self.max_seq_length
@@ -181,10 +185,7 @@ class Encoder(nn.Module):
             prompt: Prepended to each text; None for none.
             max_len: Longest input in tokens, prompt and special tokens included.
         """
-        limits = [max_len] + [limit for limit in (self.max_positions,) if limit is not None]
-        features = self.model.preprocess(
-            list(texts), prompt=prompt, max_length=min(limits), task=role
-        )
+        features = self.model.preprocess(list(texts), prompt=prompt, max_length=max_len, task=role)
         if any(isinstance(module, Router) for module in self.model):
             features["task"] = role
         if all(module.include_prompt for module in self.model if isinstance(module, Pooling)):

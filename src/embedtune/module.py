@@ -114,8 +114,7 @@ class EmbeddingModule(pl.LightningModule):
         row_format = self.data.format
         if stage == "fit":
             self._settle_projection(row_format)
-            longest = self.data.max_len
-            self.encoder.raise_max_seq_length(min(longest, self.encoder.max_positions or longest))
+            self.encoder.raise_max_seq_length(self.encoder.cap(self.data.max_len))
             prompt = self.data.datasets["train"].rows.prompt
             if prompt is not None:
                 self.encoder.set_query_prompt(prompt)

@@ -106,9 +106,8 @@ def _truncation(data: EmbeddingDataModule, module: EmbeddingModule) -> str:
 
 
 def _is_truncated(module: EmbeddingModule, text: Text) -> bool:
-    limit = min(text.max_len, module.encoder.max_positions or text.max_len)
-    features = module.encoder.tokenize([text.text], text.role, text.prompt, limit + 1)
-    return features["input_ids"].shape[-1] > limit
+    features = module.encoder.tokenize([text.text], text.role, text.prompt, text.max_len + 1)
+    return features["input_ids"].shape[-1] > text.max_len
 
 
 class Throughput(pl.Callback):

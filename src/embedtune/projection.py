@@ -12,7 +12,7 @@ from embedtune.errors import InputError
 ProjectionInit = Literal["none", "identity", "orthogonal", "random", "pca"]
 
 
-def parse_dims(dims: Sequence[int] | str) -> list[int]:
+def parse_dims(dims: Sequence[int] | str, key: str = "model.mrl_dims") -> list[int]:
     """Return Matryoshka widths from a list, or from numbers with commas between.
 
     >>> parse_dims("64, 128")
@@ -27,7 +27,7 @@ def parse_dims(dims: Sequence[int] | str) -> list[int]:
     except ValueError:
         widths = []
     if not widths or min(widths) < 1:
-        raise InputError(f"model.mrl_dims: expected widths such as 64,128,256, found {dims!r}")
+        raise InputError(f"{key}: expected widths such as 64,128,256, found {dims!r}")
     return widths
 
 
