@@ -56,8 +56,8 @@ class Target(NamedTuple):
 class Loss(nn.Module):
     """What a loss is: a function of embeddings that never sees the model.
 
-    A loss of your own derives from this class, or has its ``forward``, and is named in the YAML by
-    its import path. With ``use_mrl`` it is called with the embeddings cut to each width.
+    A loss of your own derives from this class and is named in the YAML by its import path. With
+    ``use_mrl`` it is called with the embeddings cut to each width.
 
     Attributes:
         formats: The formats of data it can be trained on; all by default.

@@ -95,7 +95,7 @@ class EmbeddingModule(pl.LightningModule):
                 "model.loss.init_args.temperature beside model.loss"
             )
         self.loss = loss
-        self._is_settled = False
+        self._has_projection_settled = self._has_loss_settled = False
         self.spearman = SpearmanCorrCoef()
         self.encoder = Encoder(EncoderSpec(model_name_or_path, pooling, trust_remote_code))
 
@@ -108,17 +108,19 @@ class EmbeddingModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Settle the loss and the projection for the data's format."""
-        if stage == "predict" or self._is_settled:
+        if stage == "predict":
             return
-        self._is_settled = True
         row_format = self.data.format
-        if stage == "fit":
+        if stage == "fit" and not self._has_projection_settled:
+            self._has_projection_settled = True
             self._settle_projection(row_format)
             self.encoder.raise_max_seq_length(self.encoder.cap(self.data.max_len))
             prompt = self.data.datasets["train"].rows.prompt
             if prompt is not None:
                 self.encoder.set_query_prompt(prompt)
-        self.loss = self._settle_loss(row_format)
+        if not self._has_loss_settled:
+            self._has_loss_settled = True
+            self.loss = self._settle_loss(row_format)
 
     def _settle_loss(self, row_format: Format) -> Loss:
         loss = self.loss or default_loss(row_format, self.temperature)
@@ -160,7 +162,7 @@ class EmbeddingModule(pl.LightningModule):
         init_projection(self.encoder.append_projection(width).linear, self.projection_init, sample)
 
     def _sample_embeddings(self) -> Tensor:
-        """Embed a fixed sample of the training texts, ``[n, hidden]``."""
+        """Embed queries and positives of a fixed sample of the examples, ``[n, hidden]``."""
         data = self.data.datasets["train"]
         count = min(len(data), max(PCA_EXAMPLES, self.encoder.width))
         indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
@@ -172,7 +174,11 @@ class EmbeddingModule(pl.LightningModule):
         with torch.no_grad():
             for start in range(0, count, self.data.batch_size):
                 keys = [(0, index) for index in indices[start : start + self.data.batch_size]]
-                batch = self.transfer_batch_to_device(collate(data.__getitems__(keys)), device, 0)
+                examples = [
+                    example._replace(positives=example.positives[:1], negatives=(), scores=())
+                    for example in data.__getitems__(keys)
+                ]
+                batch = self.transfer_batch_to_device(collate(examples), device, 0)
                 embeddings.append(self(batch).cpu())
         return torch.cat(embeddings)
 
