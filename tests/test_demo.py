@@ -7,7 +7,15 @@ import sys
 import pytest
 
 from embedtune import demo
-from embedtune.demo import Docstring, Pair, collect_pairs, harvest, split_docstring, split_pairs
+from embedtune.demo import (
+    MAX_DOCUMENT_CHARACTERS,
+    Docstring,
+    Pair,
+    collect_pairs,
+    harvest,
+    split_docstring,
+    split_pairs,
+)
 from embedtune.errors import InputError
 from embedtune.records import Format, detect_format, parse_record, read_lines
 
@@ -160,7 +168,7 @@ def test_a_docstring_is_cleaned_and_split(text, query, document):
 
 def test_long_documents_end_at_a_word():
     _, document = split_docstring("A summary.\n\n" + "word " * 1000)
-    assert 490 < len(document) <= 500
+    assert MAX_DOCUMENT_CHARACTERS - 10 < len(document) <= MAX_DOCUMENT_CHARACTERS
     assert set(document.split()) == {"word"}
 
 
