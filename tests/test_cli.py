@@ -88,7 +88,9 @@ def test_the_saved_configuration_runs_again(tiny_bert):
     assert saved["model"]["lr"] == 3e-4
     assert saved["seed_everything"] == 666
     before = Path("run/model/model.safetensors").read_bytes()
+    metrics = Path("run/metrics.csv").read_text()
     main(["fit", "--config", "run/config.yaml"])
+    assert Path("run/metrics-1.csv").read_text() == metrics
     assert Path("run/model/model.safetensors").read_bytes() == before
 
 

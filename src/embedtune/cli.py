@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
@@ -195,6 +196,7 @@ def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> l
     loggers: list[Logger] = []
     for name in [chosen] if isinstance(chosen, str) else chosen:
         if name == "csv":
+            keep_earlier_metrics(folder)
             loggers.append(CSVLogger(folder, name="", version=""))
         elif name == "tensorboard":
             loggers.append(TensorBoardLogger(folder, name="", version=""))
@@ -204,6 +206,15 @@ def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> l
             except ModuleNotFoundError:
                 raise InputError("log_with: wandb needs pip install 'embedtune[wandb]'") from None
     return loggers
+
+
+@rank_zero_only
+def keep_earlier_metrics(folder: Path) -> None:
+    """Rename the metrics of an earlier run in this folder, which CSVLogger would delete."""
+    metrics = folder / "metrics.csv"
+    if metrics.exists():
+        earlier = len(list(folder.glob("metrics-*.csv")))
+        metrics.rename(folder / f"metrics-{earlier + 1}.csv")
 
 
 # --- Commands without a Trainer ---------------------------------------------------------
