@@ -196,7 +196,7 @@ def test_export_rebuilds_a_checkpoint_offline(tiny_bert):
 
 @pytest.mark.parametrize("name", ["queries.jsonl", "lines.txt"])
 def test_predict_writes_what_encode_gives_in_order(tiny_bert, name):
-    texts = [f"text {'x ' * (i % 5)}{i}" for i in range(70)]
+    texts = [f"text {'x ' * (i % 5)}{i}" for i in range(70)] + ["longer than 64 tokens " * 9]
     write(name, texts if name.endswith("txt") else [{"query": t, "pos": ["p"]} for t in texts])
     main(
         [

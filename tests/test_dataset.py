@@ -55,6 +55,13 @@ def test_the_cache_follows_the_content(tmp_path, monkeypatch):
     assert len(reads) == 2
 
 
+def test_a_text_file_is_not_taken_for_json_of_the_same_bytes(tmp_path):
+    line = '{"query": "in json"}\n'
+    for name, expected in (("f.jsonl", "in json"), ("f.txt", line.strip())):
+        (tmp_path / name).write_text(line)
+        assert Rows([tmp_path / name]).table[0]["query"] == expected
+
+
 def test_a_row_that_fails_leaves_no_cache(tmp_path):
     path = write(tmp_path / "f.jsonl", [{"query": "fails"}, {"query": 3}])
     for _ in range(2):

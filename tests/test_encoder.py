@@ -74,6 +74,13 @@ def test_max_len_truncates_and_is_capped_by_the_positions(tiny_bert):
     assert features["input_ids"].shape == (1, 10)
 
 
+def test_a_tokenizer_without_a_limit_gets_that_of_the_positions(tiny_bert, tmp_path):
+    model = SentenceTransformer(str(tiny_bert), device="cpu")
+    model.max_seq_length = int(1e30)
+    model.save_pretrained(str(tmp_path))
+    assert Encoder(EncoderSpec(str(tmp_path))).max_seq_length == 64
+
+
 def test_the_models_own_prompts_depend_on_the_role(tiny_bert, tmp_path):
     model = SentenceTransformer(
         str(tiny_bert), device="cpu", prompts={"query": "q: ", "passage": "p: "}

@@ -124,6 +124,14 @@ def test_bytes_that_are_not_utf8_are_one_clear_error(tmp_path):
         read(path)
 
 
+def test_half_a_surrogate_pair_is_one_clear_error(tmp_path):
+    path = write(tmp_path / "f.jsonl", [PAIR, '{"query": "\\ud83d\\ude00", "pos": ["p"]}'])
+    assert read(path)[1].query == "\U0001f600"
+    write(path, [PAIR, '{"query": "\\ud83d alone", "pos": ["p"]}'])
+    with pytest.raises(InputError, match=r":2: .*half a pair"):
+        read(path)
+
+
 def test_trailing_blank_lines_and_a_byte_order_mark_are_harmless(tmp_path):
     path = tmp_path / "f.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\n\n\n")

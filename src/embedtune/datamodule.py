@@ -63,7 +63,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
             batch_size: Per rank: query-positive pairs (pair, triplet), lists (scored) or texts
                 (distill).
             neg_nums: Hard negatives drawn per query in each epoch (triplet).
-            query_max_len: Longest query in tokens; the default is 128, for distill 512.
+            query_max_len: Longest query in tokens; the default is 128, for distill 512, and for
+                ``embedtune predict`` the model's own longest input.
             passage_max_len: Longest positive or negative in tokens.
             teacher_path: float32 memory map of the teacher's embeddings of ``train_path``
                 (distill), or several, which are concatenated along the width.
@@ -212,9 +213,12 @@ class EmbeddingDataModule(pl.LightningDataModule):
         progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
         return self.trainer.current_epoch, progress.ready
 
-    def collator(self, encoder: Encoder) -> Collator:
-        """Return what makes batches for ``encoder``."""
-        return Collator(encoder, self.query_max_len, self.passage_max_len, self.tokens_per_chunk)
+    def collator(self, encoder: Encoder, name: DataSet = "train") -> Collator:
+        """Return what makes batches of a data set for ``encoder``."""
+        query_max_len = self.query_max_len
+        if name == "predict" and self._query_max_len is None:
+            query_max_len = encoder.max_seq_length or query_max_len
+        return Collator(encoder, query_max_len, self.passage_max_len, self.tokens_per_chunk)
 
     # --- Loaders ------------------------------------------------------------------------
 
@@ -238,7 +242,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
         return DataLoader(
             self.datasets[name],
             batch_sampler=self.sampler(name),
-            collate_fn=self.collator(self.trainer.lightning_module.encoder),
+            collate_fn=self.collator(self.trainer.lightning_module.encoder, name),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",

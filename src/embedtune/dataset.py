@@ -89,6 +89,7 @@ class Rows:
         self.paths = list(paths)
         digest = hashlib.blake2b(f"{CACHE_VERSION} {declared}".encode(), digest_size=16)
         for path in self.paths:
+            digest.update("".join(path.suffixes).encode())  # a .txt file is read in another way
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
         stem = cache_folder() / digest.hexdigest()

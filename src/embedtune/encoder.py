@@ -18,7 +18,8 @@ Role = Literal["query", "document"]
 Features = dict[str, Any]
 """Token features of one or more texts as sentence-transformers' modules pass them on."""
 
-_UNLIMITED = 10**9  # tokenizers without a limit report about 1e30
+UNLIMITED = 10**9
+"""More tokens than any input has; tokenizers without a limit report about 1e30."""
 
 
 class EncoderSpec(NamedTuple):
@@ -86,6 +87,8 @@ class Encoder(nn.Module):
         self.normalizes = isinstance(self.model[-1], Normalize)
         if self.normalizes:
             del self.model[-1]
+        if self.max_seq_length is None and self.max_positions is not None:
+            self.model.max_seq_length = self.max_positions
         if self.model.get_embedding_dimension() is None:
             raise InputError(
                 f"model_name_or_path: {spec.model_name_or_path!r} does not tell its embedding "
@@ -134,7 +137,7 @@ class Encoder(nn.Module):
     def max_seq_length(self) -> int | None:
         """Longest input in tokens that ``encode`` takes before it truncates; None is unlimited."""
         length = self.model.max_seq_length
-        return None if length is None or length > _UNLIMITED else int(length)
+        return None if length is None or length > UNLIMITED else int(length)
 
     @property
     def max_positions(self) -> int | None:

@@ -11,7 +11,7 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 
 from embedtune.batch import Text, make_chunks
-from embedtune.encoder import Encoder, EncoderSpec, load_sentence_transformer
+from embedtune.encoder import UNLIMITED, Encoder, EncoderSpec, load_sentence_transformer
 from embedtune.errors import InputError
 from embedtune.module import EmbeddingModule
 
@@ -108,7 +108,7 @@ def largest_difference(encoder: Encoder, folder: Path) -> float:
 
 @torch.no_grad()
 def _training_embeddings(encoder: Encoder, role: Any) -> Tensor:
-    max_len = encoder.max_seq_length or 512
+    max_len = encoder.max_seq_length or UNLIMITED
     prompt = encoder.default_prompt(role)
     texts = [Text(text, role, prompt, max_len) for text in PROBES]
     chunks, order = make_chunks(encoder, texts, tokens_per_chunk=8192)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
@@ -12,6 +13,9 @@ import numpy as np
 import zstandard
 
 from embedtune.errors import InputError
+
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""A JSON escape of half a surrogate pair: alone it is no text and cannot be written anywhere."""
 
 
 class Format(StrEnum):
@@ -132,6 +136,15 @@ def _parse_object(path: Path, number: int, text: str) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         place = f"{path}:{number}: invalid JSON at column {error.colno}"
         raise InputError(f"{place}: {error.msg}; found {_show(text.rstrip())}") from None
+    if SURROGATE.search(text):
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            found = ascii(error.object[error.start])
+            place = f"{path}:{number}"
+            raise InputError(
+                f"{place}: expected Unicode text, found half a pair, {found}"
+            ) from None
     if not isinstance(fields, dict):
         raise InputError(f"{path}:{number}: expected a JSON object, found {_describe(fields)}")
     return fields
