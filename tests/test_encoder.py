@@ -200,6 +200,16 @@ def test_widths_parse_from_a_list_or_a_comma_string():
             parse_dims(wrong)
 
 
+@pytest.mark.parametrize("model", ["tiny_bert", "tiny_qwen"])
+def test_every_trainable_parameter_gets_a_gradient(model, request):
+    encoder = Encoder(EncoderSpec(str(request.getfixturevalue(model))))
+    encoder.append_projection(8)
+    encoder(encoder.tokenize(TEXTS, "query", None, 64)).square().sum().backward()
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    assert len(trained) > 10
+    assert all(parameter.grad is not None for parameter in trained)
+
+
 def test_normalize_is_taken_off_for_training(tiny_bert):
     encoder = Encoder(EncoderSpec(str(tiny_bert)))
     assert encoder.normalizes

@@ -94,6 +94,11 @@ class Encoder(nn.Module):
                 f"model_name_or_path: {spec.model_name_or_path!r} does not tell its embedding "
                 "width; give model.pooling for a bare transformers checkpoint"
             )
+        # BERT's own pooler takes no part in the embedding: nothing ever trains it, and DDP would
+        # wait for its gradients.
+        pooler = getattr(getattr(self.model[0], "auto_model", None), "pooler", None)
+        if isinstance(pooler, nn.Module):
+            pooler.requires_grad_(False)
         if spec.projection_dim is not None:
             self.append_projection(spec.projection_dim)
         if spec.max_seq_length is not None:
