@@ -331,6 +331,8 @@ def test_bad_rows_stop_the_run(capsys, tiny_bert, rows, expected):
         (["--model.loss", "InfoNCE", "--model.loss.temperature", "-1"], "temperature.*-1"),
         (["--data.format", "triplet"], "train.jsonl:1: field 'neg' is missing"),
         (["--num_max_checkpoints", "0"], "num_max_checkpoints"),
+        (["--ckpt_path", "none.ckpt"], "ckpt_path: .*none.ckpt"),
+        (["--trainer.default_root_dir", "t.f32"], "default_root_dir: .*t.f32"),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_clear_message(capsys, tiny_bert, flags, expected):

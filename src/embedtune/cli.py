@@ -41,6 +41,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
 }
 
+CHECKPOINT_NAMES = ("last", "best", "hpc", "registry")
+"""Values of ``ckpt_path`` that Lightning resolves itself."""
+
 OVERVIEW = """\
 usage: embedtune COMMAND ...
 
@@ -140,8 +143,22 @@ class TrainerCLI(LightningCLI):
         """Take nothing from a checkpoint but its state: YAML and flags win."""
 
     def before_instantiate_classes(self) -> None:
-        """Give the data a seed that was drawn (``seed_everything: true``)."""
+        """Check the paths of the run, and give the data a seed that was drawn.
+
+        Raises:
+            InputError: The run folder is a file, or the checkpoint is not there.
+        """
         config = self.config[self.subcommand]
+        folder, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
+        if folder.is_file():
+            raise InputError(
+                f"trainer.default_root_dir: expected a folder, found the file {folder}"
+            )
+        if checkpoint not in (None, *CHECKPOINT_NAMES) and not Path(checkpoint).exists():
+            raise InputError(
+                f"ckpt_path: expected a checkpoint or one of {', '.join(CHECKPOINT_NAMES)}, "
+                f"found nothing at {checkpoint}"
+            )
         if not isinstance(config.seed_everything, bool):
             config.data.seed = config.seed_everything
 
@@ -313,6 +330,7 @@ def quiet_libraries() -> None:
         ".*does not have many workers",  # num_workers is documented where it is set
         ".*SpearmanCorrcoef. will save all targets",
         ".*Total length of `list` across ranks is zero",  # no validation set
+        ".*custom batch sampler .GlobalBatchSampler. for prediction",  # it returns all
         ".*isinstance.treespec, LeafSpec.",  # Lightning with a newer torch
         ".*Checkpoint directory .* exists and is not empty",  # a run folder is run in again
         ".*Experiment logs directory .* exists and is not empty",
