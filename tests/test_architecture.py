@@ -12,7 +12,7 @@ LAYERS = [  # a module imports from the layers above its own line, never from it
     "records functional encoder optim precision teacher_store gather sampler",
     "dataset batch losses projection metrics strategies",
     "datamodule module",
-    "export evaluate report check mine teach demo embedding predict progress",
+    "export evaluate report check mine teach demo embedding parser predict progress",
     "cli",
     "__init__",
     "__main__",

@@ -1,13 +1,11 @@
 """The command line: Trainer commands by LightningCLI, the others as plain functions."""
 
-import difflib
 import logging
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
@@ -21,6 +19,7 @@ from embedtune.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
 from embedtune.export import ExportError, ExportModel, export_checkpoint
 from embedtune.module import EmbeddingModule
+from embedtune.parser import Parser, fail
 from embedtune.precision import default_precision
 from embedtune.predict import WriteEmbeddings
 from embedtune.progress import RunSummary, Throughput
@@ -60,40 +59,6 @@ Fine-tune text-embedding models: jsonl files in, a sentence-transformers folder 
 
 embedtune COMMAND --help tells the options of a command.
 """
-
-
-UNKNOWN_KEY = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
-"""How jsonargparse and argparse word that they do not know a key."""
-
-
-class Parser(LightningArgumentParser):
-    """A parser that answers a misspelt key with the nearest valid one."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Write one message, without the usage, and exit with code 2."""
-        unknown = UNKNOWN_KEY.search(str(message))
-        hint = self._nearest(unknown[1]) if unknown else ""
-        fail(" ".join(str(message).split()) + hint)
-
-    def _nearest(self, unknown: str) -> str:
-        keys = sorted({action.dest for parser in self._parsers() for action in parser._actions})
-        name = unknown.rpartition(".")[2]
-        # The right name in the wrong place, or else a misspelt one.
-        nearest = [key for key in keys if key.rpartition(".")[2] == name]
-        nearest = nearest or difflib.get_close_matches(unknown, keys, n=1)
-        return f"; the nearest valid key is {nearest[0]}" if nearest else ""
-
-    def _parsers(self) -> list[Any]:
-        subcommands = [
-            action.choices for action in self._actions if isinstance(action.choices, dict)
-        ]
-        return [self, *(parser for choices in subcommands for parser in choices.values())]
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Write one error line to stderr and exit."""
-    sys.stderr.write(f"embedtune: error: {message}\n")
-    sys.exit(code)
 
 
 class SaveConfig(SaveConfigCallback):
