@@ -152,3 +152,5 @@ def test_embedding_takes_a_prompt_and_a_longest_input(tiny_bert):
         embedding.encode([long_text], max_len=6), embedding.encode(["a b c d"])
     )
     assert embedding.encode([]).shape == (0, 32)
+    # Longer than the model's 64 positions, by the default of 512 tokens.
+    torch.testing.assert_close(embedding.encode(["a " * 100]), embedding.encode(["a " * 62]))

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from embedtune.encoder import load_sentence_transformer
+from embedtune.encoder import cap_length, load_sentence_transformer
 
 PROGRESS_BATCHES = 20
 """Batches from which on a progress bar is shown."""
@@ -67,6 +67,6 @@ class Embedding:
             device=device,
             convert_to_tensor=True,
             show_progress_bar=len(texts) > PROGRESS_BATCHES * batch_size,
-            processing_kwargs={"text": {"max_length": max_len}},
+            processing_kwargs={"text": {"max_length": cap_length(self.model, max_len)}},
         )
         return embeddings.float().cpu().clone()

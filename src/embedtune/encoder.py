@@ -63,6 +63,24 @@ def load_sentence_transformer(
         ) from error
 
 
+def max_positions(model: SentenceTransformer) -> int | None:
+    """Return the longest input in tokens that the position embeddings allow; None is unlimited."""
+    config = getattr(model[0], "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:
+        return None
+    # RoBERTa-like models number positions from padding_idx + 1 on.
+    embeddings = getattr(getattr(model[0], "auto_model", None), "embeddings", None)
+    offset = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return int(positions) - (0 if offset is None else offset + 1)
+
+
+def cap_length(model: SentenceTransformer, max_len: int) -> int:
+    """Return ``max_len``, or as many tokens as ``model`` has positions if they are fewer."""
+    limit = max_positions(model)
+    return max_len if limit is None else min(max_len, limit)
+
+
 class Encoder(nn.Module):
     """Map token features to embeddings ``[b, d]``.
 
@@ -147,18 +165,11 @@ class Encoder(nn.Module):
     @property
     def max_positions(self) -> int | None:
         """Longest input in tokens that the position embeddings allow; None is unlimited."""
-        config = getattr(self.model[0], "config", None)
-        positions = getattr(config, "max_position_embeddings", None)
-        if positions is None or positions <= 0:
-            return None
-        # RoBERTa-like models number positions from padding_idx + 1 on.
-        embeddings = getattr(getattr(self.model[0], "auto_model", None), "embeddings", None)
-        offset = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-        return int(positions) - (0 if offset is None else offset + 1)
+        return max_positions(self.model)
 
     def cap(self, max_len: int) -> int:
         """Return ``max_len``, or as many tokens as there are positions if they are fewer."""
-        return max_len if self.max_positions is None else min(max_len, self.max_positions)
+        return cap_length(self.model, max_len)
 
     def raise_max_seq_length(self, length: int) -> None:
         """Let ``encode`` take inputs as long as those trained on; never shortens."""

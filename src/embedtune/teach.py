@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from embedtune.dataset import Rows, resolve_paths
-from embedtune.encoder import load_sentence_transformer
+from embedtune.encoder import cap_length, load_sentence_transformer
 from embedtune.errors import InputError
 from embedtune.teacher_store import TeacherWriter
 
@@ -37,6 +37,7 @@ def teach(
 
     Writes ``OUT/texts.jsonl`` (distill rows, first occurrences in the order of the data) and
     ``OUT/embeddings.f32``, a float32 memory map ``[texts, width]`` with its description beside it.
+    The rows' own query prompts are left out of both: they are the student's.
 
     Args:
         model: The teacher: hub name or folder of a sentence-transformers model.
@@ -71,7 +72,7 @@ def teach(
             prompt=prompt,
             batch_size=batch_size,
             show_progress_bar=True,
-            processing_kwargs={"text": {"max_length": max_len}},
+            processing_kwargs={"text": {"max_length": cap_length(teacher, max_len)}},
         )
         writer.write(embeddings)
     writer.close(texts.queries_digest, model=model, prompt=prompt)
