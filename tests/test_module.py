@@ -319,6 +319,19 @@ def test_validation_logs_loss_and_spearman(tmp_path, tiny_bert):
     assert metrics["val/spearman"] == pytest.approx(expected, abs=1e-5)
 
 
+def test_one_data_module_serves_fit_validate_and_predict(tmp_path, tiny_bert):
+    path = write(tmp_path, "triplet")
+    module = EmbeddingModule(str(tiny_bert), use_mrl=True, mrl_dims=[8, 16])
+    data = EmbeddingDataModule(path, val_path=path, predict_path=path, neg_nums=2)
+    run = trainer(tmp_path)
+    run.validate(module, data, verbose=False)
+    run.fit(module, data)
+    assert module.encoder.width == 16
+    (embeddings,) = run.predict(module, data)
+    assert embeddings.shape == (12, 16)
+    run.fit(module, data)
+
+
 def test_workers_give_the_batches_of_the_main_process(tmp_path, tiny_bert):
     runs = [
         fit(tmp_path, tiny_bert, "triplet", {"num_workers": workers, "neg_nums": 2})[0]

@@ -100,12 +100,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
             "test": test_teacher_path,
         }
         self.declared = None if format == "auto" else Format(format)
-        self.batch_size, self.neg_nums, self.shuffle, self.seed = (
-            batch_size,
-            neg_nums,
-            shuffle,
-            seed,
-        )
+        self.batch_size, self.neg_nums = batch_size, neg_nums
+        self.shuffle, self.seed = shuffle, seed
         self._query_max_len, self.passage_max_len = query_max_len, passage_max_len
         self.teacher_embedding_dim = teacher_embedding_dim
         self.num_workers, self._tokens_per_chunk = num_workers, tokens_per_chunk
@@ -123,10 +119,15 @@ class EmbeddingDataModule(pl.LightningDataModule):
         for name in self._needed():
             if name not in self.datasets:
                 self.datasets[name] = self._open(name)
-        formats = {name: data.rows.format for name, data in self.datasets.items()}
+        formats = self._formats()
         if len(set(formats.values())) > 1:
             found = ", ".join(f"{name}: {row_format}" for name, row_format in formats.items())
             raise InputError(f"data: expected one format in all data sets, found {found}")
+
+    def _formats(self) -> dict[DataSet, Format]:
+        # Of what has a loss: predict takes the queries of any format.
+        opened = {name: data.rows.format for name, data in self.datasets.items()}
+        return {name: row_format for name, row_format in opened.items() if name != "predict"}
 
     def _needed(self) -> list[DataSet]:
         names = NEEDED[str(self.trainer.state.fn.value)]
@@ -166,8 +167,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
     @property
     def format(self) -> Format | None:
         """Format of the opened data; None when there is none (predict)."""
-        opened = list(self.datasets.values())
-        return opened[0].rows.format if opened else None
+        return next(iter(self._formats().values()), None)
 
     @property
     def query_max_len(self) -> int:

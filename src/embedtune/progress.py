@@ -36,7 +36,8 @@ def _data_facts(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str,
     train = data.datasets["train"]
     rows, sampler = train.rows, data.sampler("train")
     facts = {
-        "data": ", ".join(map(str, rows.paths)),
+        "data": ", ".join(map(str, rows.paths[:3]))
+        + (f" and {len(rows.paths) - 3} more files" if len(rows.paths) > 3 else ""),
         "format": f"{rows.format}, {len(rows):,} rows, {len(train):,} examples",
     }
     if rows.ignored_fields:
@@ -50,7 +51,8 @@ def _data_facts(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str,
             f"other queries' positives (data.neg_nums {data.neg_nums} has no effect on pair data)"
         )
     elif train.teacher is not None:
-        facts["teacher"] = f"width {train.teacher.width}"
+        origin = "" if data.teacher_embedding_dim else ", taken from the files' sizes"
+        facts["teacher"] = f"width {train.teacher.width}{origin}"
     facts["global batch"] = (
         f"{sampler.global_batch_size} = {sampler.batch_size} x {sampler.num_ranks} rank(s)"
     )
