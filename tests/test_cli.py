@@ -64,7 +64,7 @@ def test_a_fit_without_yaml_fills_its_run_folder(tiny_bert, caplog):
     assert {"config.yaml", "metrics.csv", "checkpoints", "model"} <= names
     assert any(name.startswith("events.out.tfevents") for name in names)
     assert {"epoch-1", "epoch-2", "last.ckpt"} <= {p.name for p in (run / "checkpoints").iterdir()}
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert len(rows) == 4
     assert {"train/loss", "train/lr", "train/examples_per_s"} <= set(rows[0])
     model = SentenceTransformer("run/model", device="cpu")
@@ -101,6 +101,14 @@ def test_the_share_of_truncated_texts_is_told(tiny_bert, caplog):
         fit(tiny_bert, data=write("long.jsonl", rows))
     told = "0.0% of the queries at 64 tokens, 25.0% of the documents at 64 tokens (of 8 examples)"
     assert told in caplog.text
+
+
+def test_a_validation_set_is_named_and_its_loss_logged(tiny_bert, caplog):
+    with caplog.at_level("INFO", logger="embedtune"):
+        fit(tiny_bert, "--data.val_path", write("val.jsonl", PAIRS[:6]))
+    assert "validation      6 examples of val.jsonl" in caplog.text
+    rows = list(csv.DictReader(Path("run/metrics.csv").read_text().splitlines()))
+    assert sum(bool(row["val/loss"]) for row in rows) == 2
 
 
 def test_a_run_may_go_without_checkpoints(tiny_bert):

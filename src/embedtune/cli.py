@@ -290,6 +290,10 @@ def quiet_libraries() -> None:
     log.setLevel(logging.INFO)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Said whenever deepspeed is installed and imported, by transformers, on a CPU.
+    logging.getLogger("DeepSpeed").addFilter(
+        lambda record: "Setting accelerator to CPU" not in record.getMessage()
+    )
     disable_progress_bar()  # of loading and saving weights
     for message in (
         ".*does not have many workers",  # num_workers is documented where it is set

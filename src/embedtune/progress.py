@@ -57,6 +57,9 @@ def _data_facts(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str,
         f"{sampler.global_batch_size} = {sampler.batch_size} x {sampler.num_ranks} rank(s)"
     )
     facts["truncated"] = _truncation(data, module)
+    if "val" in data.datasets:
+        val = data.datasets["val"]
+        facts["validation"] = f"{len(val):,} examples of {', '.join(map(str, val.rows.paths[:3]))}"
     return facts
 
 
