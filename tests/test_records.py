@@ -147,3 +147,7 @@ def test_a_text_file_is_a_query_a_line(tmp_path):
     path = tmp_path / "f.txt"
     path.write_text("first text\n{not json\n")
     assert [record.query for record in read(path)] == ["first text", "{not json"]
+    compressed = tmp_path / "f.txt.gz"
+    compressed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read(compressed) == read(path)
+    assert read(write(tmp_path / "f.txt.jsonl", [PAIR])) == [Record("q", None, ["p"])]

@@ -97,7 +97,8 @@ def read_lines(paths: Iterable[Path]) -> Iterator[Line]:
     for file, path in enumerate(paths):
         number = 0
         blank: int | None = None
-        parse = _parse_text if ".txt" in path.suffixes[-2:] else _parse_object
+        plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+        parse = _parse_text if plain.suffix == ".txt" else _parse_object
         try:
             with open_text(path) as lines:
                 for number, text in enumerate(lines, start=1):
