@@ -49,6 +49,38 @@ def test_a_model_without_normalize_gets_none(tiny_transformer, tmp_path):
     assert modules(tmp_path / "model") == ["Transformer", "Pooling"]
 
 
+@pytest.mark.parametrize(
+    ("prompts", "default"),
+    [
+        ({"query": "q: ", "passage": "p: "}, None),
+        ({"query": "q: ", "document": "d: ", "passage": "p: "}, None),
+        ({"task": "t: "}, "task"),
+    ],
+)
+def test_prompts_are_those_of_encode_query_and_encode_document(
+    tiny_bert, tmp_path, prompts, default
+):
+    model = SentenceTransformer(
+        str(tiny_bert), device="cpu", prompts=prompts, default_prompt_name=default
+    )
+    model.save_pretrained(str(tmp_path / "prompted"))
+    encoder = Encoder(EncoderSpec(str(tmp_path / "prompted")))
+    assert export_encoder(encoder, tmp_path / "model") <= TOLERANCE
+    exported = SentenceTransformer(str(tmp_path / "model"), device="cpu").prompts
+    document = prompts.get("document", prompts.get("passage", ""))
+    assert (exported["query"], exported["document"]) == (prompts.get("query", ""), document)
+
+
+def test_a_model_that_truncates_is_trained_and_exported_at_its_full_width(tiny_bert, tmp_path):
+    SentenceTransformer(str(tiny_bert), device="cpu", truncate_dim=16).save_pretrained(
+        str(tmp_path / "cut")
+    )
+    assert SentenceTransformer(str(tmp_path / "cut"), device="cpu").truncate_dim == 16
+    encoder = Encoder(EncoderSpec(str(tmp_path / "cut")))
+    assert encoder.width == 32
+    assert export_encoder(encoder, tmp_path / "model") <= TOLERANCE
+
+
 def test_training_goes_on_after_an_export(encoder, tmp_path):
     before = [id(parameter) for parameter in encoder.parameters()]
     export_encoder(encoder, tmp_path / "model")

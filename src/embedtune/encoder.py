@@ -1,5 +1,6 @@
 """A sentence-transformers model as a trainable encoder with an optional Matryoshka projection."""
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from embedtune.errors import InputError
+
+log = logging.getLogger("embedtune")
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 Role = Literal["query", "document"]
@@ -81,6 +84,25 @@ def cap_length(model: SentenceTransformer, max_len: int) -> int:
     return max_len if limit is None else min(max_len, limit)
 
 
+def make_trainable(model: SentenceTransformer) -> None:
+    """Settle what a model leaves to its user: lengths, width and prompts, and what is trained."""
+    limit = max_positions(model)
+    if limit is not None and (model.max_seq_length or UNLIMITED) >= UNLIMITED:
+        model.max_seq_length = limit
+    if model.truncate_dim is not None:
+        log.warning("trained at its full width: the model cuts to %s", model.truncate_dim)
+        model.truncate_dim = None
+    # ``encode_document`` would take an empty "document" prompt over one of another name.
+    names = ("document", "passage", "corpus")
+    prompts = [model.prompts[name] for name in names if model.prompts.get(name)]
+    if prompts:
+        model.prompts["document"] = prompts[0]
+    # BERT's own pooler takes no part in the embedding: DDP would wait for its gradients.
+    pooler = getattr(getattr(model[0], "auto_model", None), "pooler", None)
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)
+
+
 class Encoder(nn.Module):
     """Map token features to embeddings ``[b, d]``.
 
@@ -100,23 +122,17 @@ class Encoder(nn.Module):
         self.model = load_sentence_transformer(
             spec.model_name_or_path, trust_remote_code=spec.trust_remote_code, device="cpu"
         )
+        make_trainable(self.model)
         if spec.pooling is not None:
             self._set_pooling(spec.pooling)
         self.normalizes = isinstance(self.model[-1], Normalize)
         if self.normalizes:
             del self.model[-1]
-        if self.max_seq_length is None and self.max_positions is not None:
-            self.model.max_seq_length = self.max_positions
         if self.model.get_embedding_dimension() is None:
             raise InputError(
                 f"model_name_or_path: {spec.model_name_or_path!r} does not tell its embedding "
                 "width; give model.pooling for a bare transformers checkpoint"
             )
-        # BERT's own pooler takes no part in the embedding: nothing ever trains it, and DDP would
-        # wait for its gradients.
-        pooler = getattr(getattr(self.model[0], "auto_model", None), "pooler", None)
-        if isinstance(pooler, nn.Module):
-            pooler.requires_grad_(False)
         if spec.projection_dim is not None:
             self.append_projection(spec.projection_dim)
         if spec.max_seq_length is not None:
@@ -187,11 +203,7 @@ class Encoder(nn.Module):
 
     def default_prompt(self, role: Role) -> str | None:
         """Return the model's own prompt for queries or documents, None where it has none."""
-        names = ("query",) if role == "query" else ("document", "passage")
-        prompts = [self.model.prompts[name] for name in names if self.model.prompts.get(name)]
-        if not prompts and self.model.default_prompt_name is not None:
-            prompts = [self.model.prompts[self.model.default_prompt_name]]
-        return prompts[0] if prompts and prompts[0] else None
+        return self.model.prompts.get(role) or None
 
     def tokenize(
         self, texts: Sequence[str], role: Role, prompt: str | None, max_len: int
