@@ -249,6 +249,7 @@ def test_test_reports_spearman_of_a_finished_model(tiny_bert, capsys):
         ]
     )
     assert "test/spearman" in capsys.readouterr().out
+    assert not Path("run").exists()
 
 
 def test_validate_takes_a_checkpoint_with_its_projection(tiny_bert, capsys):

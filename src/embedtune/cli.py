@@ -65,7 +65,9 @@ class SaveConfig(SaveConfigCallback):
     """Write the whole configuration of a fit to ``<default_root_dir>/config.yaml``."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the file; a run started again in the same folder overwrites it."""
+        """Write the file; only a fit that runs again in the same folder overwrites it."""
+        if stage != "fit":
+            return
         path = Path(trainer.default_root_dir) / "config.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
