@@ -184,8 +184,8 @@ class Distillation(Loss):
 
     The cosine of both embeddings at full width; the mean squared difference of their similarity
     matrices; and a hinge on the order of all pairs of pairs. With ``mrl_dims`` the last two are
-    averaged over the student's widths, against the teacher's full width (after the Stella report,
-    Zhang et al. 2024, section 3).
+    averaged over the student's widths, against the teacher's full width (after Jasper and Stella,
+    Zhang et al. 2024).
     """
 
     formats = frozenset({Format.DISTILL})

@@ -116,7 +116,7 @@ def _is_truncated(module: EmbeddingModule, text: Text) -> bool:
 
 
 class Throughput(pl.Callback):
-    """Log examples a second, over all ranks, since the last time it was logged."""
+    """Log examples a second, over all ranks, since the epoch started."""
 
     def __init__(self) -> None:
         """Start with nothing counted."""
