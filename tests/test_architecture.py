@@ -10,8 +10,9 @@ SOURCE = Path(__file__).parents[1] / "src" / "embedtune"
 LAYERS = [  # a module imports from the layers above its own line, never from its own or below
     "errors",
     "records functional encoder optim precision teacher_store gather sampler",
-    "dataset batch losses projection metrics strategies",
-    "datamodule module",
+    "dataset batch projection target strategies checkpoint metrics",
+    "losses datamodule",
+    "module",
     "export evaluate report check mine teach demo embedding parser predict progress",
     "cli",
     "__init__",
@@ -19,9 +20,9 @@ LAYERS = [  # a module imports from the layers above its own line, never from it
 ]
 LAYER_OF = {module: depth for depth, line in enumerate(LAYERS) for module in line.split()}
 DOORS = {
-    "torch.distributed": {"gather", "strategies"},
+    "torch.distributed": {"gather", "strategies", "checkpoint"},
     "sentence_transformers": {"encoder", "export", "evaluate"},
-    "deepspeed": {"strategies", "export"},
+    "deepspeed": {"strategies", "checkpoint"},
 }
 LAZY = "deepspeed"  # optional, and slow to import: only inside functions
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "misc"}

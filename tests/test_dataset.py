@@ -12,6 +12,7 @@ import pytest
 from embedtune import dataset
 from embedtune.dataset import ExampleDataset, Rows, draw_negatives, resolve_paths
 from embedtune.errors import InputError
+from embedtune.sampler import Key
 
 
 def write(path: Path, rows: list[dict]) -> Path:
@@ -93,7 +94,7 @@ def test_a_path_with_nothing_there_is_named_with_its_key(tmp_path, spec):
 def test_a_row_with_several_positives_is_one_example_each(tmp_path):
     data = ExampleDataset(Rows([write(tmp_path / "f.jsonl", triplets(3))]), neg_nums=2)
     assert len(data) == 6
-    assert [data[(0, i)].positives for i in range(6)] == [
+    assert [data[Key(0, i)].positives for i in range(6)] == [
         ["p0"],
         ["r0"],
         ["p1"],
@@ -101,26 +102,26 @@ def test_a_row_with_several_positives_is_one_example_each(tmp_path):
         ["p2"],
         ["r2"],
     ]
-    assert data[(0, 3)].known_positives == ["p1", "r1"]
-    assert [example.example_id for example in data.__getitems__([(0, 5), (0, 0)])] == [5, 0]
+    assert data[Key(0, 3)].known_positives == ["p1", "r1"]
+    assert [example.example_id for example in data.__getitems__([Key(0, 5), Key(0, 0)])] == [5, 0]
 
 
 def test_a_scored_row_is_one_list(tmp_path):
     row = {"query": "q", "pos": ["a", "b"], "scores": [1, 0.25]}
     data = ExampleDataset(Rows([write(tmp_path / "f.jsonl", [row])]))
     assert len(data) == 1
-    assert (data[(0, 0)].positives, data[(0, 0)].scores) == (["a", "b"], [1.0, 0.25])
+    assert (data[Key(0, 0)].positives, data[Key(0, 0)].scores) == (["a", "b"], [1.0, 0.25])
 
 
 def test_negatives_are_redrawn_every_epoch_and_reproducible(tmp_path):
     rows = Rows([write(tmp_path / "f.jsonl", triplets(8))])
     data = ExampleDataset(rows, neg_nums=3, seed=1)
-    epochs = [[data[(epoch, i)].negatives for i in range(16)] for epoch in range(2)]
+    epochs = [[data[Key(epoch, i)].negatives for i in range(16)] for epoch in range(2)]
     assert epochs[0] != epochs[1]
     again = ExampleDataset(rows, neg_nums=3, seed=1)
-    assert [again[(1, i)].negatives for i in reversed(range(16))] == epochs[1][::-1]
+    assert [again[Key(1, i)].negatives for i in reversed(range(16))] == epochs[1][::-1]
     other = ExampleDataset(rows, neg_nums=3, seed=2)
-    assert [other[(0, i)].negatives for i in range(16)] != epochs[0]
+    assert [other[Key(0, i)].negatives for i in range(16)] != epochs[0]
     # The two examples of one row do not share their draw.
     assert any(a != b for a, b in zip(epochs[0][::2], epochs[0][1::2], strict=True))
 
@@ -147,11 +148,12 @@ PROBE = """
 import re, sys
 from pathlib import Path
 from embedtune.dataset import ExampleDataset, Rows
+from embedtune.sampler import Key
 def anonymous_mb():
     return int(re.search(r"Anonymous:\\s+(\\d+)", open("/proc/self/smaps_rollup").read())[1]) / 1024
 before = anonymous_mb()
 data = ExampleDataset(Rows([Path(sys.argv[1])]))
-assert data[(0, len(data) - 1)].query.endswith(str(len(data) - 1))
+assert data[Key(0, len(data) - 1)].query.endswith(str(len(data) - 1))
 sys.stdout.write(f"{len(data)} {anonymous_mb() - before}")
 """
 

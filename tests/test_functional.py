@@ -63,30 +63,47 @@ def test_a_zero_prefix_has_finite_gradients():
 # --- InfoNCE --------------------------------------------------------------------------------
 
 
-def info_nce_by_loops(similarity, temperature, in_batch_positives, excluded):
-    b, n = len(similarity), len(similarity[0])
+def info_nce_by_loops(logits, own, num_positives, in_batch_positives, known, multi_positive):
     total = 0.0
-    for i in range(b):
-        pool = [i]
-        for j in range(n):
-            is_positive = j < b
-            counts = (n == b or in_batch_positives) if is_positive else True
-            if j != i and counts and not excluded[i][j]:
-                pool.append(j)
-        logits = [similarity[i][j] / temperature for j in pool]
-        total += math.log(sum(math.exp(x - logits[0]) for x in logits))
-    return total / b
+    for row, own_column, known_row in zip(logits, own, known, strict=True):
+        positives = [own_column]
+        if multi_positive:
+            positives += [j for j, is_known in enumerate(known_row) if is_known]
+        negatives = []
+        for j in range(len(row)):
+            counts = j >= num_positives or len(row) == num_positives or in_batch_positives
+            if counts and j != own_column and not known_row[j]:
+                negatives.append(math.exp(row[j]))
+        terms = [
+            -math.log(math.exp(row[j]) / (math.exp(row[j]) + sum(negatives))) for j in positives
+        ]
+        total += sum(terms) / len(terms)
+    return total / len(logits)
 
 
+@pytest.mark.parametrize("multi_positive", [False, True])
 @pytest.mark.parametrize("in_batch_positives", [False, True])
-@pytest.mark.parametrize(("b", "k"), [(1, 0), (1, 3), (4, 0), (4, 2)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_info_nce_equals_loops(b, k, in_batch_positives, masked):
-    similarity = F.cosine_similarity(randn(b, 6), randn(b + b * k, 6, seed=1))
-    generator = torch.Generator().manual_seed(3)
-    excluded = torch.rand(b, b + b * k, generator=generator) < (0.3 if masked else 0)
-    found = F.info_nce(similarity, 0.1, in_batch_positives, excluded)
-    expected = info_nce_by_loops(similarity.tolist(), 0.1, in_batch_positives, excluded.tolist())
+@pytest.mark.parametrize(("b", "m", "k"), [(1, 1, 0), (1, 1, 3), (4, 4, 0), (4, 4, 2), (2, 5, 2)])
+@pytest.mark.parametrize("share", [0, 0.3])
+def test_info_nce_equals_loops(b, m, k, in_batch_positives, share, multi_positive):
+    """With more positives than queries, as one rank's queries meet them."""
+    similarity = F.cosine_similarity(randn(b, 6), randn(m + m * k, 6, seed=1))
+    own = torch.arange(b) + (m - b)
+    known = torch.rand(similarity.shape, generator=torch.Generator().manual_seed(3)) < share
+    known[torch.arange(b), own] = False
+    found = F.info_nce(
+        similarity,
+        0.1,
+        in_batch_positives=in_batch_positives,
+        own=own,
+        num_positives=m,
+        known=known,
+        multi_positive=multi_positive,
+    )
+    logits = (similarity / 0.1).tolist()
+    expected = info_nce_by_loops(
+        logits, own.tolist(), m, in_batch_positives, known.tolist(), multi_positive
+    )
     assert found.item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -95,12 +112,15 @@ def test_info_nce_of_identical_embeddings_is_log_of_the_candidates():
     assert F.info_nce(F.cosine_similarity(ones, ones), 0.02).item() == pytest.approx(math.log(5))
     triplet = F.cosine_similarity(ones, torch.ones(15, 3))
     assert F.info_nce(triplet, 0.02).item() == pytest.approx(math.log(1 + 10))
-    assert F.info_nce(triplet, 0.02, True).item() == pytest.approx(math.log(15))
+    loss = F.info_nce(triplet, 0.02, in_batch_positives=True)
+    assert loss.item() == pytest.approx(math.log(15))
 
 
-def test_info_nce_without_any_negative_left_is_zero():
+@pytest.mark.parametrize("multi_positive", [False, True])
+def test_info_nce_without_any_negative_left_is_zero(multi_positive):
     similarity = randn(3, 3).requires_grad_()
-    loss = F.info_nce(similarity, 0.02, excluded=torch.ones(3, 3, dtype=torch.bool))
+    known = torch.ones(3, 3, dtype=torch.bool)
+    loss = F.info_nce(similarity, 0.02, known=known, multi_positive=multi_positive)
     loss.backward()
     assert loss.item() == 0
     assert similarity.grad.abs().max() == 0
@@ -108,9 +128,9 @@ def test_info_nce_without_any_negative_left_is_zero():
 
 def test_a_masked_candidate_gets_no_gradient():
     similarity = randn(2, 6).requires_grad_()
-    excluded = torch.zeros(2, 6, dtype=torch.bool)
-    excluded[0, 3] = True
-    F.info_nce(similarity, 0.5, excluded=excluded).backward()
+    known = torch.zeros(2, 6, dtype=torch.bool)
+    known[0, 3] = True
+    F.info_nce(similarity, 0.5, known=known).backward()
     assert similarity.grad[0, 3] == 0
     assert similarity.grad[1, 3] > 0
 
@@ -119,17 +139,20 @@ def test_known_positives_are_found_by_text_and_by_query():
     query_id = torch.tensor([1, 2, 1])
     candidate_id = torch.tensor([10, 20, 30, 10, 11, 99])  # three positives, three negatives
     known = torch.tensor([[10, 11], [20, 0], [30, 0]])
+    own = torch.arange(3)
     expected = [
         # own, other, equal query, duplicate of the positive, another known positive, a negative
         [False, False, True, True, True, False],
         [False, False, False, False, False, False],
         [True, False, False, False, False, False],
     ]
-    assert F.known_positive_mask(query_id, candidate_id, known).tolist() == expected
+    assert F.known_positive_mask(query_id, candidate_id, known, query_id, own).tolist() == expected
 
 
 def test_padding_is_no_known_positive():
-    mask = F.known_positive_mask(torch.tensor([1]), torch.tensor([5, 0]), torch.tensor([[5, 0]]))
+    query_id, own = torch.tensor([1]), torch.tensor([0])
+    candidate_id, known = torch.tensor([5, 0]), torch.tensor([[5, 0]])
+    mask = F.known_positive_mask(query_id, candidate_id, known, query_id, own)
     assert not mask.any()
 
 

@@ -130,12 +130,14 @@ def test_duplicates_and_known_positives_change_the_loss():
         positive_id=torch.tensor([10, 20]),
         negative_id=torch.tensor([30, 10]),  # the second query's negative is the first's positive
         known_positive_id=torch.tensor([[10, 0], [20, 30]]),  # the first's negative, the second's
+        positive_query_id=torch.tensor([1, 2]),
+        own=torch.arange(2),
     )
     embeddings = Embeddings(query, positive, negative)
     loss = InfoNCE(0.1)
     similarity = functional.cosine_similarity(query, torch.cat([positive, negative]))
     masked = torch.tensor([[0, 0, 0, 1], [0, 0, 1, 0]]).bool()
-    expected = functional.info_nce(similarity, 0.1, excluded=masked)
+    expected = functional.info_nce(similarity, 0.1, known=masked)
     torch.testing.assert_close(loss(embeddings, target)["loss"], expected)
     assert not torch.allclose(loss(embeddings, Target())["loss"], expected)
     wrapped = Matryoshka(loss, [8])(embeddings, target)["loss"]

@@ -4,8 +4,9 @@ from embedtune.datamodule import EmbeddingDataModule
 from embedtune.embedding import Embedding
 from embedtune.errors import InputError
 from embedtune.export import ExportModel, export_checkpoint, export_encoder
-from embedtune.losses import Embeddings, Loss, Target
+from embedtune.losses import Loss
 from embedtune.module import EmbeddingModule
+from embedtune.target import Embeddings, Target
 
 __all__ = [
     "Embedding",

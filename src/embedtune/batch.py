@@ -19,7 +19,8 @@ class Batch(NamedTuple):
     after the other: a text that occurs twice is encoded once.
 
     Attributes:
-        example_id: int64 ``[b]``, the numbers of the examples in their data set.
+        example_id: int64 ``[b]``, the numbers of the examples in their data set; empty for a spare
+            share, whose one example does not count.
         chunks: Padded token features; the texts of a chunk are of about equal length.
         query: int64 ``[b]``.
         positive: int64 ``[m]``, empty for distill.
@@ -43,6 +44,13 @@ class Batch(NamedTuple):
     positive_id: Tensor
     negative_id: Tensor
     known_positive_id: Tensor
+
+    @property
+    def counts(self) -> tuple[int, int, int, int, int]:
+        """Return the numbers of a :class:`~embedtune.target.Shares`, in its order."""
+        rows = len(self.query), len(self.positive), len(self.negative)
+        queries, positives, negatives = rows if len(self.example_id) else (0, 0, 0)
+        return queries, positives, negatives, self.known_positive_id.shape[1], len(self.chunks)
 
 
 class Text(NamedTuple):
@@ -86,7 +94,10 @@ class Collator:
         scores = [score for example in examples for score in example.scores]
         teachers = [example.teacher for example in examples if example.teacher is not None]
         return Batch(
-            example_id=torch.tensor([example.example_id for example in examples]),
+            example_id=torch.tensor(
+                [example.example_id for example in examples if not example.spare],
+                dtype=torch.int64,
+            ),
             chunks=chunks,
             query=order[[rows[text] for text in queries]],
             positive=order[[rows[text] for text in positives]],

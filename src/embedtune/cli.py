@@ -24,6 +24,7 @@ from embedtune.precision import default_precision
 from embedtune.predict import WriteEmbeddings
 from embedtune.progress import RunSummary, Throughput
 from embedtune.projection import parse_dims
+from embedtune.strategies import named_strategy
 from embedtune.teach import teach
 
 log = logging.getLogger("embedtune")
@@ -150,6 +151,8 @@ class TrainerCLI(LightningCLI):
         is_fit = self.subcommand == "fit"
         if config.trainer.logger is None:
             kwargs["logger"] = make_loggers(config.log_with, folder) if is_fit else False
+        if isinstance(config.trainer.strategy, str):
+            kwargs["strategy"] = named_strategy(config.trainer.strategy)
         if config.trainer.precision is None and is_fit:
             kwargs["precision"] = default_precision(str(config.trainer.accelerator))
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")

@@ -106,6 +106,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
         self.teacher_embedding_dim = teacher_embedding_dim
         self.num_workers, self._tokens_per_chunk = num_workers, tokens_per_chunk
         self.datasets: dict[DataSet, ExampleDataset] = {}
+        self._resumed: dict[str, int] = {}
 
     # --- Reading ------------------------------------------------------------------------
 
@@ -210,8 +211,38 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def _cursor(self) -> Cursor:
         # Asked at the start of each epoch, and once after a resume in the middle of one.
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
-        return self.trainer.current_epoch, progress.ready
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if batches and self._resumed:
+            self._refuse_another_order()
+        self._resumed = {}
+        return self.trainer.current_epoch, batches
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what a place in the middle of an epoch depends on."""
+        if "train" not in self.datasets:
+            return {}
+        sampler = self.sampler("train")
+        return {"global_batch": sampler.global_batch_size, "examples": sampler.num_examples}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take over the state of a checkpoint."""
+        self._resumed = state_dict
+
+    def _refuse_another_order(self) -> None:
+        saved, now = self._resumed, self.state_dict()
+        if saved["examples"] != now["examples"]:
+            raise InputError(
+                "ckpt_path: it was saved in the middle of an epoch: expected the same data, "
+                f"{saved['examples']:,} examples, found {now['examples']:,}"
+            )
+        if saved["global_batch"] != now["global_batch"]:
+            ranks = self.trainer.world_size
+            raise InputError(
+                "ckpt_path: it was saved in the middle of an epoch: expected its global batch of "
+                f"{saved['global_batch']}, found data.batch_size {self.batch_size} x {ranks} "
+                f"rank(s) = {now['global_batch']}; give data.batch_size "
+                f"{saved['global_batch'] / ranks:g}"
+            )
 
     def collator(self, encoder: Encoder, name: DataSet = "train") -> Collator:
         """Return what makes batches of a data set for ``encoder``."""

@@ -21,6 +21,7 @@ import torch.utils.data
 
 from embedtune.errors import InputError
 from embedtune.records import Example, Format, Record, RecordReader
+from embedtune.sampler import Key
 from embedtune.teacher_store import TeacherStore
 
 log = logging.getLogger("embedtune")
@@ -161,7 +162,7 @@ def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
 
 
 class ExampleDataset(torch.utils.data.Dataset[Example]):
-    """Random access to examples by (epoch, index).
+    """Random access to examples by epoch and index.
 
     A row with several positives is one example per positive (pair, triplet), else one example.
     The epoch is part of the key because negatives are drawn anew in each: loader workers hold
@@ -181,24 +182,27 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
         """Return the number of examples in an epoch."""
         return len(self.rows) if self._starts is None else int(self._starts[-1])
 
-    def __getitem__(self, key: tuple[int, int]) -> Example:
-        """Return example ``index`` as it is in ``epoch``, for ``key = (epoch, index)``."""
+    def __getitem__(self, key: Key) -> Example:
+        """Return one example."""
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> list[Example]:
+    def __getitems__(self, keys: Sequence[Key]) -> list[Example]:
         """Return several examples with one read of the table (the loader's fast path)."""
-        indices = np.asarray([index for _, index in keys])
+        indices = np.asarray([key.example for key in keys])
         rows = indices
         if self._starts is not None:
             rows = np.searchsorted(self._starts, indices, side="right") - 1
         columns = self.rows.table[rows.tolist()]
+        examples = (
+            self._example(key, int(rows[i]), {name: columns[name][i] for name in columns})
+            for i, key in enumerate(keys)
+        )
         return [
-            self._example(keys[i], int(rows[i]), {name: columns[name][i] for name in columns})
-            for i in range(len(keys))
+            example._replace(spare=key.spare) for key, example in zip(keys, examples, strict=True)
         ]
 
-    def _example(self, key: tuple[int, int], row: int, fields: dict[str, Any]) -> Example:
-        epoch, index = key
+    def _example(self, key: Key, row: int, fields: dict[str, Any]) -> Example:
+        epoch, index = key.epoch, key.example
         query, prompt = fields["query"], fields["prompt"]
         if self.rows.format == Format.DISTILL:
             teacher = None if self.teacher is None else self.teacher[row]

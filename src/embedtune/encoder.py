@@ -199,6 +199,19 @@ class Encoder(nn.Module):
         self.model.prompts["query"] = prompt
         self.spec = self.spec._replace(query_prompt=prompt)
 
+    @property
+    def block_classes(self) -> set[type[nn.Module]]:
+        """Classes of the transformer's layers: what FSDP gathers and frees as a whole."""
+        transformer: nn.Module = getattr(self.model[0], "auto_model", self.model[0])
+        names = getattr(transformer, "_no_split_modules", None) or ()
+        found = {type(m) for m in transformer.modules() if type(m).__name__ in names}
+        lists = [m for m in transformer.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        if found or not lists:
+            return found
+        # Some architectures declare none.
+        largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+        return {type(largest[0])}
+
     # --- Text to features ---------------------------------------------------------------
 
     def default_prompt(self, role: Role) -> str | None:
@@ -244,5 +257,10 @@ class Encoder(nn.Module):
         device_type = next(self.parameters()).device.type
         with torch.autocast(device_type, enabled=False):
             for module in list(self.model)[1:]:
+                # Sharded strategies hold a projection in half precision.
+                weight = next(module.parameters(), None)
+                if weight is not None and "sentence_embedding" in features:
+                    embedding = features["sentence_embedding"].to(weight.dtype)
+                    features["sentence_embedding"] = embedding
                 features = module(features)
-        return features["sentence_embedding"]
+        return features["sentence_embedding"].float()

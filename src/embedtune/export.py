@@ -2,18 +2,29 @@
 
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 
 from embedtune.batch import Text, make_chunks
-from embedtune.encoder import UNLIMITED, Encoder, EncoderSpec, load_sentence_transformer
+from embedtune.checkpoint import read_checkpoint
+from embedtune.encoder import (
+    UNLIMITED,
+    Encoder,
+    EncoderSpec,
+    Features,
+    Role,
+    load_sentence_transformer,
+)
 from embedtune.errors import InputError
 from embedtune.module import EmbeddingModule
+from embedtune.strategies import FSDP, ZeRO, consolidated_weights
 
 log = logging.getLogger("embedtune")
 
@@ -22,6 +33,10 @@ UNVERIFIED = "UNVERIFIED"
 
 TOLERANCE = 1e-5
 """Largest difference allowed, relative to the largest absolute value of the embeddings."""
+
+LOOSE_TOLERANCE = 0.1
+"""The same for a sharded model that computes in half precision or on another device: it tells
+missing, misplaced or stale weights from rounding."""
 
 PROBES = (
     "probe",
@@ -38,18 +53,23 @@ class ExportError(RuntimeError):
     """An exported folder does not give the embeddings of the model that was trained."""
 
 
-def export_encoder(encoder: Encoder, folder: Path) -> float:
+def export_encoder(
+    encoder: Encoder, folder: Path, trained: Tensor | None = None, tolerance: float = TOLERANCE
+) -> float:
     """Write ``encoder`` to ``folder`` and compare what the reloaded folder computes.
 
     Args:
         encoder: The trained encoder; it is left in eval mode, on the CPU.
         folder: An existing export there is replaced.
+        trained: What :func:`embed_probes` found in the training graph that ``encoder`` was rebuilt
+            from; the default takes ``encoder`` itself for it.
+        tolerance: Of the comparison with ``trained``.
 
     Returns:
         The largest difference, relative to the largest absolute value.
 
     Raises:
-        ExportError: The difference is above ``TOLERANCE``; the folder stays, marked unverified.
+        ExportError: A difference is above its tolerance; the folder stays, marked unverified.
         InputError: ``folder`` holds something else than an exported model.
     """
     folder = Path(folder)
@@ -69,58 +89,92 @@ def export_encoder(encoder: Encoder, folder: Path) -> float:
     finally:
         if encoder.normalizes:
             del model[-1]
-    difference = largest_difference(encoder, folder)
-    if not difference <= TOLERANCE:  # also true of nan
-        message = (
-            f"{folder}: embeddings differ from those of the training graph by {difference:.1e} of "
-            f"the largest value, expected at most {TOLERANCE:.0e}; it is marked {UNVERIFIED}"
-        )
-        (folder / UNVERIFIED).write_text(message + "\n")
-        raise ExportError(message)
+    exported = embed_exported(folder, encoder.spec.trust_remote_code)
+    rebuilt = embed_probes(encoder, lambda chunks: torch.cat([encoder(c) for c in chunks]))
+    difference = largest_difference(exported, rebuilt)
+    _verify(folder, difference, TOLERANCE)
+    if trained is not None:
+        _verify(folder, largest_difference(exported, trained), tolerance)
     (folder / UNVERIFIED).unlink()
     return difference
 
 
-def largest_difference(encoder: Encoder, folder: Path) -> float:
-    """Compare the training graph with the reloaded folder on probe texts, in float32.
-
-    Queries and documents are compared, each with its prompt, at the longest input.
-    """
-    exported = load_sentence_transformer(
-        str(folder), trust_remote_code=encoder.spec.trust_remote_code, device="cpu"
+def _verify(folder: Path, difference: float, tolerance: float) -> None:
+    if difference <= tolerance:  # false of nan
+        return
+    message = (
+        f"{folder}: embeddings differ from those of the training graph by {difference:.1e} of "
+        f"the largest value, expected at most {tolerance:.0e}; it is marked {UNVERIFIED}"
     )
-    worst = 0.0
+    (folder / UNVERIFIED).write_text(message + "\n")
+    raise ExportError(message)
+
+
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference of two sets of embeddings, relative to the largest value."""
+    if found.shape != expected.shape:
+        return float("inf")
+    scale = expected.abs().max()
+    return ((found - expected).abs().max() / scale).nan_to_num(torch.inf).item()
+
+
+def embed_exported(folder: Path, trust_remote_code: bool) -> Tensor:
+    """Embed the probe texts with the reloaded folder, in float32, as queries and as documents."""
+    model = load_sentence_transformer(
+        str(folder), trust_remote_code=trust_remote_code, device="cpu"
+    )
     with torch.autocast("cpu", enabled=False):
-        for encode, role in (
-            (exported.encode_query, "query"),
-            (exported.encode_document, "document"),
-        ):
-            found = encode(list(PROBES), convert_to_tensor=True, show_progress_bar=False).float()
-            expected = _training_embeddings(encoder, role)
-            if found.shape != expected.shape:
-                return float("inf")
-            scale = expected.abs().max()
-            worst = max(
-                worst, ((found - expected).abs().max() / scale).nan_to_num(torch.inf).item()
-            )
-    return worst
+        found = [
+            encode(list(PROBES), convert_to_tensor=True, show_progress_bar=False).float()
+            for encode in (model.encode_query, model.encode_document)
+        ]
+    return torch.cat(found)
 
 
 @torch.no_grad()
-def _training_embeddings(encoder: Encoder, role: Any) -> Tensor:
+def embed_probes(encoder: Encoder, forward: Callable[[list[Features]], Tensor]) -> Tensor:
+    """Embed the probe texts at the longest input, as queries and then as documents, on the CPU.
+
+    Args:
+        encoder: Tells how texts are tokenised; its weights are not touched.
+        forward: Embeds chunks of token features, ``[n, width]``.
+    """
+    roles: tuple[Role, Role] = ("query", "document")
     max_len = encoder.max_seq_length or UNLIMITED
-    prompt = encoder.default_prompt(role)
-    texts = [Text(text, role, prompt, max_len) for text in PROBES]
-    chunks, order = make_chunks(encoder, texts, tokens_per_chunk=8192)
-    embeddings = torch.cat([encoder(features) for features in chunks])[order]
+    found = []
+    for role in roles:
+        texts = [Text(text, role, encoder.default_prompt(role), max_len) for text in PROBES]
+        chunks, order = make_chunks(encoder, texts, tokens_per_chunk=8192)
+        found.append(forward(chunks).float().cpu()[order])
+    embeddings = torch.cat(found)
     return torch.nn.functional.normalize(embeddings, dim=-1) if encoder.normalizes else embeddings
+
+
+def rebuild(spec: EncoderSpec, weights: dict[str, Tensor], origin: str) -> Encoder:
+    """Build the encoder that ``spec`` describes with the given weights.
+
+    Raises:
+        InputError: A weight is missing, unknown or of another shape, as placeholders are; the
+            message names ``origin``.
+    """
+    encoder = Encoder(spec)
+    expected = {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if expected.get(name) != found.get(name):
+            raise InputError(
+                f"{origin}: weights do not fit {spec.model_name_or_path}: {name}: expected "
+                f"{expected.get(name, 'none')}, found {found.get(name, 'none')}"
+            )
+    encoder.load_state_dict(weights)
+    return encoder
 
 
 def export_checkpoint(checkpoint: Path, folder: Path) -> float:
     """Rebuild the encoder of a training checkpoint and export it.
 
     Args:
-        checkpoint: A ``.ckpt`` file of a fit.
+        checkpoint: A checkpoint of a fit under any strategy: a file, or a folder of shards.
         folder: Where the sentence-transformers folder goes.
 
     Returns:
@@ -129,28 +183,46 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> float:
     Raises:
         InputError: Not a checkpoint of embedtune, or its weights are incomplete.
     """
-    if not Path(checkpoint).is_file():
-        raise InputError(f"{checkpoint}: expected a checkpoint file, found none")
-    try:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        spec = EncoderSpec(**content["encoder_spec"])
-    except Exception as error:
-        raise InputError(
-            f"{checkpoint}: expected a checkpoint of embedtune fit: {error}"
-        ) from error
-    encoder = Encoder(spec)
-    weights = {
-        name.removeprefix("encoder."): tensor
-        for name, tensor in content["state_dict"].items()
-        if name.startswith("encoder.")
-    }
-    missing = encoder.load_state_dict(weights, strict=False)
-    if missing.missing_keys or missing.unexpected_keys:
-        raise InputError(f"{checkpoint}: weights do not fit {spec.model_name_or_path}: {missing}")
-    return export_encoder(encoder, folder)
+    spec, weights = read_checkpoint(Path(checkpoint))
+    return export_encoder(rebuild(spec, weights, str(checkpoint)), folder)
 
 
-class ExportModel(pl.Callback):
+def export_running(trainer: pl.Trainer, module: EmbeddingModule, folder: Path) -> None:
+    """Export the model of a running fit; all ranks must call it."""
+    strategy, encoder = trainer.strategy, module.encoder
+    training = encoder.training
+    if isinstance(strategy, FSDP | ZeRO):
+        trained = _embed_probes_sharded(trainer, module)
+        weights = consolidated_weights(strategy, encoder)
+        if trainer.is_global_zero:
+            exact = strategy.root_device.type == "cpu" and trainer.precision == "32-true"
+            tolerance = TOLERANCE if exact else LOOSE_TOLERANCE
+            whole = rebuild(encoder.spec, weights, "the weights of all ranks")
+            difference = export_encoder(whole, folder, trained, tolerance)
+    elif trainer.is_global_zero:
+        device = module.device
+        difference = export_encoder(encoder, folder)
+        encoder.to(device)
+    module.train(training)
+    if trainer.is_global_zero:
+        log.info("exported and verified %s (largest difference %.1e)", folder, difference)
+    strategy.barrier()
+
+
+def _embed_probes_sharded(trainer: pl.Trainer, module: EmbeddingModule) -> Tensor:
+    strategy = trainer.strategy
+
+    def forward(chunks: list[Features]) -> Tensor:
+        batch = module.transfer_batch_to_device(chunks, strategy.root_device, 0)
+        # Through the wrapper, which gathers the parameters of every layer.
+        with trainer.precision_plugin.val_step_context():
+            return cast(Any, strategy.model)(batch)
+
+    module.eval()
+    return embed_probes(module.encoder, forward)
+
+
+class ExportModel(Checkpoint):
     """Export at the end of every epoch and of the fit.
 
     ``<default_root_dir>/model`` is the final model; ``checkpoints/epoch-1``, ``epoch-2``, .. are
@@ -172,22 +244,17 @@ class ExportModel(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the epoch, and delete the folder that is one too many."""
-        if not self.save_on_epoch_end or not trainer.is_global_zero:
+        if not self.save_on_epoch_end:
             return
         epochs = Path(trainer.default_root_dir) / "checkpoints"
-        self._export(pl_module, epochs / f"epoch-{trainer.current_epoch + 1}")
-        oldest = trainer.current_epoch + 1 - self.num_max_checkpoints
-        if oldest >= 1:
+        number = trainer.current_epoch + 1
+        export_running(trainer, cast(EmbeddingModule, pl_module), epochs / f"epoch-{number}")
+        oldest = number - self.num_max_checkpoints
+        if oldest >= 1 and trainer.is_global_zero:
             shutil.rmtree(epochs / f"epoch-{oldest}", ignore_errors=True)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export the final model."""
-        if trainer.is_global_zero and not cast(Any, trainer).fast_dev_run:
-            self._export(pl_module, Path(trainer.default_root_dir) / "model")
-
-    def _export(self, module: pl.LightningModule, folder: Path) -> None:
-        assert isinstance(module, EmbeddingModule)
-        device, training = module.device, module.encoder.training
-        difference = export_encoder(module.encoder, folder)
-        module.encoder.to(device).train(training)
-        log.info("exported and verified %s (largest difference %.1e)", folder, difference)
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the final model, while the strategy still holds it."""
+        if not cast(Any, trainer).fast_dev_run:
+            folder = Path(trainer.default_root_dir) / "model"
+            export_running(trainer, cast(EmbeddingModule, pl_module), folder)

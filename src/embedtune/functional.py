@@ -68,55 +68,84 @@ def nested_cosine_similarities(
 def info_nce(
     similarity: Float[Tensor, "b n"],
     temperature: float,
+    *,
     in_batch_positives: bool = False,
-    excluded: Bool[Tensor, "b n"] | None = None,
+    own: Int[Tensor, " b"] | None = None,
+    num_positives: int | None = None,
+    known: Bool[Tensor, "b n"] | None = None,
+    multi_positive: bool = False,
 ) -> Float[Tensor, ""]:
     """Return InfoNCE (van den Oord et al. 2018, eq. 4), the mean over queries.
 
     Args:
-        similarity: The first ``b`` columns are the positives of the queries in their order, the
-            rest all hard negatives of the batch.
+        similarity: The first columns are positives, the rest all hard negatives of the batch.
         temperature: Divides the similarities.
         in_batch_positives: With hard negatives, count the other queries' positives as negatives
             too; without any they are the only negatives there are.
-        excluded: Candidates that are no negatives of a query; the own positive always counts.
+        own: Column of each query's own positive; by default its own number.
+        num_positives: Columns that are positives; by default as many as queries.
+        known: Other columns that are positives of a query too, hence none of its negatives.
+        multi_positive: Take the mean over the own and the known positives of -log softmax, each
+            against the negatives alone (Khosla et al. 2020, eq. 2, without the other positives in
+            the denominator); else the known are left out.
 
     >>> info_nce(torch.zeros(4, 4), temperature=1.0).item()  # log(4)
     1.3862943649291992
     """
     b, n = similarity.shape
-    target = torch.arange(b, device=similarity.device)
-    own = torch.zeros(b, n, dtype=torch.bool, device=similarity.device)
-    own[target, target] = True
-    masked = torch.zeros_like(own) if excluded is None else excluded.clone()
-    if n > b and not in_batch_positives:
-        masked[:, :b] = True
+    if own is None:
+        own = torch.arange(b, device=similarity.device)
+    num_positives = b if num_positives is None else num_positives
+    positive = torch.zeros(b, n, dtype=torch.bool, device=similarity.device)
+    positive[torch.arange(b, device=own.device), own] = True
+    ignored = torch.zeros_like(positive)
+    if n > num_positives and not in_batch_positives:
+        ignored[:, :num_positives] = True
+    logits = similarity / temperature
+    if known is not None and multi_positive:
+        positive |= known
+        return _multi_positive_nce(logits, positive, ignored | positive)
+    if known is not None:
+        ignored |= known
     # Masked after the division: a large finite value divided by a small temperature overflows.
-    logits = (similarity / temperature).masked_fill(masked & ~own, float("-inf"))
-    return F.cross_entropy(logits, target)
+    return F.cross_entropy(logits.masked_fill(ignored & ~positive, float("-inf")), own)
+
+
+def _multi_positive_nce(
+    logits: Float[Tensor, "b n"], positive: Bool[Tensor, "b n"], excluded: Bool[Tensor, "b n"]
+) -> Float[Tensor, ""]:
+    # Finite: a row without negatives would have a gradient of -inf minus -inf.
+    lowest = torch.finfo(logits.dtype).min
+    negatives = logits.masked_fill(excluded, lowest).logsumexp(dim=1, keepdim=True)
+    terms = F.softplus(negatives - logits).masked_fill(~positive, 0.0)
+    return (terms.sum(dim=1) / positive.sum(dim=1)).mean()
 
 
 def known_positive_mask(
     query_id: Int[Tensor, " b"],
     candidate_id: Int[Tensor, " n"],
     known_positive_id: Int[Tensor, "b p"],
+    positive_query_id: Int[Tensor, " m"],
+    own: Int[Tensor, " b"],
 ) -> Bool[Tensor, "b n"]:
     """Tell which candidates are known positives of a query without being its own.
 
     A candidate is known if its text is one of the row's positives, or if it is the positive of an
-    equal query (the first ``b`` candidates are the queries' positives). The own column is False.
+    equal query. The own column is False.
 
     Args:
         query_id: 64-bit hashes of the queries.
-        candidate_id: Hashes of the candidates.
+        candidate_id: Hashes of the candidates, the ``m`` positives first.
         known_positive_id: Hashes of every positive of each query's row, padded with 0.
+        positive_query_id: Hashes of the queries that the positives belong to.
+        own: Column of each query's own positive.
     """
-    b, n = len(query_id), len(candidate_id)
+    b, n, m = len(query_id), len(candidate_id), len(positive_query_id)
     mask = torch.zeros(b, n, dtype=torch.bool, device=query_id.device)
     for column in known_positive_id.T:  # no b x n x p tensor
         mask |= (column[:, None] == candidate_id) & (column != 0)[:, None]
-    mask[:, :b] |= query_id[:, None] == query_id
-    mask.fill_diagonal_(False)
+    mask[:, :m] |= query_id[:, None] == positive_query_id
+    mask[torch.arange(b, device=own.device), own] = False
     return mask
 
 

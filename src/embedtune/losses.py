@@ -1,7 +1,7 @@
 """Losses over embeddings: modules that hold hyper-parameters, and the contract of a plug-in."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,48 +9,7 @@ from torch import Tensor, nn
 from embedtune import functional
 from embedtune.errors import InputError
 from embedtune.records import Format
-
-
-class Embeddings(NamedTuple):
-    """The embeddings of a batch, float32, not normalised.
-
-    Attributes:
-        query: ``[b, d]``.
-        positive: ``[m, d]``: one per query (pair, triplet), or list after list (scored).
-        negative: ``[b * k, d]``: the hard negatives, query by query (triplet).
-    """
-
-    query: Tensor
-    positive: Tensor | None = None
-    negative: Tensor | None = None
-
-    def cut(self, width: int) -> "Embeddings":
-        """Return the first ``width`` columns of each."""
-        return Embeddings(
-            self.query[:, :width],
-            None if self.positive is None else self.positive[:, :width],
-            None if self.negative is None else self.negative[:, :width],
-        )
-
-
-class Target(NamedTuple):
-    """What the embeddings are trained towards; what a format does not have is None.
-
-    Attributes:
-        scores: float32 ``[m]`` (scored).
-        list_index: int64 ``[m]``: which query each positive belongs to.
-        teacher: float32 ``[b, D]`` (distill).
-        query_id, positive_id, negative_id: int64 text hashes, ``[b]``, ``[m]``, ``[b * k]``.
-        known_positive_id: int64 ``[b, p]``: hashes of every positive of each row, 0 pads.
-    """
-
-    scores: Tensor | None = None
-    list_index: Tensor | None = None
-    teacher: Tensor | None = None
-    query_id: Tensor | None = None
-    positive_id: Tensor | None = None
-    negative_id: Tensor | None = None
-    known_positive_id: Tensor | None = None
+from embedtune.target import Embeddings, Scope, Target
 
 
 class Loss(nn.Module):
@@ -61,9 +20,12 @@ class Loss(nn.Module):
 
     Attributes:
         formats: The formats of data it can be trained on; all by default.
+        scope: What it sees where several ranks share a batch (:data:`~embedtune.target.Scope`);
+            with the default every loss has the gradient of one process.
     """
 
     formats: ClassVar[frozenset[Format]] = frozenset(Format)
+    scope: Scope = "global"
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the scalar "loss", and under other names scalars to log beside it."""
@@ -73,23 +35,31 @@ class Loss(nn.Module):
 class InfoNCE(Loss):
     """Cross-entropy of the own positive against negatives (van den Oord et al. 2018).
 
-    Candidates that are known positives of a query are masked (see
-    :func:`~embedtune.functional.known_positive_mask`).
+    This rank's queries are held against every rank's documents. Candidates that are known positives
+    of a query (see :func:`~embedtune.functional.known_positive_mask`) are never its negatives.
     """
 
     formats = frozenset({Format.PAIR, Format.TRIPLET})
+    scope: Scope = "documents"
 
-    def __init__(self, temperature: float = 0.02, in_batch_positives: bool = False) -> None:
+    def __init__(
+        self,
+        temperature: float = 0.02,
+        in_batch_positives: bool = False,
+        multi_positive: bool = False,
+    ) -> None:
         """Set the hyper-parameters.
 
         Args:
             temperature: Divides the cosines.
             in_batch_positives: With hard negatives, also use the other queries' positives as
                 negatives; pair data uses them in any case.
+            multi_positive: Count a query's known positives among the candidates as positives, in
+                place of masking them.
         """
         super().__init__()
         self.temperature = _positive(temperature=temperature)
-        self.in_batch_positives = in_batch_positives
+        self.in_batch_positives, self.multi_positive = in_batch_positives, multi_positive
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the mean over the queries."""
@@ -98,13 +68,27 @@ class InfoNCE(Loss):
 
     def from_similarities(self, similarity: Tensor, target: Target) -> dict[str, Tensor]:
         """Return the loss of given cosines ``[b, n]`` of queries with :func:`candidates`."""
-        excluded = None
-        if target.query_id is not None and target.known_positive_id is not None:
+        known, num_positives = None, None
+        if target.positive_id is not None:
+            num_positives = len(target.positive_id)
             ids = [i for i in (target.positive_id, target.negative_id) if i is not None]
-            excluded = functional.known_positive_mask(
-                target.query_id, torch.cat(ids), target.known_positive_id
+            given: Any = target  # its hashes come together
+            known = functional.known_positive_mask(
+                given.query_id,
+                torch.cat(ids),
+                given.known_positive_id,
+                given.positive_query_id,
+                given.own,
             )
-        loss = functional.info_nce(similarity, self.temperature, self.in_batch_positives, excluded)
+        loss = functional.info_nce(
+            similarity,
+            self.temperature,
+            in_batch_positives=self.in_batch_positives,
+            own=target.own,
+            num_positives=num_positives,
+            known=known,
+            multi_positive=self.multi_positive,
+        )
         return {"loss": loss}
 
 
@@ -128,13 +112,15 @@ class ListwiseKL(Loss):
         """Set the hyper-parameters.
 
         Args:
-            over: ``list`` compares the texts of each query, ``batch`` all pairs of the batch.
+            over: ``list`` compares the texts of each query, ``batch`` all pairs of the
+                global batch.
             temperature: Divides the cosines.
             teacher_temperature: Divides the scores; 1.0 over lists and 0.02 over the batch.
         """
         super().__init__()
         default = 1.0 if over == "list" else 0.02
         self.over = over
+        self.scope = "rank" if over == "list" else "global"
         self.temperature = _positive(temperature=temperature)
         self.teacher_temperature = _positive(teacher_temperature=teacher_temperature or default)
 
@@ -150,7 +136,7 @@ class ListwiseKL(Loss):
 
 
 class CoSENT(Loss):
-    """Order the pairs of the batch as their scores order them (Su 2022)."""
+    """Order the pairs of the global batch as their scores order them (Su 2022)."""
 
     formats = frozenset({Format.SCORED})
 
@@ -197,6 +183,7 @@ class Distillation(Loss):
         similarity_weight: float = 200.0,
         rank_weight: float = 20.0,
         margin: float = 0.015,
+        over: Literal["rank", "global"] = "rank",
     ) -> None:
         """Set the hyper-parameters.
 
@@ -207,9 +194,12 @@ class Distillation(Loss):
             similarity_weight: Weight of the squared differences.
             rank_weight: Weight of the hinge.
             margin: By how much the student should tell apart what the teacher orders.
+            over: Pairs of texts are formed on each ``rank``, or over the ``global`` batch: more to
+                tell apart, and a hinge that costs the square of the number of ranks.
         """
         super().__init__()
-        self.mrl_dims = mrl_dims
+        self.mrl_dims, self.over = mrl_dims, over
+        self.scope = over
         self.cosine_weight, self.similarity_weight = cosine_weight, similarity_weight
         self.rank_weight, self.margin = rank_weight, margin
 
@@ -272,6 +262,7 @@ class Matryoshka(Loss):
                 f"weights: expected {len(self.dims)} numbers with a positive sum, "
                 f"found {self.weights}"
             )
+        self.scope = loss.scope
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the weighted mean, and the loss at each width."""

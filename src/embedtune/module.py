@@ -11,20 +11,15 @@ from torch import Tensor
 from torchmetrics import SpearmanCorrCoef
 
 from embedtune.batch import Batch, Collator
-from embedtune.encoder import Encoder, EncoderSpec, PoolingMode
+from embedtune.encoder import Encoder, EncoderSpec, Features, PoolingMode
 from embedtune.errors import InputError
-from embedtune.losses import (
-    Distillation,
-    Embeddings,
-    ListwiseKL,
-    Loss,
-    Matryoshka,
-    Target,
-    default_loss,
-)
+from embedtune.losses import Distillation, ListwiseKL, Loss, Matryoshka, default_loss
 from embedtune.optim import build_optimizer, build_schedule
 from embedtune.projection import ProjectionInit, init_projection, parse_dims, projection_dim
 from embedtune.records import Format
+from embedtune.sampler import Key, step_seed
+from embedtune.strategies import refuse_foreign, shards_parameters
+from embedtune.target import Embeddings, Shares, Target, in_scope
 
 log = logging.getLogger("embedtune")
 
@@ -108,6 +103,7 @@ class EmbeddingModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Settle the loss and the projection for the data's format."""
+        refuse_foreign(self.trainer.strategy)
         if stage == "predict":
             return
         row_format = self.data.format
@@ -159,7 +155,10 @@ class EmbeddingModule(pl.LightningModule):
         if width is None:
             return
         sample = self._sample_embeddings() if self.projection_init == "pca" else None
-        init_projection(self.encoder.append_projection(width).linear, self.projection_init, sample)
+        linear = self.encoder.append_projection(width).linear
+        init_projection(linear, self.projection_init, sample)
+        # Every rank has drawn or computed its own.
+        linear.load_state_dict(self.trainer.strategy.broadcast(linear.state_dict()))
 
     def _sample_embeddings(self) -> Tensor:
         """Embed queries and positives of a fixed sample of the examples, ``[n, hidden]``."""
@@ -173,56 +172,72 @@ class EmbeddingModule(pl.LightningModule):
         embeddings = []
         with torch.no_grad():
             for start in range(0, count, self.data.batch_size):
-                keys = [(0, index) for index in indices[start : start + self.data.batch_size]]
+                keys = [Key(0, index) for index in indices[start : start + self.data.batch_size]]
                 examples = [
                     example._replace(positives=example.positives[:1], negatives=(), scores=())
                     for example in data.__getitems__(keys)
                 ]
                 batch = self.transfer_batch_to_device(collate(examples), device, 0)
-                embeddings.append(self(batch).cpu())
+                embeddings.append(self(batch.chunks).cpu())
         return torch.cat(embeddings)
 
     # --- Steps --------------------------------------------------------------------------
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Encode all chunks of a batch; float32 ``[n, d]``, not normalised."""
-        return torch.cat([self.encoder(features) for features in batch.chunks])
+    def forward(self, chunks: list[Features]) -> Tensor:
+        """Encode chunks of texts; float32 ``[n, d]``, not normalised."""
+        return torch.cat([self.encoder(features) for features in chunks])
 
-    def embeddings(self, batch: Batch) -> Embeddings:
-        """Encode a batch and sort the embeddings by their part in the loss."""
-        encoded = self(batch)
+    def embeddings(self, batch: Batch, shares: Shares) -> Embeddings:
+        """Encode this rank's share and sort the embeddings by their part in the loss."""
+        chunks = batch.chunks
+        if shards_parameters(self.trainer.strategy):
+            # Every forward gathers parameters, hence all ranks must run as many: the shortest text
+            # once more, and nobody looks at the result.
+            shortest = {k: v[:1] if isinstance(v, Tensor) else v for k, v in chunks[-1].items()}
+            chunks = chunks + [shortest] * (max(shares.chunks) - len(chunks))
+        encoded = self(chunks)
         return Embeddings(
             query=encoded[batch.query],
             positive=encoded[batch.positive] if len(batch.positive) else None,
             negative=encoded[batch.negative] if len(batch.negative) else None,
         )
 
-    def _compute_loss(self, batch: Batch) -> tuple[Embeddings, dict[str, Tensor]]:
-        embeddings = self.embeddings(batch)
+    def _compute_loss(self, batch: Batch) -> tuple[Embeddings, dict[str, Tensor], float]:
+        """Return this rank's embeddings, the loss and its parts, and the weight of this rank."""
+        assert self.loss is not None
+        shares = Shares.exchange(batch.counts, self.device)
+        own = self.embeddings(batch, shares)
+        queries = torch.arange(len(batch.query), device=self.device)
         target = Target(
             scores=batch.scores,
             list_index=batch.list_index,
+            own=torch.searchsorted(batch.list_index, queries),
             teacher=batch.teacher,
             query_id=batch.query_id,
             positive_id=batch.positive_id,
-            negative_id=batch.negative_id,
+            negative_id=batch.negative_id if len(batch.negative_id) else None,
+            positive_query_id=batch.query_id[batch.list_index],
             known_positive_id=batch.known_positive_id,
         )
+        embeddings, target = in_scope(self.loss.scope, own, target, shares)
         # Similarities divided by a temperature of 0.02 need all of float32's digits.
         with torch.autocast(self.device.type, enabled=False):
-            assert self.loss is not None
-            return embeddings, self.loss(embeddings, target)
+            parts = self.loss(embeddings, target)
+        return own, parts, 1.0 if self.loss.scope == "global" else shares.weight
 
     def on_fit_start(self) -> None:
         """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
         self.train()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss of a batch."""
-        _, parts = self._compute_loss(batch)
-        self._log("train", parts, len(batch.query))
+        """Return the loss, weighted so that its mean over ranks is that over all queries."""
+        # Dropout depends on the step alone: nothing to restore when a run resumes.
+        step = self.trainer.current_epoch, batch_idx
+        torch.manual_seed(step_seed(self.data.seed, *step, self.global_rank))
+        _, parts, weight = self._compute_loss(batch)
+        self._log("train", parts, len(batch.example_id))
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
-        return parts["loss"]
+        return parts["loss"] if weight == 1 else parts["loss"] * weight
 
     def on_validation_start(self) -> None:
         """Check the widths, which a checkpoint may have brought."""
@@ -246,19 +261,19 @@ class EmbeddingModule(pl.LightningModule):
         self._evaluation_step("test", batch)
 
     def _evaluation_step(self, prefix: str, batch: Batch) -> None:
-        embeddings, parts = self._compute_loss(batch)
-        self._log(prefix, parts, len(batch.query))
+        embeddings, parts, _ = self._compute_loss(batch)
+        queries, positives, *_ = batch.counts
+        self._log(prefix, parts, queries)
         if batch.scores is not None and embeddings.positive is not None:
-            queries = embeddings.query[batch.list_index]
-            cosine = torch.nn.functional.cosine_similarity(queries, embeddings.positive)
-            self.spearman.update(cosine, batch.scores)
-            self.log(
-                f"{prefix}/spearman", self.spearman, on_epoch=True, batch_size=len(batch.query)
+            cosine = torch.nn.functional.cosine_similarity(
+                embeddings.query[batch.list_index], embeddings.positive
             )
+            self.spearman.update(cosine[:positives], batch.scores[:positives])
+            self.log(f"{prefix}/spearman", self.spearman, on_epoch=True, batch_size=queries)
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the embeddings of the queries as the exported model gives them, ``[b, d]``."""
-        query = self.embeddings(batch).query
+        query = self.embeddings(batch, Shares.exchange(batch.counts, self.device)).query
         return torch.nn.functional.normalize(query, dim=-1) if self.encoder.normalizes else query
 
     def _log(self, prefix: str, parts: dict[str, Tensor], batch_size: int) -> None:
@@ -268,7 +283,7 @@ class EmbeddingModule(pl.LightningModule):
                 value.detach(),
                 prog_bar=name == "loss",
                 batch_size=batch_size,
-                sync_dist=prefix != "train",
+                sync_dist=True,
             )
 
     # --- Optimisation -------------------------------------------------------------------

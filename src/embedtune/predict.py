@@ -33,7 +33,8 @@ class WriteEmbeddings(pl.Callback):
         """Write the rows of a batch at their places; every rank writes its own."""
         if self._file is None:
             self._file = self._create(trainer, outputs.shape[1])
-        self._file[batch.example_id.cpu().numpy()] = outputs.float().cpu().numpy()
+        rows = batch.example_id.cpu().numpy()  # none for a spare example
+        self._file[rows] = outputs[: len(rows)].float().cpu().numpy()
 
     def _create(self, trainer: Any, width: int) -> np.memmap:
         data = trainer.datamodule

@@ -12,6 +12,7 @@ from embedtune.batch import Text
 from embedtune.datamodule import EmbeddingDataModule
 from embedtune.module import EmbeddingModule
 from embedtune.records import Example, Format
+from embedtune.sampler import Key
 
 log = logging.getLogger("embedtune")
 
@@ -98,7 +99,7 @@ def _truncation(data: EmbeddingDataModule, module: EmbeddingModule) -> str:
     train, collate = data.datasets["train"], data.collator(module.encoder)
     count = min(len(train), TRUNCATION_SAMPLE)
     indices = np.linspace(0, len(train) - 1, count).astype(int).tolist()
-    examples: list[Example] = train.__getitems__([(0, index) for index in indices])
+    examples: list[Example] = train.__getitems__([Key(0, index) for index in indices])
     queries = [collate.query(example) for example in examples]
     # One document an example, for a row may have hundreds of negatives.
     documents = [collate.document(e.positives[0]) for e in examples if e.positives]

@@ -58,6 +58,7 @@ class Example(NamedTuple):
         known_positives: Every positive of the row (pair, triplet): none of them is a negative.
         scores: One score per positive (scored).
         teacher: float32 ``[D]`` teacher embedding of the query (distill).
+        spare: It is encoded, but does not count (see :class:`~embedtune.sampler.Key`).
     """
 
     example_id: int
@@ -68,6 +69,7 @@ class Example(NamedTuple):
     known_positives: Sequence[str] = ()
     scores: Sequence[float] = ()
     teacher: np.ndarray | None = None
+    spare: bool = False
 
 
 class Line(NamedTuple):
