@@ -166,7 +166,10 @@ class TrainerCLI(LightningCLI):
             callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
         elif self.subcommand == "predict":
             callbacks += [WriteEmbeddings()]
-        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        # After the checkpoint: an export that fails must not cost the epoch.
+        trainer.callbacks.sort(key=lambda callback: isinstance(callback, ExportModel))
+        return trainer
 
     def predict(self, **kwargs: Any) -> None:
         """Predict without gathering in memory what is written to disk."""
@@ -308,6 +311,12 @@ def quiet_libraries() -> None:
         ".*isinstance.treespec, LeafSpec.",  # Lightning with a newer torch
         ".*Checkpoint directory .* exists and is not empty",  # a run folder is run in again
         ".*Experiment logs directory .* exists and is not empty",
+        ".*`torch.distributed..* is deprecated",  # DeepSpeed with a newer torch
+        ".*DTensor instead and we are deprecating ShardedTensor",  # FSDP with a newer torch
+        ".*`_get_pg_default_device` will be deprecated",
+        ".*Multiple backends are registered with this ProcessGroup",
+        ".*When saving the DeepSpeed Stage 3 checkpoint",  # embedtune export reads it
+        ".*resuming from a checkpoint that ended before the epoch ended",  # the sampler goes on
     ):
         warnings.filterwarnings("ignore", message)
 

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 
@@ -222,7 +221,7 @@ def _embed_probes_sharded(trainer: pl.Trainer, module: EmbeddingModule) -> Tenso
     return embed_probes(module.encoder, forward)
 
 
-class ExportModel(Checkpoint):
+class ExportModel(pl.Callback):
     """Export at the end of every epoch and of the fit.
 
     ``<default_root_dir>/model`` is the final model; ``checkpoints/epoch-1``, ``epoch-2``, .. are

@@ -169,17 +169,14 @@ class EmbeddingModule(pl.LightningModule):
         log.info("finding the principal axes of the texts of %s examples", f"{count:,}")
         device = self.trainer.strategy.root_device
         self.encoder.to(device).eval()
-        embeddings = []
+        examples = [
+            example._replace(positives=example.positives[:1], negatives=(), scores=())
+            for example in data.__getitems__([Key(0, index) for index in indices])
+        ]
+        # One batch, whatever the batch size and the ranks: its chunks are as small as any.
+        batch = self.transfer_batch_to_device(collate(examples), device, 0)
         with torch.no_grad():
-            for start in range(0, count, self.data.batch_size):
-                keys = [Key(0, index) for index in indices[start : start + self.data.batch_size]]
-                examples = [
-                    example._replace(positives=example.positives[:1], negatives=(), scores=())
-                    for example in data.__getitems__(keys)
-                ]
-                batch = self.transfer_batch_to_device(collate(examples), device, 0)
-                embeddings.append(self(batch.chunks).cpu())
-        return torch.cat(embeddings)
+            return self(batch.chunks).cpu()
 
     # --- Steps --------------------------------------------------------------------------
 

@@ -82,15 +82,20 @@ class FSDP(FSDPStrategy):
         self._precision_plugin = cast(Any, precision_plugin)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        if "auto_wrap_policy" not in self.kwargs:
-            self.kwargs["auto_wrap_policy"] = ModuleWrapPolicy(self._blocks())
-        if self.root_device.type == "cpu":
-            self.kwargs["device_id"] = self.root_device
-        wrapped = super()._setup_model(model)
+        policy = self.kwargs.pop("auto_wrap_policy", None) or ModuleWrapPolicy(self._blocks())
+        # Lightning wraps what is not wrapped yet, but knows the numbers of GPUs alone.
+        wrapped = FullyShardedDataParallel(
+            module=model,
+            auto_wrap_policy=policy,
+            cpu_offload=self.cpu_offload,
+            mixed_precision=self.mixed_precision_config,
+            sharding_strategy=self.sharding_strategy,
+            device_id=self.root_device,
+            **self.kwargs,
+        )
         plugin = cast(_FSDPPrecision, self.precision_plugin)
-        plugin.root = cast(FullyShardedDataParallel, wrapped)
-        plugin.device_type = self.root_device.type
-        return wrapped
+        plugin.root, plugin.device_type = wrapped, self.root_device.type
+        return super()._setup_model(wrapped)
 
     def _blocks(self) -> set[type[nn.Module]]:
         assert self.lightning_module is not None
