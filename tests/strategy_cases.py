@@ -1,4 +1,4 @@
-"""Train one small run under a strategy; `torchrun strategy_cases.py FOLDER` trains many on ranks.
+"""Small runs under every strategy; `torchrun strategy_cases.py FOLDER` trains them on two ranks.
 
 The same function trains in one process and on several, so that only the strategy differs.
 """
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, gather
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL
@@ -64,8 +65,15 @@ class RecordingModule(EmbeddingModule):
             group["eps"] = 1e-4  # or noise in a gradient that is zero moves weights by the rate
         return optimizer
 
+    def setup(self, stage):
+        super().setup(stage)
+        self.start = {name: tensor.clone() for name, tensor in self.encoder.state_dict().items()}
+
     def training_step(self, batch, batch_idx):
-        self.seen.append((batch.example_id.tolist(), batch.negative_id.tolist()))
+        ids = batch.example_id.tolist()
+        negatives = batch.negative_id.view(len(batch.query), -1)[: len(ids)].tolist()
+        teacher = None if batch.teacher is None else batch.teacher[: len(ids)].clone()
+        self.seen.append((ids, negatives, teacher))
         return super().training_step(batch, batch_idx)
 
 
@@ -94,13 +102,13 @@ def train(case: dict, folder: Path, ranks: int) -> dict:
         **case.get("module", {}),
     )
     module.adamw, module.seen = case.get("adamw", False), []
-    start = {}
     keep = KeepWeights()
-
-    class KeepStart(pl.Callback):
-        def setup(self, trainer, pl_module, stage):
-            state = pl_module.encoder.state_dict()
-            start.update({key: tensor.clone() for key, tensor in state.items()})
+    callbacks = [keep, *([ExportModel(save_on_epoch_end=False)] if case.get("export") else [])]
+    if every := case.get("checkpoint_every"):
+        checkpoints = folder / case["name"] / "checkpoints"
+        callbacks.append(
+            ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=every, save_top_k=-1)
+        )
 
     data = EmbeddingDataModule(
         str(data_path), batch_size=case["batch"] // ranks, tokens_per_chunk=64, **settings
@@ -110,21 +118,20 @@ def train(case: dict, folder: Path, ranks: int) -> dict:
         devices=ranks,
         strategy=strategy_of(case) if ranks > 1 else "auto",
         default_root_dir=str(folder / case["name"]),
-        callbacks=[KeepStart(), keep, *([ExportModel(False)] if case.get("export") else [])],
+        callbacks=callbacks,
         max_epochs=case.get("epochs", 1),
         use_distributed_sampler=False,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing="checkpoint_every" in case,
         enable_progress_bar=False,
         enable_model_summary=False,
         precision=case.get("precision", "32-true"),
         gradient_clip_val=case.get("clip"),
         accumulate_grad_batches=case.get("accumulate", 1),
     )
-    trainer.fit(module, data)
-    if case.get("checkpoint"):
-        trainer.save_checkpoint(folder / case["name"] / "last.ckpt")
-    return {"start": start, "weights": keep.weights, "seen": module.seen}
+    resume = case.get("resume")
+    trainer.fit(module, data, ckpt_path=None if resume is None else folder / resume)
+    return {"start": module.start, "weights": keep.weights, "seen": module.seen}
 
 
 def strategy_of(case: dict):

@@ -106,6 +106,9 @@ def _read_fsdp(path: Path) -> dict[str, Tensor]:
 def _read_zero(path: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    tag = min(path.glob("*/*_model_states.pt")).parent.name
+    file = min(path.glob("*/*_model_states.pt"))
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag)
+        trained = get_fp32_state_dict_from_zero_checkpoint(str(path), file.parent.name)
+    # Stage 1 keeps weights that are not trained elsewhere.
+    module = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
+    return {name: tensor.float() for name, tensor in {**module, **trained}.items()}

@@ -166,7 +166,7 @@ class TrainerCLI(LightningCLI):
             callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
         elif self.subcommand == "predict":
             callbacks += [WriteEmbeddings()]
-        trainer = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
         # After the checkpoint: an export that fails must not cost the epoch.
         trainer.callbacks.sort(key=lambda callback: isinstance(callback, ExportModel))
         return trainer

@@ -181,6 +181,10 @@ class ZeRO(DeepSpeedStrategy):
         """False: Lightning also steps with what is left at the end of an epoch."""
         return False
 
+    def block_backward_sync(self) -> AbstractContextManager:  # type: ignore[override]
+        """Leave it to DeepSpeed what is exchanged between two steps."""
+        return nullcontext()
+
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         """Run backward, and tell DeepSpeed whether a step follows."""
         accumulates = cast(Any, self.lightning_module).trainer.fit_loop._should_accumulate()
