@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, gather
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL
 from embedtune.optim import build_optimizer
-from embedtune.strategies import consolidated_weights, named_strategy
+from embedtune.strategies import named_strategy, whole_weights
 from embedtune.teacher_store import TeacherWriter
 
 TEACHER_WIDTH = 24
@@ -81,7 +81,7 @@ class KeepWeights(pl.Callback):
     """Keep the consolidated weights of the end, while the strategy holds them."""
 
     def on_train_end(self, trainer, pl_module):
-        weights = consolidated_weights(trainer.strategy, pl_module.encoder)
+        weights = whole_weights(trainer.strategy, pl_module.encoder)
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
 
 

@@ -10,19 +10,21 @@ SOURCE = Path(__file__).parents[1] / "src" / "embedtune"
 LAYERS = [  # a module imports from the layers above its own line, never from its own or below
     "errors",
     "records functional encoder optim precision teacher_store gather sampler",
-    "dataset batch projection target strategies checkpoint metrics",
-    "losses datamodule",
+    "dataset batch projection target checkpoint metrics",
+    "losses datamodule fsdp zero",
+    "strategies",
     "module",
     "export evaluate report check mine teach demo embedding parser predict progress",
+    "trainer_cli",
     "cli",
     "__init__",
     "__main__",
 ]
 LAYER_OF = {module: depth for depth, line in enumerate(LAYERS) for module in line.split()}
 DOORS = {
-    "torch.distributed": {"gather", "strategies", "checkpoint"},
+    "torch.distributed": {"gather", "fsdp", "checkpoint"},
     "sentence_transformers": {"encoder", "export", "evaluate"},
-    "deepspeed": {"strategies", "checkpoint"},
+    "deepspeed": {"zero", "checkpoint"},
 }
 LAZY = "deepspeed"  # optional, and slow to import: only inside functions
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
@@ -144,7 +146,7 @@ def test_a_broken_rule_is_reported(module, source, fault):
     [
         ("losses", "from embedtune import functional\nfrom embedtune.errors import InputError"),
         ("gather", "import torch.distributed as dist"),
-        ("strategies", "def f():\n    import deepspeed"),
+        ("zero", "def f():\n    import deepspeed"),
         ("strategies", "from lightning.pytorch.strategies import DeepSpeedStrategy"),
         ("__init__", "from embedtune.module import EmbeddingModule"),
         ("cli", "def f(\n" + " a,\n" * 41 + "):\n  '''Doc.\n" + "\n" * 41 + "'''\n  return a"),

@@ -23,7 +23,7 @@ from embedtune.encoder import (
 )
 from embedtune.errors import InputError
 from embedtune.module import EmbeddingModule
-from embedtune.strategies import FSDP, ZeRO, consolidated_weights
+from embedtune.strategies import FSDP, ZeRO, whole_weights
 
 log = logging.getLogger("embedtune")
 
@@ -192,7 +192,7 @@ def export_running(trainer: pl.Trainer, module: EmbeddingModule, folder: Path) -
     training = encoder.training
     if isinstance(strategy, FSDP | ZeRO):
         trained = _embed_probes_sharded(trainer, module)
-        weights = consolidated_weights(strategy, encoder)
+        weights = whole_weights(strategy, encoder)
         if trainer.is_global_zero:
             exact = strategy.root_device.type == "cpu" and trainer.precision == "32-true"
             tolerance = TOLERANCE if exact else LOOSE_TOLERANCE

@@ -1,10 +1,11 @@
 """What the ranks of a run exchange; with one process nothing is, and every function is trivial."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 
@@ -16,6 +17,11 @@ def is_distributed() -> bool:
 def rank() -> int:
     """Return the number of this rank, 0 in a single process."""
     return dist.get_rank() if is_distributed() else 0
+
+
+def launched_rank() -> int:
+    """Return what :func:`rank` will be, before the ranks have found each other."""
+    return cast(Any, rank_zero_only).rank
 
 
 def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]]:

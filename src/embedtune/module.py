@@ -313,11 +313,14 @@ class EmbeddingModule(pl.LightningModule):
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def match(self, spec: EncoderSpec) -> None:
         """Append the projection that a checkpoint brings to a model that is only evaluated."""
-        width = checkpoint["encoder_spec"]["projection_dim"]
-        if width is not None and self.encoder.spec.projection_dim is None:
-            self.encoder.append_projection(width)
+        if spec.projection_dim is not None and self.encoder.spec.projection_dim is None:
+            self.encoder.append_projection(spec.projection_dim)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the structure that the checkpoint's weights fit."""
+        self.match(EncoderSpec(**checkpoint["encoder_spec"]))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what rebuilds the encoder's structure beside its weights."""
