@@ -3,6 +3,8 @@
 import contextlib
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -65,13 +67,12 @@ def kind_of(path: Path) -> Kind:
     raise InputError(f"{path}: expected a checkpoint of embedtune fit, found {found}")
 
 
-def read_spec(path: Path) -> EncoderSpec:
-    """Return the structure of a checkpoint's encoder.
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return all that a checkpoint holds beside weights and optimiser states.
 
     Raises:
         InputError: Not a checkpoint of embedtune.
     """
-    path = Path(path)
     kind = kind_of(path)
     if kind == "zero":
         # Any rank's will do. DeepSpeed's own objects are in it, hence not weights_only.
@@ -79,35 +80,51 @@ def read_spec(path: Path) -> EncoderSpec:
     else:
         file, safe = (path if kind == "file" else path / FSDP_FACTS), True
     try:
-        content = torch.load(file, map_location="cpu", weights_only=safe, mmap=True)
-        return EncoderSpec(**content["encoder_spec"])
+        facts = torch.load(file, map_location="cpu", weights_only=safe, mmap=True)
+        EncoderSpec(**facts["encoder_spec"])
     except Exception as error:
         raise InputError(f"{path}: expected a checkpoint of embedtune fit: {error}") from error
+    return facts
 
 
-def read_checkpoint(path: Path) -> Checkpoint:
-    """Read the encoder of a checkpoint, put together from the shards of all ranks.
+def read_spec(path: Path) -> EncoderSpec:
+    """Return the structure of a checkpoint's encoder.
 
     Raises:
-        InputError: Not a checkpoint of embedtune, or a part of it is missing.
+        InputError: Not a checkpoint of embedtune.
     """
-    path = Path(path)
+    return EncoderSpec(**read_facts(path)["encoder_spec"])
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the module's weights, put together from the shards of all ranks, on the CPU.
+
+    Raises:
+        InputError: A part of them is missing.
+    """
     readers: dict[Kind, Callable[[Path], dict[str, Tensor]]] = {
         "file": _read_file,
         "fsdp": _read_fsdp,
         "zero": _read_zero,
     }
-    spec = read_spec(path)
     try:
-        weights = readers[kind_of(path)](path)
+        return readers[kind_of(path)](path)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: cannot read all of its weights: {reason}") from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the encoder of a checkpoint of any strategy.
+
+    Raises:
+        InputError: Not a checkpoint of embedtune, or a part of it is missing.
+    """
     return Checkpoint(
-        spec,
+        read_spec(path),
         {
             name.removeprefix(PREFIX): tensor
-            for name, tensor in weights.items()
+            for name, tensor in read_weights(path).items()
             if name.startswith(PREFIX)
         },
     )
@@ -118,7 +135,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _read_fsdp(path: Path) -> dict[str, Tensor]:
-    prefix = f"model.{PREFIX}"
+    prefix = "model."
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     weights: dict[str, Any] = {
         name: torch.empty(facts.size, dtype=facts.properties.dtype)
@@ -126,20 +143,51 @@ def _read_fsdp(path: Path) -> dict[str, Tensor]:
         if name.startswith(prefix) and isinstance(facts, TensorStorageMetadata)
     }
     dcp.load(weights, checkpoint_id=path, no_dist=True)  # without the optimiser's states
-    return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+
+
+def zero_ranks(path: Path) -> int:
+    """Return for how many ranks a checkpoint of ZeRO is divided."""
+    return len(list(_zero_folder(path).glob("*_optim_states.pt")))
+
+
+def divide_anew(path: Path) -> None:
+    """Add to a checkpoint of ZeRO what any number of ranks can go on from.
+
+    That is DeepSpeed's universal checkpoint (Lian et al. 2024): a folder a parameter, each with the
+    weight and the optimiser's states as a whole.
+    """
+    # Its name is written last: what a killed process left is made once more.
+    if (path / "latest_universal").exists():
+        return
+    _remove(path / "universal")
+    command = ["deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(_zero_folder(path)), "--output_folder"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(path / "universal")], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        raise InputError(f"{path}: cannot be divided anew: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _zero_folder(path: Path) -> Path:
+    return path / (path / DEEPSPEED_TAG).read_text().strip()
 
 
 def _zero_states(path: Path) -> Path:
     """Return the file of a rank, with all that is not divided."""
-    tag = (path / DEEPSPEED_TAG).read_text().strip()
-    return min((path / tag).glob("*_model_states.pt"))
+    return min(_zero_folder(path).glob("*_model_states.pt"))
 
 
 def _read_zero(path: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     file = _zero_states(path)
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),  # progress bars
+    ):
         trained = get_fp32_state_dict_from_zero_checkpoint(str(path), file.parent.name)
     # Stage 1 keeps weights that are not trained elsewhere.
     module = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]

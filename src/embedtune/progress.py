@@ -1,5 +1,6 @@
 """Say before training what was understood, and while training how fast it goes."""
 
+import inspect
 import logging
 import time
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.strategies import Strategy
 
 from embedtune.batch import Text
 from embedtune.datamodule import EmbeddingDataModule
 from embedtune.module import EmbeddingModule
 from embedtune.records import Example, Format
 from embedtune.sampler import Key
+from embedtune.strategies import ZeRO
 
 log = logging.getLogger("embedtune")
 
@@ -72,7 +75,8 @@ def _run_facts(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
         + (f", each of {accumulated} accumulated batches)" if accumulated > 1 else ")"),
         "loss": _describe_loss(module),
         "embedding": f"width {module.encoder.width}",
-        "device": f"{trainer.strategy.root_device}, {trainer.world_size} rank(s)",
+        "device": f"{trainer.strategy.root_device.type}, {trainer.world_size} rank(s), "
+        + _describe_strategy(trainer.strategy),
         "precision": str(trainer.precision),
         "results": str(trainer.default_root_dir),
     }
@@ -81,12 +85,17 @@ def _run_facts(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
     return facts
 
 
+def _describe_strategy(strategy: Strategy) -> str:
+    """Return how the ranks divide the work."""
+    stage = f" stage {strategy.stage}" if isinstance(strategy, ZeRO) else ""
+    return type(strategy).__name__.removesuffix("Strategy") + stage
+
+
 def _describe_loss(module: EmbeddingModule) -> str:
     def describe(loss: torch.nn.Module) -> str:
+        given = inspect.signature(type(loss).__init__).parameters
         values = {k: v for k, v in vars(loss).items() if isinstance(v, bool | int | float | str)}
-        shown = ", ".join(
-            f"{k}={v}" for k, v in values.items() if not k.startswith("_") and k != "training"
-        )
+        shown = ", ".join(f"{k}={v}" for k, v in values.items() if k in given)
         inner = [describe(child) for child in loss.children()]
         return f"{type(loss).__name__}({', '.join(inner + ([shown] if shown else []))})"
 
@@ -123,6 +132,10 @@ class Throughput(pl.Callback):
         """Start with nothing counted."""
         self._examples = 0
         self._since = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the clock, also for a run that goes on in the middle of an epoch."""
+        self._examples, self._since = 0, time.perf_counter()
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the time between epochs (validation, export) out of the count."""

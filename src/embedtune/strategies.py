@@ -1,13 +1,13 @@
 """Which strategy a name stands for, and which checkpoints it takes."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
-from embedtune.checkpoint import Kind
+from embedtune.checkpoint import Kind, kind_of
 from embedtune.errors import InputError
 from embedtune.fsdp import FSDP
 from embedtune.zero import ZeRO
@@ -61,12 +61,13 @@ def refuse_foreign(strategy: Strategy) -> None:
             )
 
 
-def refuse_checkpoint(strategy: Strategy, path: Path, kind: Kind, is_fit: bool) -> None:
+def refuse_checkpoint(strategy: Strategy, path: Path) -> None:
     """Refuse a checkpoint that a strategy cannot go on from.
 
     Raises:
-        InputError: It was saved by another strategy, or for another number of ZeRO ranks.
+        InputError: It was saved by another strategy.
     """
+    kind = kind_of(path)
     takes: dict[Kind, bool] = {
         "file": not isinstance(strategy, ZeRO),
         "fsdp": isinstance(strategy, FSDP),
@@ -76,16 +77,8 @@ def refuse_checkpoint(strategy: Strategy, path: Path, kind: Kind, is_fit: bool) 
         saved = {"file": "one process or DDP", "fsdp": "FSDP", "zero": "ZeRO"}[kind]
         raise InputError(
             f"ckpt_path: {path} was saved by {saved}: expected the same trainer.strategy, found "
-            f"{type(strategy).__name__}; to go on from its weights alone, export it and train that"
+            f"{type(strategy).__name__}; embedtune export makes a model of it that any strategy takes"
         )
-    if kind == "zero" and is_fit:
-        saved_ranks = len(list(path.glob("*/*_optim_states.pt")))
-        ranks = cast(ZeRO, strategy).num_nodes * cast(ZeRO, strategy).num_processes
-        if saved_ranks != ranks:
-            raise InputError(
-                f"ckpt_path: {path} was saved by ZeRO on {saved_ranks} rank(s): expected as many, "
-                f"found {ranks}; to go on from its weights alone, export it and train that"
-            )
 
 
 def shards_parameters(strategy: Strategy) -> bool:

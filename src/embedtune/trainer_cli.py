@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_only
 
 from embedtune import gather
-from embedtune.checkpoint import kind_of, last_checkpoint, read_spec
+from embedtune.checkpoint import last_checkpoint, read_spec
 from embedtune.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
 from embedtune.export import ExportModel
@@ -178,8 +178,7 @@ class TrainerCLI(LightningCLI):
             if path is None:
                 log.info("ckpt_path: last: there is no checkpoint yet")
         if path is not None and str(path) not in CHECKPOINT_NAMES:
-            kind = kind_of(Path(path))
-            refuse_checkpoint(self.trainer.strategy, Path(path), kind, command == "fit")
+            refuse_checkpoint(self.trainer.strategy, Path(path))
             if command != "fit":
                 self.model.match(read_spec(Path(path)))
         getattr(self.trainer, command)(ckpt_path=path, **kwargs)

@@ -1,14 +1,17 @@
 """DeepSpeed ZeRO as this package trains with it, on GPUs and on CPU processes."""
 
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision, Precision
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from embedtune.checkpoint import SavesFolders
+from embedtune.checkpoint import SavesFolders, divide_anew, read_facts, read_weights, zero_ranks
 
 
 class _DeepSpeedPrecision(DeepSpeedPrecision):
@@ -37,7 +40,10 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
             kwargs: Those of Lightning's DeepSpeedStrategy, such as ``offload_optimizer``.
         """
         super().__init__(stage=stage, **kwargs)
+        self.stage = stage
         assert isinstance(self.config, dict)
+        # For DeepSpeed's own log alone; Lightning would build a training loader to ask it.
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)
         # torch's own AdamW also updates states on the CPU.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         if stage3_param_persistence_threshold is not None:
@@ -68,6 +74,28 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
         # DeepSpeed wants a number from every device.
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(devices))]
         super(DeepSpeedStrategy, self).setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Load what ZeRO saved on any number of ranks; without optimiser states to evaluate."""
+        path, module = Path(checkpoint_path), cast(pl.LightningModule, self.lightning_module)
+        if module.trainer.state.fn != TrainerFn.FITTING:
+            self._load_weights(module, path)
+            return read_facts(path)
+        if zero_ranks(path) != self.world_size:
+            if self.is_global_zero:
+                divide_anew(path)
+            self.barrier()
+            self.deepspeed_engine._config.load_universal_checkpoint = True
+        return super().load_checkpoint(path)
+
+    def _load_weights(self, module: pl.LightningModule, path: Path) -> None:
+        import deepspeed
+
+        weights = read_weights(path)
+        for name, parameter in module.named_parameters():
+            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+            with gathered if self.zero_stage_3 else nullcontext(), torch.no_grad():
+                parameter.copy_(weights[name].view_as(parameter))
 
     @property
     def handles_gradient_accumulation(self) -> bool:
