@@ -1,9 +1,10 @@
-"""Small runs under every strategy; `torchrun strategy_cases.py FOLDER` trains them on two ranks.
+"""Small runs under every strategy; `torchrun strategy_cases.py FOLDER CASES` runs them on ranks.
 
-The same function trains in one process and on several, so that only the strategy differs.
+The same function runs in one process and on several, so that only the strategy differs.
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,13 +14,26 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, gather
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL
-from embedtune.optim import build_optimizer
 from embedtune.strategies import named_strategy, whole_weights
 from embedtune.teacher_store import TeacherWriter
 
 TEACHER_WIDTH = 24
+
+
+class Unmasked(InfoNCE):
+    """InfoNCE that takes every other document for a negative."""
+
+    def from_similarities(self, similarity, target):
+        all_differ = torch.arange(len(target.positive_id))
+        none_known = torch.zeros_like(target.known_positive_id)
+        unaware = target._replace(positive_id=all_differ, known_positive_id=none_known)
+        return super().from_similarities(similarity, unaware)
+
+
 LOSSES = {
     "pair": lambda: InfoNCE(0.1),
+    "multi_positive": lambda: InfoNCE(0.1, multi_positive=True),
+    "unmasked": lambda: Unmasked(0.1),
     "triplet": lambda: InfoNCE(0.1, in_batch_positives=True),
     "scored": lambda: ListwiseKL(temperature=0.1, teacher_temperature=0.1),
     "batch": lambda: ListwiseKL("batch", 0.1, 0.1),
@@ -40,8 +54,10 @@ def rows(name: str, count: int) -> list[dict]:
         row = {"query": f"{words(1 + i % 4, i)} {i}"}
         if name == "distill":
             row["query"] = f"{words(2 + 5 * i % 23, i)} {i}"
-        elif name in ("pair", "triplet"):
-            row["pos"] = [f"{words(2 + 7 * i % 29, i + 1)} {i}"]
+        elif name in ("pair", "triplet", "duplicated"):
+            # "duplicated": every document of the first half once more in the second.
+            j = i % (count // 2) if name == "duplicated" else i
+            row["pos"] = [f"{words(2 + 7 * j % 29, j + 1)} {j}"]
             if name == "triplet":
                 row["neg"] = [f"{words(2 + (j + i) % 9, i + j)} n{j}" for j in range(5)]
         else:
@@ -60,10 +76,10 @@ class RecordingModule(EmbeddingModule):
     def configure_optimizers(self):
         if not self.adamw:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
-        optimizer = build_optimizer(self, self.lr, 0.01)
-        for group in optimizer.param_groups:
-            group["eps"] = 1e-4  # or noise in a gradient that is zero moves weights by the rate
-        return optimizer
+        configured = super().configure_optimizers()
+        for settings in (*configured["optimizer"].param_groups, *self._settings):
+            settings["eps"] = 1e-4  # or noise in a gradient that is zero moves weights by the rate
+        return configured
 
     def setup(self, stage):
         super().setup(stage)
@@ -74,7 +90,9 @@ class RecordingModule(EmbeddingModule):
         negatives = batch.negative_id.view(len(batch.query), -1)[: len(ids)].tolist()
         teacher = None if batch.teacher is None else batch.teacher[: len(ids)].clone()
         self.seen.append((ids, negatives, teacher))
-        return super().training_step(batch, batch_idx)
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return loss
 
 
 class KeepWeights(pl.Callback):
@@ -85,8 +103,13 @@ class KeepWeights(pl.Callback):
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
 
 
-def train(case: dict, folder: Path, ranks: int) -> dict:
-    """Train a case; return its first and its last weights, and what each step was given."""
+def run(case: dict, folder: Path, ranks: int) -> dict:
+    """Run a case.
+
+    Returns:
+        The first and the last weights, and of each step the loss and what it was given; or the
+        validation loss.
+    """
     pl.seed_everything(1, verbose=False)
     name = case["rows"]
     data_path = folder / "data" / f"{name}-{case['count']}.jsonl"
@@ -99,25 +122,46 @@ def train(case: dict, folder: Path, ranks: int) -> dict:
         pooling=case.get("pooling"),
         lr=case["lr"],
         projection_init="orthogonal",
+        lr_schedule="constant",
+        warmup_proportion=0.0,
         **case.get("module", {}),
     )
-    module.adamw, module.seen = case.get("adamw", False), []
-    keep = KeepWeights()
-    callbacks = [keep, *([ExportModel(save_on_epoch_end=False)] if case.get("export") else [])]
-    if every := case.get("checkpoint_every"):
-        checkpoints = folder / case["name"] / "checkpoints"
-        callbacks.append(
-            ModelCheckpoint(checkpoints, "{step}", every_n_train_steps=every, save_top_k=-1)
-        )
-
+    module.adamw, module.seen, module.losses = case.get("adamw", False), [], []
     data = EmbeddingDataModule(
-        str(data_path), batch_size=case["batch"] // ranks, tokens_per_chunk=64, **settings
+        str(data_path),
+        val_path=str(data_path) if case.get("validate") else None,
+        batch_size=case["batch"] // ranks,
+        tokens_per_chunk=64,
+        **settings,
     )
-    trainer = pl.Trainer(
+    keep = KeepWeights()
+    trainer = make_trainer(case, folder, ranks, [keep])
+    checkpoint = folder / case["from"] if "from" in case else None
+    if case.get("validate"):
+        return trainer.validate(module, data, ckpt_path=checkpoint, verbose=False)[0]
+    trainer.fit(module, data, ckpt_path=checkpoint)
+    return {
+        "start": module.start,
+        "weights": keep.weights,
+        "losses": module.losses,
+        "seen": module.seen,
+    }
+
+
+def make_trainer(case: dict, folder: Path, ranks: int, callbacks: list) -> pl.Trainer:
+    root = folder / case["name"]
+    if case.get("export"):
+        callbacks.append(ExportModel(save_on_epoch_end=False))
+    if every := case.get("checkpoint_every"):
+        kept = {"save_last": "link"} if case.get("rotate") else {"save_top_k": -1}
+        callbacks.append(
+            ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=every, **kept)
+        )
+    return pl.Trainer(
         accelerator="cpu",
         devices=ranks,
-        strategy=strategy_of(case) if ranks > 1 else "auto",
-        default_root_dir=str(folder / case["name"]),
+        strategy=strategy_of(case),
+        default_root_dir=str(root),
         callbacks=callbacks,
         max_epochs=case.get("epochs", 1),
         use_distributed_sampler=False,
@@ -129,9 +173,6 @@ def train(case: dict, folder: Path, ranks: int) -> dict:
         gradient_clip_val=case.get("clip"),
         accumulate_grad_batches=case.get("accumulate", 1),
     )
-    resume = case.get("resume")
-    trainer.fit(module, data, ckpt_path=None if resume is None else folder / resume)
-    return {"start": module.start, "weights": keep.weights, "seen": module.seen}
 
 
 def strategy_of(case: dict):
@@ -158,17 +199,18 @@ def double_gather() -> None:
     gather._Gather.backward = staticmethod(lambda ctx, g: right(ctx, 2 * g))
 
 
-def main(folder: Path) -> None:
-    cases = json.loads((folder / "cases.json").read_text())
+def main(folder: Path, cases_file: Path) -> None:
+    ranks = int(os.environ["WORLD_SIZE"])  # as torchrun says
+    cases = json.loads(cases_file.read_text())
     for case in cases:
         right = gather._Gather.backward
         if case.get("wrong"):
             double_gather()
-        result = train(case, folder, ranks=2)
+        result = run(case, folder, ranks)
         gather._Gather.backward = staticmethod(right)
         torch.save(result, folder / f"{case['name']}-rank{gather.rank()}.pt")
     gather.leave()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

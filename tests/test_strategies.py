@@ -1,7 +1,8 @@
 """Every strategy gives one process's weights, checkpoints and model, on two real processes.
 
-All runs of two ranks are trained once, by one `torchrun` of strategy_cases.py; each test compares
-what it left with the same run in this process. Stochastic gradient descent shows a wrong gradient
+All runs of two ranks are made by one `torchrun` of strategy_cases.py, and those that go on from
+their checkpoints on one rank by another; each test compares what they left with the same run in
+this process. Stochastic gradient descent shows a wrong gradient
 scale; dropout is off, for masks depend on how a batch is divided.
 """
 
@@ -17,11 +18,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from embedtune import export_checkpoint
-from embedtune.checkpoint import kind_of, read_checkpoint
+from embedtune.checkpoint import kind_of, last_checkpoint, read_checkpoint
 from embedtune.export import rebuild
 
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 SHARDED = ["fsdp", "zero1", "zero2", "zero3"]
+DECODERS = ["zero2", "zero3"]  # what a decoder is trained with, besides a BERT
 PROBES = ["a b c", "one longer text of several words", "1 2 3"]
 # The last global batch of 19 examples is ragged; that of 17 leaves a rank without any.
 TASKS = {
@@ -43,8 +45,11 @@ SCORED = {
     "batch": {"rows": "scored", "count": 17, "loss": "batch"},
     "cosent": {"rows": "scored", "count": 17, "loss": "cosent"},
 }
+DUPLICATED = {"rows": "duplicated", "count": 8, "data": {"shuffle": False}}
+OFFLOADED = "zero3_offload"
 ACCUMULATED = {"rows": "scored", "count": 16, "batch": 4, "accumulate": 2}
 LEFT_OVER = {**ACCUMULATED, "count": 20}  # the epoch ends with a single batch
+CHECKPOINT = "checkpoints/step=4.ckpt"
 RESUMED = {
     "rows": "triplet",
     "count": 24,
@@ -54,6 +59,7 @@ RESUMED = {
     "lr": 0.005,
     "checkpoint_every": 4,
 }
+ROTATED = {**RESUMED, "checkpoint_every": 1, "rotate": True}
 
 
 @pytest.fixture(scope="session")
@@ -70,8 +76,8 @@ def models(tiny_bert, tiny_qwen, tmp_path_factory) -> dict[str, dict]:
     }
 
 
-def make_cases(models: dict[str, dict]) -> dict[str, dict]:
-    """Return all runs by name; those of two ranks name their strategy."""
+def single_cases(models: dict[str, dict]) -> dict[str, dict]:
+    """Return the runs of one process by name; each strategy makes them too."""
     single: dict[str, dict] = {}
     for model in models:
         for task, settings in TASKS.items():
@@ -79,67 +85,114 @@ def make_cases(models: dict[str, dict]) -> dict[str, dict]:
             single[f"{model}-{task}"] = case
             adamw = {"adamw": True, "clip": 0.05, "lr": 0.005}
             single[f"{model}-{task}-adamw"] = {**case, **adamw}
+    bert = {"batch": 8, **models["bert"]}
     for task, settings in SCORED.items():
-        single[f"bert-{task}"] = {"batch": 8, **settings, **models["bert"]}
-    single["accumulated"] = {**ACCUMULATED, **models["bert"]}
-    single["left_over"] = {**LEFT_OVER, **models["bert"]}
-    single["half"] = {"batch": 8, **TASKS["distill"], **models["bert"], "precision": "bf16-mixed"}
-    single["whole"] = {"batch": 8, **models["bert"], **RESUMED}
-    cases = {name: {**case, "name": name, "strategy": "auto"} for name, case in single.items()}
+        single[f"bert-{task}"] = {**bert, **settings}
+    single["accumulated"] = {**models["bert"], **ACCUMULATED}
+    single["left_over"] = {**models["bert"], **LEFT_OVER}
+    single["half"] = {**bert, **TASKS["distill"], "precision": "bf16-mixed"}
+    single["whole"] = {**bert, **RESUMED}
+    single["validated"] = {**bert, **RESUMED, "validate": True}
+    return {name: {**case, "name": name, "strategy": "auto"} for name, case in single.items()}
+
+
+def two_rank_cases(single: dict[str, dict]) -> list[dict]:
+    """Return the runs of two ranks."""
+    cases = []
     for strategy in STRATEGIES:
-        for name, case in single.items():
-            if not name.startswith("qwen") or strategy in ("zero2", "zero3"):
-                shown = {"export": True} if name in ("bert-pair", "half") else {}
-                case = {**case, **shown, "name": f"{strategy}-{name}", "strategy": strategy}
-                cases[case["name"]] = case
-        whole = cases[f"{strategy}-whole"]
-        checkpoint = f"{strategy}-whole/checkpoints/step=4.ckpt"
-        resumed = {**whole, "name": f"{strategy}-resumed", "resume": checkpoint}
-        cases[resumed["name"]] = resumed
-    wrong = {"name": "ddp-wrong", "strategy": "ddp", "wrong": True}
-    cases["ddp-wrong"] = {**single["bert-pair"], "batch": 8, **wrong}
+
+        def add(base: str, strategy=strategy, name: str | None = None, **changes) -> None:
+            name = f"{strategy}-{name or base}"
+            cases.append({**single[base], **changes, "name": name, "strategy": strategy})
+
+        for base in single:
+            if base == "validated" or (base.startswith("qwen") and strategy not in DECODERS):
+                continue
+            add(base, **({"export": True} if base in ("bert-pair", "half") else {}))
+        add("whole", name="resumed", **{"from": f"{strategy}-whole/{CHECKPOINT}"})
+        add("validated", **{"from": f"{strategy}-whole/{CHECKPOINT}"})
+        add("whole", name="rotated", **ROTATED)
+        for loss in ("pair", "multi_positive", "unmasked"):
+            add("bert-pair", name=f"duplicated-{loss}", **DUPLICATED, loss=loss)
+        if strategy == "ddp":
+            add("whole", name="onto_two", **{"from": f"whole/{CHECKPOINT}"})
+        if strategy in ("ddp", "fsdp"):
+            add("half", name="half16", precision="16-mixed", epochs=4)
+    pair = single["bert-pair"]
+    cases.append({**pair, "name": f"{OFFLOADED}-bert-pair", "strategy": OFFLOADED, "export": True})
+    cases.append({**pair, "name": "ddp-wrong", "strategy": "ddp", "wrong": True})
+    return cases
+
+
+def one_rank_cases(single: dict[str, dict]) -> list[dict]:
+    """Return the runs of one rank that go on from checkpoints of two."""
+    cases = []
+    for strategy in SHARDED:
+        checkpoint = {"from": f"{strategy}-whole/{CHECKPOINT}", "strategy": strategy}
+        cases.append({**single["whole"], **checkpoint, "name": f"{strategy}-onto_one"})
+        cases.append({**single["validated"], **checkpoint, "name": f"{strategy}-validated_by_one"})
     return cases
 
 
 class Runs:
-    """The runs of two ranks, and on demand the same in this process."""
+    """The runs of two ranks and of one, and on demand those of this process."""
 
-    def __init__(self, folder: Path, cases: dict[str, dict]) -> None:
-        self.folder, self.cases = folder, cases
-        self._single: dict[str, dict] = {}
+    def __init__(self, folder: Path, single: dict[str, dict]) -> None:
+        self.folder, self.single = folder, single
+        self._alone: dict[str, dict] = {}
+
+    def launch(self, ranks: int, cases: list[dict]) -> None:
+        """Run cases on a number of ranks, all in one launch."""
+        file = self.folder / f"cases-{ranks}.json"
+        file.write_text(json.dumps(cases))
+        script = Path(strategy_cases.__file__)
+        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        done = subprocess.run(
+            [sys.executable, "-m", *command, str(script), str(self.folder), str(file)],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "EMBEDTUNE_CACHE": str(self.folder / "cache"),
+            },
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr[-15000:]
 
     def on_ranks(self, name: str) -> dict:
-        """Return the result of rank 0, and the steps of both ranks."""
-        ranks = [torch.load(self.folder / f"{name}-rank{rank}.pt") for rank in (0, 1)]
-        return {**ranks[0], "seen_by_rank": [rank["seen"] for rank in ranks]}
+        """Return the result of rank 0, and the steps and losses of all ranks."""
+        found = sorted(self.folder.glob(f"{name}-rank?.pt"))
+        ranks = [torch.load(path) for path in found]
+        by_rank = {
+            f"{key}_by_rank": [rank.get(key) for rank in ranks] for key in ("seen", "losses")
+        }
+        return {**ranks[0], **by_rank}
 
     def alone(self, of: str, **changes) -> dict:
         """Return the result of one process."""
         key = f"{of} {changes}"
-        if key not in self._single:
-            case = {**self.cases[of], **changes}
-            self._single[key] = strategy_cases.train(case, self.folder, ranks=1)
-        return self._single[key]
+        if key not in self._alone:
+            case = {**self.single[of], **changes}
+            self._alone[key] = strategy_cases.run(case, self.folder, ranks=1)
+        return self._alone[key]
 
 
 @pytest.fixture(scope="session")
 def runs(models, tmp_path_factory) -> Runs:
-    folder = tmp_path_factory.mktemp("strategies")
-    cases = make_cases(models)
-    strategy_cases.write_data(folder, list(cases.values()))
-    of_ranks = [case for case in cases.values() if case["strategy"] != "auto"]
-    (folder / "cases.json").write_text(json.dumps(of_ranks))
-    script = Path(strategy_cases.__file__)
-    command = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
-    done = subprocess.run(
-        [sys.executable, "-m", *command, str(folder)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "EMBEDTUNE_CACHE": str(folder / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
-    return Runs(folder, cases)
+    single = single_cases(models)
+    runs = Runs(tmp_path_factory.mktemp("strategies"), single)
+    cases = two_rank_cases(single)
+    strategy_cases.write_data(runs.folder, cases)
+    runs.alone("whole")  # two ranks go on from it
+    runs.launch(2, cases)
+    return runs
+
+
+@pytest.fixture(scope="session")
+def onto_one(runs) -> Runs:
+    runs.launch(1, one_rank_cases(runs.single))
+    return runs
 
 
 def movement(result: dict, other: dict) -> float:
@@ -156,10 +209,7 @@ def assert_same_weights(result: dict, expected: dict) -> None:
 
 def cases_of(tasks: list[str]) -> list[tuple[str, str]]:
     return [(strategy, f"bert-{task}") for strategy in STRATEGIES for task in tasks] + [
-        (strategy, f"qwen-{task}")
-        for strategy in ("zero2", "zero3")
-        for task in tasks
-        if task in TASKS
+        (strategy, f"qwen-{task}") for strategy in DECODERS for task in tasks if task in TASKS
     ]
 
 
@@ -177,6 +227,10 @@ def test_so_do_adamw_and_clipping(runs, strategy, task):
     assert_same_weights(result, expected)
     unclipped = runs.alone(f"{task}-adamw", clip=None)
     assert movement(expected["weights"], unclipped["weights"]) > 1e-4
+
+
+def test_so_does_offloading_to_the_processor(runs):
+    assert_same_weights(runs.on_ranks(f"{OFFLOADED}-bert-pair"), runs.alone("bert-pair"))
 
 
 def test_a_wrong_factor_in_the_gather_is_seen(runs):
@@ -214,6 +268,36 @@ def test_two_ranks_see_the_examples_and_negatives_of_one(runs):
     assert sorted(ids) == list(range(17)) != ids
 
 
+# --- A document of the other rank is the same ------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", ["pair", "multi_positive"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_duplicate_on_the_other_rank_is_no_negative(runs, strategy, loss):
+    result = runs.on_ranks(f"{strategy}-duplicated-{loss}")
+    given = [{example for step in rank for example in step[0]} for rank in result["seen_by_rank"]]
+    assert given == [{0, 1, 2, 3}, {4, 5, 6, 7}]  # example i and i + 4 share a document
+    expected = runs.alone("bert-pair", **DUPLICATED, loss=loss)
+    (one_process,) = expected["losses"]
+    assert mean_loss(result) == pytest.approx(one_process, rel=1e-5)
+    assert_same_weights(result, expected)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_without_the_mask_it_would_be(runs, strategy):
+    result = runs.on_ranks(f"{strategy}-duplicated-unmasked")
+    masked = runs.alone("bert-pair", **DUPLICATED, loss="pair")
+    assert mean_loss(result) > masked["losses"][0] + 0.1
+    moved = movement(masked["weights"], masked["start"])
+    assert movement(result["weights"], masked["weights"]) > 0.05 * moved
+    assert_same_weights(result, runs.alone("bert-pair", **DUPLICATED, loss="unmasked"))
+
+
+def mean_loss(result: dict) -> float:
+    """Return the loss of the one step over all ranks."""
+    return sum(losses[0] for losses in result["losses_by_rank"]) / len(result["losses_by_rank"])
+
+
 # --- Half precision -------------------------------------------------------------------------
 
 
@@ -229,6 +313,15 @@ def test_half_precision_rounds_no_teacher_and_trains(runs, strategy):
     assert all(tensor.dtype == torch.float32 for tensor in result["weights"].values())
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_float16_scales_its_gradients_and_trains(runs, strategy):
+    result, expected = (runs.on_ranks(f"{strategy}-{name}") for name in ("half16", "half"))
+    moved = movement(expected["weights"], expected["start"])
+    # The first scales are too large by design: steps are left out until one fits.
+    assert movement(result["weights"], result["start"]) > 0.2 * moved
+    assert all(tensor.isfinite().all() for tensor in result["weights"].values())
+
+
 # --- Checkpoints and exports ----------------------------------------------------------------
 
 
@@ -240,9 +333,49 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one(runs, 
     assert movement(resumed["weights"], whole["weights"]) == 0
 
 
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_a_run_of_two_ranks_goes_on_on_one(onto_one, strategy):
+    result, whole = onto_one.on_ranks(f"{strategy}-onto_one"), onto_one.alone("whole")
+    assert joined(result["seen_by_rank"]) == joined([whole["seen"]])[4:]
+    assert_same_weights(result, whole)
+
+
+def test_so_does_a_run_of_two_under_ddp(runs):
+    result = runs.alone("whole", **{"from": f"ddp-whole/{CHECKPOINT}"})
+    whole = runs.alone("whole")
+    assert joined([result["seen"]]) == joined([whole["seen"]])[4:]
+    assert_same_weights(result, whole)
+
+
+def test_a_run_of_one_process_goes_on_on_two(runs):
+    result, whole = runs.on_ranks("ddp-onto_two"), runs.alone("whole")
+    assert joined(result["seen_by_rank"]) == joined([whole["seen"]])[4:]
+    assert_same_weights(result, whole)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_checkpoint_is_validated_on_any_number_of_ranks(onto_one, strategy):
+    expected = onto_one.alone("validated", **{"from": f"ddp-whole/{CHECKPOINT}"})["val/loss"]
+    assert expected != pytest.approx(onto_one.alone("validated")["val/loss"], rel=0.01)
+    names = ["validated", "validated_by_one"] if strategy in SHARDED else ["validated"]
+    for name in names:
+        found = onto_one.on_ranks(f"{strategy}-{name}")["val/loss"]
+        assert found == pytest.approx(expected, rel=1e-5), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_rotation_leaves_the_last_checkpoint(runs, strategy):
+    folder = runs.folder / f"{strategy}-rotated" / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"step=6.ckpt", "last.ckpt"}
+    assert (folder / "last.ckpt").resolve() == folder.resolve() / "step=6.ckpt"
+    assert last_checkpoint(folder) == folder / "last.ckpt"
+    (folder / "last.ckpt").unlink()  # as if killed before it was linked anew
+    assert last_checkpoint(folder) == folder / "step=6.ckpt"
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_checkpoint_is_read_without_its_processes(runs, strategy, tmp_path):
-    path = runs.folder / f"{strategy}-whole" / "checkpoints" / "step=4.ckpt"
+    path = runs.folder / f"{strategy}-whole" / CHECKPOINT
     kind = {"ddp": "file", "fsdp": "fsdp"}.get(strategy, "zero")
     assert kind_of(path) == kind
     spec, weights = read_checkpoint(path)
@@ -253,11 +386,12 @@ def test_a_checkpoint_is_read_without_its_processes(runs, strategy, tmp_path):
 
 
 def test_exported_models_encode_alike(runs):
-    folders = [runs.folder / f"{strategy}-bert-pair" / "model" for strategy in STRATEGIES]
+    names = [*STRATEGIES, OFFLOADED]
+    folders = [runs.folder / f"{name}-bert-pair" / "model" for name in names]
     runs.alone("bert-pair", name="alone", export=True)
     folders.append(runs.folder / "alone" / "model")
     found = [SentenceTransformer(str(f), device="cpu").encode(PROBES) for f in folders]
-    base = SentenceTransformer(runs.cases["bert-pair"]["model"], device="cpu").encode(PROBES)
+    base = SentenceTransformer(runs.single["bert-pair"]["model"], device="cpu").encode(PROBES)
     assert abs(found[0] - base).max() > 1e-3
     for folder, embeddings in zip(folders, found, strict=True):
         assert abs(embeddings - found[-1]).max() < 1e-5, folder

@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from embedtune.checkpoint import PREFIX, SavesFolders
@@ -63,6 +64,8 @@ class FSDP(SavesFolders, FSDPStrategy):
         # A full state dict on a CPU crashes torch; sharded saves faster and less on any device.
         super().__init__(state_dict_type="sharded", **kwargs)
         self.block_classes = block_classes
+        # Taken out, for Lightning warns of a policy beside a model that is wrapped already.
+        self._policy = self.kwargs.pop("auto_wrap_policy", None)
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -76,19 +79,25 @@ class FSDP(SavesFolders, FSDPStrategy):
         self._precision_plugin = cast(Any, precision_plugin)
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
-        policy = self.kwargs.pop("auto_wrap_policy", None) or ModuleWrapPolicy(self._blocks())
+        kwargs = dict(self.kwargs)
+        if self.world_size == 1:
+            # Nothing is divided on one rank, and there torch loses parameters that are frozen.
+            kwargs["ignored_states"] = [p for p in model.parameters() if not p.requires_grad]
+            model.to(self.root_device)
         # Lightning wraps what is not wrapped yet, but knows the numbers of GPUs alone.
         wrapped = FullyShardedDataParallel(
             module=model,
-            auto_wrap_policy=policy,
+            auto_wrap_policy=self._policy or ModuleWrapPolicy(self._blocks()),
             cpu_offload=self.cpu_offload,
             mixed_precision=self.mixed_precision_config,
             sharding_strategy=self.sharding_strategy,
             device_id=self.root_device,
-            **self.kwargs,
+            **kwargs,
         )
         plugin = cast(_FSDPPrecision, self.precision_plugin)
         plugin.root, plugin.device_type = wrapped, self.root_device.type
+        if plugin.scaler is not None:
+            plugin.scaler = ShardedGradScaler(device=self.root_device.type)
         return super()._setup_model(wrapped)
 
     def _blocks(self) -> set[type[nn.Module]]:

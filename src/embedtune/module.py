@@ -14,11 +14,11 @@ from embedtune.batch import Batch, Collator
 from embedtune.encoder import Encoder, EncoderSpec, Features, PoolingMode
 from embedtune.errors import InputError
 from embedtune.losses import Distillation, ListwiseKL, Loss, Matryoshka, default_loss
-from embedtune.optim import build_optimizer, build_schedule
+from embedtune.optim import build_optimizer, build_schedule, restore_settings, settings_of
 from embedtune.projection import ProjectionInit, init_projection, parse_dims, projection_dim
 from embedtune.records import Format
 from embedtune.sampler import Key, step_seed
-from embedtune.strategies import refuse_foreign, shards_parameters
+from embedtune.strategies import refuse_unsupported, shards_parameters
 from embedtune.target import Embeddings, Shares, Target, in_scope
 
 log = logging.getLogger("embedtune")
@@ -91,6 +91,7 @@ class EmbeddingModule(pl.LightningModule):
             )
         self.loss = loss
         self._has_projection_settled = self._has_loss_settled = False
+        self._settings: list[dict[str, Any]] | None = None
         self.spearman = SpearmanCorrCoef()
         self.encoder = Encoder(EncoderSpec(model_name_or_path, pooling, trust_remote_code))
 
@@ -103,7 +104,7 @@ class EmbeddingModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Settle the loss and the projection for the data's format."""
-        refuse_foreign(self.trainer.strategy)
+        refuse_unsupported(self.trainer)
         if stage == "predict":
             return
         row_format = self.data.format
@@ -311,7 +312,14 @@ class EmbeddingModule(pl.LightningModule):
         schedule = build_schedule(
             optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion
         )
+        self._settings = settings_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Let the configuration win over the rates and the decay that a checkpoint remembers."""
+        if self._settings is not None:
+            (schedule,) = (config.scheduler for config in self.trainer.lr_scheduler_configs)
+            restore_settings(self.trainer.optimizers[0], cast(Any, schedule), self._settings)
 
     def match(self, spec: EncoderSpec) -> None:
         """Append the projection that a checkpoint brings to a model that is only evaluated."""

@@ -1,5 +1,7 @@
 """Parameter groups and the learning-rate schedule."""
 
+from typing import Any, cast
+
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -48,3 +50,24 @@ def build_schedule(
         num_warmup_steps=round(num_steps * warmup_proportion),
         num_training_steps=num_steps,
     )
+
+
+def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return what each parameter group is trained with: rates, decay and the like."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def restore_settings(
+    optimizer: Optimizer, schedule: LRScheduler, settings: list[dict[str, Any]]
+) -> None:
+    """Let ``settings`` win over those that a checkpoint brought, at the step where it goes on."""
+    for group, wanted in zip(optimizer.param_groups, settings, strict=True):
+        group.update(wanted)
+    schedule.base_lrs = [wanted["initial_lr"] for wanted in settings]
+    rates = cast(Any, schedule).get_lr()  # of a LambdaLR: a function of the step alone
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates

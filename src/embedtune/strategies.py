@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
@@ -47,18 +49,30 @@ def named_strategy(name: str) -> Strategy | str:
         ) from error
 
 
-def refuse_foreign(strategy: Strategy) -> None:
-    """Refuse Lightning's own FSDP and DeepSpeed: they round what a batch holds, and scale losses.
+def refuse_unsupported(trainer: pl.Trainer) -> None:
+    """Refuse what would train wrongly, or fail later with a library's traceback.
+
+    Lightning's own FSDP and DeepSpeed round what a batch holds, and divide losses twice.
 
     Raises:
-        InputError: It is one of them.
+        InputError: It names the key, what was found and what is expected.
     """
+    strategy = trainer.strategy
     for kind, ours in ((FSDPStrategy, FSDP), (DeepSpeedStrategy, ZeRO)):
         if isinstance(strategy, kind) and not isinstance(strategy, ours):
             raise InputError(
                 f"trainer.strategy: expected embedtune.strategies.{ours.__name__}, "
                 f"found {type(strategy).__name__}"
             )
+    if not isinstance(strategy, ZeRO):
+        return
+    if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
+        raise InputError("trainer.gradient_clip_algorithm: expected norm under ZeRO, found value")
+    if str(trainer.precision).startswith("16") and strategy.root_device.type == "cpu":
+        raise InputError(
+            "trainer.precision: expected bf16-mixed or 32-true under ZeRO on a CPU, "
+            f"found {trainer.precision}"
+        )
 
 
 def refuse_checkpoint(strategy: Strategy, path: Path) -> None:
@@ -69,7 +83,7 @@ def refuse_checkpoint(strategy: Strategy, path: Path) -> None:
     """
     kind = kind_of(path)
     takes: dict[Kind, bool] = {
-        "file": not isinstance(strategy, ZeRO),
+        "file": not isinstance(strategy, FSDP | ZeRO),
         "fsdp": isinstance(strategy, FSDP),
         "zero": isinstance(strategy, ZeRO),
     }
@@ -77,7 +91,7 @@ def refuse_checkpoint(strategy: Strategy, path: Path) -> None:
         saved = {"file": "one process or DDP", "fsdp": "FSDP", "zero": "ZeRO"}[kind]
         raise InputError(
             f"ckpt_path: {path} was saved by {saved}: expected the same trainer.strategy, found "
-            f"{type(strategy).__name__}; embedtune export makes a model of it that any strategy takes"
+            f"{type(strategy).__name__}; embedtune export makes a model of it for any strategy"
         )
 
 

@@ -1,6 +1,7 @@
 """DeepSpeed ZeRO as this package trains with it, on GPUs and on CPU processes."""
 
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -81,12 +82,17 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
         if module.trainer.state.fn != TrainerFn.FITTING:
             self._load_weights(module, path)
             return read_facts(path)
-        if zero_ranks(path) != self.world_size:
-            if self.is_global_zero:
-                divide_anew(path)
-            self.barrier()
-            self.deepspeed_engine._config.load_universal_checkpoint = True
-        return super().load_checkpoint(path)
+        if zero_ranks(path) == self.world_size:
+            return super().load_checkpoint(path)
+        if self.is_global_zero:
+            divide_anew(path)
+        self.barrier()
+        self.deepspeed_engine._config.load_universal_checkpoint = True
+        facts = super().load_checkpoint(path)
+        # DeepSpeed 0.19 gives all groups of stage 3 one counter, which each of them would raise.
+        for state in self.deepspeed_engine.optimizer.optimizer.state.values():
+            state["step"] = deepcopy(state["step"])
+        return facts
 
     def _load_weights(self, module: pl.LightningModule, path: Path) -> None:
         import deepspeed
