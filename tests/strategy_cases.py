@@ -122,8 +122,6 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
         pooling=case.get("pooling"),
         lr=case["lr"],
         projection_init="orthogonal",
-        lr_schedule="constant",
-        warmup_proportion=0.0,
         **case.get("module", {}),
     )
     module.adamw, module.seen, module.losses = case.get("adamw", False), [], []

@@ -152,8 +152,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             known = ", ".join((*TRAINER_COMMANDS, *COMMANDS))
             fail(f"expected a command ({known}), found {command!r}")
     except InputError as error:
-        if gather.launched_rank():
-            time.sleep(5)  # most likely rank 0 says the same, and ends this process
+        _let_rank_0_speak()
         fail(str(error))
     except ExportError as error:
         fail(str(error), code=1)
+    except Exception:
+        _let_rank_0_speak()
+        raise
+
+
+def _let_rank_0_speak() -> None:
+    """Wait on other ranks, whose error most likely is that of rank 0, or that it is gone.
+
+    Rank 0 says it once, and ends them.
+    """
+    if gather.launched_rank():
+        time.sleep(5)

@@ -6,7 +6,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities import GradClipAlgorithmType
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 
 from embedtune.checkpoint import Kind, kind_of
@@ -41,12 +40,7 @@ def named_strategy(name: str) -> Strategy | str:
     if name not in NAMED:
         return name
     kind, settings = NAMED[name]
-    try:
-        return kind(**settings)
-    except MisconfigurationException as error:
-        raise InputError(
-            f"trainer.strategy: {name} needs pip install 'embedtune[deepspeed]'"
-        ) from error
+    return kind(**settings)
 
 
 def refuse_unsupported(trainer: pl.Trainer) -> None:

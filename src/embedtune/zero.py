@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from embedtune.checkpoint import SavesFolders, divide_anew, read_facts, read_weights, zero_ranks
+from embedtune.errors import InputError
 
 
 class _DeepSpeedPrecision(DeepSpeedPrecision):
@@ -39,7 +41,12 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
             stage3_param_persistence_threshold: Parameters with fewer elements are kept whole on
                 every rank; the default is DeepSpeed's.
             kwargs: Those of Lightning's DeepSpeedStrategy, such as ``offload_optimizer``.
+
+        Raises:
+            InputError: DeepSpeed is not installed.
         """
+        if find_spec("deepspeed") is None:
+            raise InputError("trainer.strategy: ZeRO needs pip install 'embedtune[deepspeed]'")
         super().__init__(stage=stage, **kwargs)
         self.stage = stage
         assert isinstance(self.config, dict)

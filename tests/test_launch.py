@@ -1,0 +1,157 @@
+"""Whole processes: two ranks from one command and from torchrun, and what a killed one leaves."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from embedtune.cli import main
+
+STRATEGIES = Path(__file__).parents[1] / "configs" / "strategy"
+ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(24)]
+STEPS = 12  # of 4 pairs in 2 epochs
+TEXTS = ["query 1", "another text"]
+LIMIT = 60  # seconds in which a run must end when one of its ranks has died
+DYING = '''
+import os
+import signal
+
+from embedtune.losses import InfoNCE
+
+
+class Dying(InfoNCE):
+    """InfoNCE that kills one rank's process in its step `at`, counted from 0."""
+
+    def __init__(self, at: int, rank: int = 0):
+        super().__init__()
+        self.left, self.rank = at, rank
+
+    def forward(self, embeddings, target):
+        if self.left == 0 and int(os.environ.get("LOCAL_RANK", 0)) == self.rank:
+            with open("died", "w") as file:
+                file.write(str(os.getppid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        self.left -= 1
+        return super().forward(embeddings, target)
+'''
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    Path("dying.py").write_text(DYING)
+
+
+def fit(model, root: str, *flags: str) -> list[str]:
+    """Return the arguments of a fit of 12 steps that saves every second."""
+    return [
+        *("fit", "--model.model_name_or_path", str(model), "--data.train_path", "train.jsonl"),
+        *("--trainer.default_root_dir", root, "--trainer.accelerator", "cpu"),
+        *("--data.batch_size", "4", "--model.lr", "1e-2", "--save_on_epoch_end", "false"),
+        *("--checkpoint.every_n_train_steps", "2", "--trainer.precision", "32-true", *flags),
+    ]
+
+
+def on_two(strategy: str) -> list[str]:
+    overlay = str(STRATEGIES / f"{strategy}.yaml")
+    return ["--config", overlay, "--trainer.devices", "2", "--data.batch_size", "2"]
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    """Start the command line as a process group of its own, so that nothing outlives a test."""
+    shared = {"OMP_NUM_THREADS": "1"} if "--trainer.devices" in arguments else {}
+    return subprocess.Popen(
+        [sys.executable, "-m", "embedtune", *arguments],
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **shared},
+    )
+
+
+def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+    """Return the exit code and the output."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+def embed(folder: str) -> np.ndarray:
+    return SentenceTransformer(folder, device="cpu").encode(TEXTS)
+
+
+def test_a_run_killed_at_a_random_step_ends_as_the_uninterrupted_one(tiny_bert):
+    """Bit for bit, with dropout; the step is in the message."""
+    main(fit(tiny_bert, "whole"))
+    at = random.SystemRandom().randrange(STEPS)
+    dying = ("--model.loss", "dying.Dying", "--model.loss.at", str(at))
+    code, output = finish(start(fit(tiny_bert, "killed", *dying)))
+    assert code == -signal.SIGKILL, output
+    assert not Path("killed/model").exists()
+    main(fit(tiny_bert, "killed", "--ckpt_path", "last"))
+    whole, resumed = (Path(root, "model/model.safetensors") for root in ("whole", "killed"))
+    assert whole.read_bytes() == resumed.read_bytes(), f"killed in step {at}"
+    assert np.abs(embed("whole/model") - embed(str(tiny_bert))).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rank"),
+    [
+        ("ddp", 0),
+        ("fsdp", 1),
+        pytest.param("zero2", 1, marks=pytest.mark.slow),
+        pytest.param("zero3", 0, marks=pytest.mark.slow),
+    ],
+)
+def test_a_rank_that_dies_ends_the_run_and_the_last_checkpoint_resumes(tiny_bert, strategy, rank):
+    dying = ("--model.loss", "dying.Dying", "--model.loss.at", "5", "--model.loss.rank", str(rank))
+    process = start(fit(tiny_bert, "run", *on_two(strategy), *dying))
+    while not Path("died").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    code, output = finish(process, LIMIT)  # communicate: until the last rank has closed its output
+    assert code != 0, output
+    assert not list(Path("run/checkpoints").glob("*.part"))
+    code, output = finish(start(fit(tiny_bert, "run", *on_two(strategy), "--ckpt_path", "last")))
+    assert code == 0, output
+    assert np.abs(embed("run/model") - embed(str(tiny_bert))).max() > 1e-3
+
+
+def test_one_command_and_torchrun_train_alike_and_export_offline(tiny_bert):
+    arguments = fit(tiny_bert, "own", *on_two("zero2"))
+    code, output = finish(start(arguments))
+    assert code == 0, output
+    assert "ZeRO stage 2" in output
+    kept = {path.name for path in Path("own/checkpoints").iterdir()}
+    assert kept == {f"epoch=1-step={STEPS}.ckpt", "last.ckpt"}
+    main(["export", "own/checkpoints/last.ckpt", "offline"])
+    assert np.array_equal(embed("offline"), embed("own/model"))
+
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments[arguments.index("own")] = "torchrun"
+    done = subprocess.run(
+        [sys.executable, *launch, "-m", "embedtune", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert np.array_equal(embed("torchrun/model"), embed("own/model"))
+
+
+def test_a_mistake_is_told_once_by_two_ranks(tiny_bert):
+    Path("train.jsonl").write_text('{"query": "q", "pos": ["p"]}\n{"query": "q", "pos": "p"}\n')
+    code, output = finish(start(fit(tiny_bert, "run", *on_two("ddp"))), LIMIT)
+    assert code == 2, output
+    assert output.count("embedtune: error: train.jsonl:2: field 'pos'") == 1, output
+    assert "Traceback" not in output
