@@ -14,8 +14,11 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from embedtune.cli import main
+from embedtune.strategies import NAMED
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+OVERLAYS = sorted((CONFIGS[0].parent / "strategy").glob("*.yaml"))
+STRATEGY_CLASSES = {"ddp": "DDPStrategy", "fsdp": "FSDP"}  # the others are ZeRO
 
 PAIRS = [{"query": f"query {i}", "pos": [f"document {i}"], "source": "web"} for i in range(8)]
 
@@ -174,6 +177,22 @@ def test_flags_win_over_what_a_checkpoint_remembers(tiny_bert):
     assert (last["epoch"], last["global_step"]) == (2, 6)
 
 
+def test_so_do_rates_and_decay(tiny_bert):
+    constant = ("--model.lr_schedule", "constant", "--model.warmup_proportion", "0")
+    fit(tiny_bert, *constant, "--trainer.max_epochs", "1", "--model.lr", "1e-3")
+    lower = ("--model.lr", "1e-4", "--model.weight_decay", "0.5")
+    fit(tiny_bert, *constant, *lower, "--ckpt_path", "last", "--trainer.max_epochs", "2")
+    earlier, later = (
+        [float(r["train/lr"]) for r in csv.DictReader(Path("run", name).read_text().splitlines())]
+        for name in ("metrics-1.csv", "metrics.csv")
+    )
+    assert earlier == pytest.approx([1e-3] * 2)
+    assert later == pytest.approx([1e-4] * 2)
+    (optimizer,) = torch.load("run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
+    assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.5, 0.0]
+    assert {state["step"].item() for state in optimizer["state"].values()} == {4}
+
+
 def test_a_prompt_shared_by_all_rows_is_exported(tiny_bert):
     rows = [{**row, "prompt_for_query": "find: "} for row in PAIRS]
     fit(tiny_bert, data=write("prompted.jsonl", rows))
@@ -289,6 +308,49 @@ def test_every_configuration_parses_and_instantiates(path, tiny_bert, capsys):
         *("fit", "--config", str(path), "--model.model_name_or_path", str(tiny_bert)),
         *("--trainer.accelerator", "cpu"),
     )
+
+
+@pytest.mark.parametrize("source", ["name", "overlay"])
+@pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
+def test_every_strategy_is_built(path, source, tiny_bert, capsys):
+    """It is named by the refusal of a checkpoint that another strategy saved."""
+    foreign = Path("foreign.ckpt")
+    if path.stem == "fsdp":
+        foreign.touch()
+    else:
+        foreign.mkdir()
+        for name in ("meta.pt", ".metadata"):
+            (foreign / name).touch()
+    data = write("train.jsonl", PAIRS)
+    message = failure(
+        capsys,
+        *("fit", "--model.model_name_or_path", str(tiny_bert), "--data.train_path", data),
+        *(("--config", str(path)) if source == "overlay" else ("--trainer.strategy", path.stem)),
+        *("--ckpt_path", str(foreign), "--trainer.accelerator", "cpu", "--trainer.devices", "2"),
+    )
+    saved = "one process or DDP" if path.stem == "fsdp" else "FSDP"
+    found = STRATEGY_CLASSES.get(path.stem, "ZeRO")
+    assert f"ckpt_path: foreign.ckpt was saved by {saved}" in message
+    assert f"expected the same trainer.strategy, found {found};" in message
+
+
+def test_the_overlays_are_the_strategies_with_a_name():
+    assert {path.stem for path in OVERLAYS} == {"ddp", *NAMED}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--trainer.strategy", "fdsp"], "trainer.strategy: expected one of auto, ddp, "),
+        (["--trainer.strategy", "deepspeed_stage_3"], "trainer.strategy: expected one of auto"),
+        (["--ckpt_path", "nothing.ckpt"], "ckpt_path: expected a checkpoint or one of last"),
+        (["--ckpt_path", "."], "expected a checkpoint of embedtune fit, found an incomplete or"),
+    ],
+)
+def test_a_strategy_or_checkpoint_that_is_none_is_told(flags, expected, tiny_bert, capsys):
+    data = write("train.jsonl", PAIRS)
+    model = ("--model.model_name_or_path", str(tiny_bert), "--data.train_path", data)
+    assert expected in failure(capsys, "fit", *model, "--trainer.accelerator", "cpu", *flags)
 
 
 def test_there_is_a_configuration_for_every_format():

@@ -8,6 +8,7 @@ scale; dropout is off, for masks depend on how a batch is divided.
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import strategy_cases
 import torch
 from sentence_transformers import SentenceTransformer
 
-from embedtune import export_checkpoint
+from embedtune import InputError, export_checkpoint
 from embedtune.checkpoint import kind_of, last_checkpoint, read_checkpoint
 from embedtune.export import rebuild
 
@@ -383,6 +384,29 @@ def test_a_checkpoint_is_read_without_its_processes(runs, strategy, tmp_path):
     assert movement(weights, expected["weights"]) > 1e-3  # that was a step earlier
     assert export_checkpoint(path, tmp_path / "model") <= 1e-5
     assert rebuild(spec, weights, "checkpoint").width == 32
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_a_checkpoint_without_the_part_of_a_rank_is_an_error(runs, strategy, tmp_path):
+    path = tmp_path / "part.ckpt"
+    shutil.copytree(runs.folder / f"{strategy}-whole" / CHECKPOINT, path)
+    (lost,) = path.glob("__1_*" if strategy == "fsdp" else "*/*_rank_1_*_optim_states.pt")
+    lost.unlink()
+    with pytest.raises(InputError, match=r"part\.ckpt: cannot read all of its weights: "):
+        export_checkpoint(path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_placeholders_are_no_weights(runs, strategy):
+    """What ZeRO-3 leaves in place of a divided parameter has no elements."""
+    spec, weights = read_checkpoint(runs.folder / f"{strategy}-whole" / CHECKPOINT)
+    name = next(iter(weights))
+    with pytest.raises(InputError, match=rf"run: .*{name}: expected \(.*\), found \(0,\)"):
+        rebuild(spec, {**weights, name: torch.empty(0)}, "run")
+    del weights[name]
+    with pytest.raises(InputError, match=rf"run: .*{name}: expected \(.*\), found none"):
+        rebuild(spec, weights, "run")
 
 
 def test_exported_models_encode_alike(runs):

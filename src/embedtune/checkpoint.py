@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from embedtune.encoder import EncoderSpec
@@ -109,8 +110,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     }
     try:
         return readers[kind_of(path)](path)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+    except (Exception, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):  # it wraps what happened on a rank
+            cause = next(iter(error.failures.values()))[0]
+        reason = str(cause).strip().splitlines()[0]
         raise InputError(f"{path}: cannot read all of its weights: {reason}") from error
 
 
