@@ -96,9 +96,17 @@ class RecordingModule(EmbeddingModule):
 
 
 class KeepWeights(pl.Callback):
-    """Keep the consolidated weights of the end, while the strategy holds them."""
+    """Keep what a rank holds and the whole weights at the end, while the strategy holds them."""
 
     def on_train_end(self, trainer, pl_module):
+        (optimizer,) = trainer.optimizers
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # in that of DeepSpeed
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        trained = [p for p in trainer.strategy.model.parameters() if p.requires_grad]
+        self.held = {
+            "parameters": sum(getattr(p, "ds_tensor", p).numel() for p in trained),
+            "states": sum(value.numel() for value in states if value.dim()),
+        }
         weights = whole_weights(trainer.strategy, pl_module.encoder)
         self.weights = {name: tensor.clone() for name, tensor in weights.items()}
 
@@ -141,6 +149,7 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
     return {
         "start": module.start,
         "weights": keep.weights,
+        "held": keep.held,
         "losses": module.losses,
         "seen": module.seen,
     }

@@ -251,6 +251,19 @@ def test_what_is_left_at_the_end_of_an_epoch_is_stepped_with(runs, strategy):
     assert_same_weights(runs.on_ranks(f"{strategy}-left_over"), runs.alone("left_over"))
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_rank_holds_no_more_than_its_share(runs, strategy):
+    task = "bert-pair-adamw"
+    held, whole = runs.on_ranks(f"{strategy}-{task}")["held"], runs.alone(task)["held"]
+    assert whole["states"] == 2 * whole["parameters"]
+    shares = {
+        "parameters": 1 if strategy in ("ddp", "zero1", "zero2") else 1 / 2,
+        "states": 1 if strategy == "ddp" else 1 / 2,
+    }
+    for name, share in shares.items():
+        assert held[name] == pytest.approx(share * whole[name], rel=0.02), name  # padding
+
+
 # --- The same examples ----------------------------------------------------------------------
 
 

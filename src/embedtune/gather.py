@@ -34,9 +34,9 @@ def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]
     if not is_distributed():
         return [list(counts)]
     own = torch.tensor(list(counts), device=device)
-    found = own.new_empty(dist.get_world_size(), len(own))
-    dist.all_gather(list(found), own)
-    return found.tolist()
+    found = own.new_empty(dist.get_world_size() * len(own))
+    dist.all_gather_into_tensor(found, own)
+    return found.view(-1, len(own)).tolist()
 
 
 def gather_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -59,21 +59,27 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
         ctx.sizes = sizes
-        padded = rows.new_zeros(max(sizes), *rows.shape[1:])
-        padded[: len(rows)] = rows
-        found = rows.new_empty(len(sizes), *padded.shape)
-        dist.all_gather(list(found), padded)
-        return torch.cat([share[:size] for share, size in zip(found, sizes, strict=True)])
+        largest, shape = max(sizes), rows.shape[1:]
+        if len(rows) < largest:
+            rows = torch.cat([rows, rows.new_zeros(largest - len(rows), *shape)])
+        found = rows.new_empty(len(sizes) * largest, *shape)
+        dist.all_gather_into_tensor(found, rows.contiguous())
+        if min(sizes) == largest:
+            return found
+        shares = zip(found.split(largest), sizes, strict=True)
+        return torch.cat([share[:size] for share, size in shares])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
         (gradient,) = grad_outputs
-        sizes = ctx.sizes
-        padded = gradient.new_zeros(len(sizes), max(sizes), *gradient.shape[1:])
-        for share, part in zip(padded, gradient.split(sizes), strict=True):
-            share[: len(part)] = part
-        own = torch.empty_like(padded[0])
-        dist.reduce_scatter(own, list(padded))
+        sizes, largest, shape = ctx.sizes, max(ctx.sizes), gradient.shape[1:]
+        if min(sizes) < largest:
+            padded = gradient.new_zeros(len(sizes) * largest, *shape)
+            for share, part in zip(padded.split(largest), gradient.split(sizes), strict=True):
+                share[: len(part)] = part
+            gradient = padded
+        own = gradient.new_empty(largest, *shape)
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
         return own[: sizes[dist.get_rank()]], None
 
 
