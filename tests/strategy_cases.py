@@ -33,6 +33,7 @@ class Unmasked(InfoNCE):
 LOSSES = {
     "pair": lambda: InfoNCE(0.1),
     "multi_positive": lambda: InfoNCE(0.1, multi_positive=True),
+    "over_rank": lambda: InfoNCE(0.1, over="rank"),
     "unmasked": lambda: Unmasked(0.1),
     "triplet": lambda: InfoNCE(0.1, in_batch_positives=True),
     "scored": lambda: ListwiseKL(temperature=0.1, teacher_temperature=0.1),

@@ -121,6 +121,8 @@ def two_rank_cases(single: dict[str, dict]) -> list[dict]:
             add("half", name="half16", precision="16-mixed", epochs=4)
     pair = single["bert-pair"]
     cases.append({**pair, "name": f"{OFFLOADED}-bert-pair", "strategy": OFFLOADED, "export": True})
+    over_rank = {"data": {"shuffle": False}, "count": 16, "loss": "over_rank"}
+    cases.append({**pair, **over_rank, "name": "ddp-over_rank", "strategy": "ddp"})
     cases.append({**pair, "name": "ddp-wrong", "strategy": "ddp", "wrong": True})
     return cases
 
@@ -244,6 +246,14 @@ def test_accumulated_batches_equal_one(runs, strategy):
     result = runs.on_ranks(f"{strategy}-accumulated")
     assert_same_weights(result, runs.alone("accumulated"))
     assert_same_weights(result, runs.alone("accumulated", batch=8, accumulate=1))
+
+
+def test_negatives_of_each_rank_alone_are_those_of_accumulated_batches(runs):
+    settings = {"data": {"shuffle": False}, "count": 16}
+    expected = runs.alone("bert-pair", **settings, batch=4, accumulate=2)
+    assert_same_weights(runs.on_ranks("ddp-over_rank"), expected)
+    together = runs.alone("bert-pair", **settings)
+    assert movement(expected["weights"], together["weights"]) > 1e-3
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -35,18 +35,18 @@ class Loss(nn.Module):
 class InfoNCE(Loss):
     """Cross-entropy of the own positive against negatives (van den Oord et al. 2018).
 
-    This rank's queries are held against every rank's documents. Candidates that are known positives
-    of a query (see :func:`~embedtune.functional.known_positive_mask`) are never its negatives.
+    Candidates that are known positives of a query (see
+    :func:`~embedtune.functional.known_positive_mask`) are never its negatives.
     """
 
     formats = frozenset({Format.PAIR, Format.TRIPLET})
-    scope: Scope = "documents"
 
     def __init__(
         self,
         temperature: float = 0.02,
         in_batch_positives: bool = False,
         multi_positive: bool = False,
+        over: Literal["rank", "global"] = "global",
     ) -> None:
         """Set the hyper-parameters.
 
@@ -56,8 +56,12 @@ class InfoNCE(Loss):
                 negatives; pair data uses them in any case.
             multi_positive: Count a query's known positives among the candidates as positives, in
                 place of masking them.
+            over: Negatives are the documents of the ``global`` batch, those of other ranks with
+                their gradient, or of each ``rank`` alone.
         """
         super().__init__()
+        self.over = over
+        self.scope: Scope = "documents" if over == "global" else "rank"
         self.temperature = _positive(temperature=temperature)
         self.in_batch_positives, self.multi_positive = in_batch_positives, multi_positive
 
