@@ -3,7 +3,9 @@
 import json
 import os
 import random
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ STRATEGIES = Path(__file__).parents[1] / "configs" / "strategy"
 ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(24)]
 STEPS = 12  # of 4 pairs in 2 epochs
 TEXTS = ["query 1", "another text"]
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of two ranks
 LIMIT = 60  # seconds in which a run must end when one of its ranks has died
 DYING = '''
 import os
@@ -68,7 +71,7 @@ def on_two(strategy: str) -> list[str]:
 
 def start(arguments: list[str]) -> subprocess.Popen:
     """Start the command line as a process group of its own, so that nothing outlives a test."""
-    shared = {"OMP_NUM_THREADS": "1"} if "--trainer.devices" in arguments else {}
+    shared = ONE_THREAD if "--trainer.devices" in arguments else {}
     return subprocess.Popen(
         [sys.executable, "-m", "embedtune", *arguments],
         start_new_session=True,
@@ -147,6 +150,49 @@ def test_one_command_and_torchrun_train_alike_and_export_offline(tiny_bert):
     )
     assert done.returncode == 0, done.stderr
     assert np.array_equal(embed("torchrun/model"), embed("own/model"))
+
+
+def test_the_readmes_torchrun_example_runs(tiny_bert):
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    Path("train.jsonl").write_text(re.search(r"<<'ROWS'\n(.*?)ROWS", readme, re.DOTALL)[1])
+    (command,) = re.findall(r"^torchrun --standalone .*?(?=^```)", readme, re.DOTALL | re.MULTILINE)
+    command = command.replace("torchrun", f"{sys.executable} -m torch.distributed.run")
+    command = command.replace("sentence-transformers/all-MiniLM-L6-v2", str(tiny_bert))
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path("run/model/modules.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_two_nodes_train_alike(tiny_bert, launcher):
+    """Each node is one process here; SLURM is what its variables say."""
+    arguments = fit(tiny_bert, "nodes", *on_two("zero3"), "--trainer.num_nodes", "2")
+    arguments[arguments.index("--trainer.devices") + 1] = "1"
+    port = str(free_port())
+    processes = []
+    for node in ("0", "1"):
+        command, env = [sys.executable, "-m", "embedtune"], {"MASTER_PORT": port}
+        if launcher == "torchrun":
+            options = ["--nnodes=2", f"--node_rank={node}", "--nproc_per_node=1"]
+            options += ["--master_addr=127.0.0.1", f"--master_port={port}", "-m", "embedtune"]
+            command = [sys.executable, "-m", "torch.distributed.run", *options]
+        else:
+            env |= {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "fit", "SLURM_NTASKS": "2"}
+            env |= {"SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2", "SLURM_LOCALID": "0"}
+            env |= {"SLURM_PROCID": node, "SLURM_NODEID": node, "SLURM_NODELIST": "127.0.0.1"}
+        processes.append(
+            subprocess.Popen([*command, *arguments], env={**os.environ, **env, **ONE_THREAD})
+        )
+    assert [process.wait(180) for process in processes] == [0, 0]
+    assert finish(start(fit(tiny_bert, "own", *on_two("zero3"))))[0] == 0
+    assert np.array_equal(embed("nodes/model"), embed("own/model"))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 def test_a_mistake_is_told_once_by_two_ranks(tiny_bert):

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SpearmanCorrCoef
 
 from embedtune.batch import Batch, Collator
@@ -91,7 +92,8 @@ class EmbeddingModule(pl.LightningModule):
             )
         self.loss = loss
         self._has_projection_settled = self._has_loss_settled = False
-        self._settings: list[dict[str, Any]] | None = None
+        self._schedule: LambdaLR | None = None
+        self._settings: list[dict[str, Any]] = []
         self.spearman = SpearmanCorrCoef()
         self.encoder = Encoder(EncoderSpec(model_name_or_path, pooling, trust_remote_code))
 
@@ -312,14 +314,14 @@ class EmbeddingModule(pl.LightningModule):
         schedule = build_schedule(
             optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion
         )
-        self._settings = settings_of(optimizer)
+        self._schedule, self._settings = schedule, settings_of(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """Let the configuration win over the rates and the decay that a checkpoint remembers."""
-        if self._settings is not None:
-            (schedule,) = (config.scheduler for config in self.trainer.lr_scheduler_configs)
-            restore_settings(self.trainer.optimizers[0], cast(Any, schedule), self._settings)
+        used = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if self._schedule is not None and self._schedule in used:  # not a subclass's own
+            restore_settings(self.trainer.optimizers[0], self._schedule, self._settings)
 
     def match(self, spec: EncoderSpec) -> None:
         """Append the projection that a checkpoint brings to a model that is only evaluated."""

@@ -1,10 +1,10 @@
 """Parameter groups and the learning-rate schedule."""
 
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -35,7 +35,7 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
 
 def build_schedule(
     optimizer: Optimizer, name: str, num_steps: int, warmup_proportion: float
-) -> LRScheduler:
+) -> LambdaLR:
     """Return a schedule that rises linearly over the warm-up and then follows ``name``.
 
     Args:
@@ -61,13 +61,16 @@ def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
 
 
 def restore_settings(
-    optimizer: Optimizer, schedule: LRScheduler, settings: list[dict[str, Any]]
+    optimizer: Optimizer, schedule: LambdaLR, settings: list[dict[str, Any]]
 ) -> None:
     """Let ``settings`` win over those that a checkpoint brought, at the step where it goes on."""
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         group.update(wanted)
     schedule.base_lrs = [wanted["initial_lr"] for wanted in settings]
-    rates = cast(Any, schedule).get_lr()  # of a LambdaLR: a function of the step alone
+    rates = [
+        base * share(schedule.last_epoch)
+        for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     schedule._last_lr = rates
