@@ -84,13 +84,20 @@ class RecordingModule(EmbeddingModule):
 
     def setup(self, stage):
         super().setup(stage)
+        if self.loss is not None:
+            self.loss.register_forward_pre_hook(self._record_inputs)
         self.start = {name: tensor.clone() for name, tensor in self.encoder.state_dict().items()}
+
+    def _record_inputs(self, loss, inputs):
+        tensors = [value for given in inputs for value in given if value is not None]
+        self.precisions |= {str(value.dtype) for value in tensors if value.is_floating_point()}
+        self.precisions |= {"autocast"} if torch.is_autocast_enabled("cpu") else set()
 
     def training_step(self, batch, batch_idx):
         ids = batch.example_id.tolist()
         negatives = batch.negative_id.view(len(batch.query), -1)[: len(ids)].tolist()
-        teacher = None if batch.teacher is None else batch.teacher[: len(ids)].clone()
-        self.seen.append((ids, negatives, teacher))
+        numbers = batch.scores if batch.teacher is None else batch.teacher
+        self.seen.append((ids, negatives, None if numbers is None else numbers.clone()))
         loss = super().training_step(batch, batch_idx)
         self.losses.append(loss.item())
         return loss
@@ -134,6 +141,7 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
         **case.get("module", {}),
     )
     module.adamw, module.seen, module.losses = case.get("adamw", False), [], []
+    module.precisions = set()
     data = EmbeddingDataModule(
         str(data_path),
         val_path=str(data_path) if case.get("validate") else None,
@@ -152,6 +160,7 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
         "weights": keep.weights,
         "held": keep.held,
         "losses": module.losses,
+        "precisions": module.precisions,
         "seen": module.seen,
     }
 

@@ -92,6 +92,7 @@ def single_cases(models: dict[str, dict]) -> dict[str, dict]:
     single["accumulated"] = {**models["bert"], **ACCUMULATED}
     single["left_over"] = {**models["bert"], **LEFT_OVER}
     single["half"] = {**bert, **TASKS["distill"], "precision": "bf16-mixed"}
+    single["half_scored"] = {**bert, **SCORED["scored"], "precision": "bf16-mixed"}
     single["whole"] = {**bert, **RESUMED}
     single["validated"] = {**bert, **RESUMED, "validate": True}
     return {name: {**case, "name": name, "strategy": "auto"} for name, case in single.items()}
@@ -325,13 +326,13 @@ def mean_loss(result: dict) -> float:
 # --- Half precision -------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("task", ["half", "half_scored"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_half_precision_rounds_no_teacher_and_trains(runs, strategy):
-    result, expected = runs.on_ranks(f"{strategy}-half"), runs.alone("half", precision="32-true")
-    teachers = [teacher for ids, _, teacher in result["seen"] if ids]
-    given = expected["seen"][0][2][: len(teachers[0])]
-    assert teachers[0].dtype == torch.float32
-    assert torch.equal(teachers[0], given)
+def test_half_precision_rounds_no_teacher_score_or_loss(runs, strategy, task):
+    result, expected = runs.on_ranks(f"{strategy}-{task}"), runs.alone(task, precision="32-true")
+    assert result["precisions"] == {"torch.float32"}
+    found = [numbers for rank in result["seen_by_rank"] for numbers in rank[0][2:]]
+    assert torch.equal(torch.cat(found), expected["seen"][0][2])
     moved = movement(expected["weights"], expected["start"])
     assert movement(result["weights"], expected["weights"]) < 0.2 * moved
     assert all(tensor.dtype == torch.float32 for tensor in result["weights"].values())
