@@ -107,6 +107,7 @@ class KeepWeights(pl.Callback):
     """Keep what a rank holds and the whole weights at the end, while the strategy holds them."""
 
     def on_train_end(self, trainer, pl_module):
+        self.logged = trainer.callback_metrics["train/loss"].item()
         (optimizer,) = trainer.optimizers
         optimizer = getattr(optimizer, "optimizer", optimizer)  # in that of DeepSpeed
         states = [value for state in optimizer.state.values() for value in state.values()]
@@ -159,6 +160,7 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
         "start": module.start,
         "weights": keep.weights,
         "held": keep.held,
+        "logged": keep.logged,
         "losses": module.losses,
         "precisions": module.precisions,
         "seen": module.seen,

@@ -14,11 +14,18 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from embedtune.cli import main
-from embedtune.strategies import NAMED
+from embedtune.strategies import FSDP, NAMED, ZeRO
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 OVERLAYS = sorted((CONFIGS[0].parent / "strategy").glob("*.yaml"))
-STRATEGY_CLASSES = {"ddp": "DDPStrategy", "fsdp": "FSDP"}  # the others are ZeRO
+DESCRIPTIONS = {
+    "ddp": "DDP",
+    "fsdp": "FSDP",
+    "zero1": "ZeRO stage 1",
+    "zero2": "ZeRO stage 2",
+    "zero3": "ZeRO stage 3",
+    "zero3_offload": "ZeRO stage 3",
+}
 
 PAIRS = [{"query": f"query {i}", "pos": [f"document {i}"], "source": "web"} for i in range(8)]
 
@@ -145,8 +152,10 @@ def test_log_with_chooses_the_loggers(tiny_bert, log_with, csv_file, events):
     assert bool(list(Path("run").glob("events.out.tfevents*"))) == events
 
 
-def test_a_stopped_run_goes_on_where_it_was(tiny_bert, tmp_path):
-    """Resumed in mid-epoch, it sees the batches that are left and ends with the same weights."""
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("step", [3, 4], ids=["in mid-epoch", "between epochs"])
+def test_a_stopped_run_goes_on_where_it_was(step, workers, tiny_bert, tmp_path):
+    """It sees the batches that are left, and ends with the same weights."""
     model = SentenceTransformer(str(tiny_bert), device="cpu")
     model[0].auto_model.config.hidden_dropout_prob = 0.0
     model[0].auto_model.config.attention_probs_dropout_prob = 0.0
@@ -158,9 +167,11 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_bert, tmp_path):
         "1",
         "--model.lr",
         "1e-2",
+        "--data.num_workers",
+        workers,
     ]
     fit("no_dropout", *flags, "--checkpoint.save_top_k", "-1", root="whole")
-    (stopped,) = Path("whole/checkpoints").glob("*step=3.ckpt")  # of 4 batches an epoch
+    (stopped,) = Path("whole/checkpoints").glob(f"*step={step}.ckpt")  # of 4 batches an epoch
     fit("no_dropout", *flags, "--ckpt_path", str(stopped), root="resumed")
     whole, resumed = (
         SentenceTransformer(f"{root}/model", device="cpu").state_dict()
@@ -168,6 +179,19 @@ def test_a_stopped_run_goes_on_where_it_was(tiny_bert, tmp_path):
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(not torch.equal(whole[name], model.state_dict()[name]) for name in whole)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_another_global_batch_goes_on_between_epochs_alone(workers, tiny_bert, capsys):
+    every = ("--checkpoint.every_n_train_steps", "1", "--checkpoint.save_top_k", "-1")
+    fit(tiny_bert, *every, "--trainer.max_epochs", "1", "--data.batch_size", "2")
+    middle, end = (next(Path("run/checkpoints").glob(f"*step={step}.ckpt")) for step in (2, 4))
+    larger = ("--data.batch_size", "4", "--data.num_workers", workers, "--trainer.max_epochs", "2")
+    with pytest.raises(SystemExit):
+        fit(tiny_bert, *larger, "--ckpt_path", str(middle), root="other")
+    assert "expected its global batch of 2, found data.batch_size 4" in capsys.readouterr().err
+    fit(tiny_bert, *larger, "--ckpt_path", str(end), root="other")
+    assert torch.load("other/checkpoints/last.ckpt", weights_only=True)["global_step"] == 6
 
 
 def test_flags_win_over_what_a_checkpoint_remembers(tiny_bert):
@@ -329,9 +353,21 @@ def test_every_strategy_is_built(path, source, tiny_bert, capsys):
         *("--ckpt_path", str(foreign), "--trainer.accelerator", "cpu", "--trainer.devices", "2"),
     )
     saved = "one process or DDP" if path.stem == "fsdp" else "FSDP"
-    found = STRATEGY_CLASSES.get(path.stem, "ZeRO")
+    found = DESCRIPTIONS[path.stem]
     assert f"ckpt_path: foreign.ckpt was saved by {saved}" in message
     assert f"expected the same trainer.strategy, found {found};" in message
+
+
+def test_hybrid_sharding_and_a_configuration_of_deepspeeds_own_are_taken():
+    assert FSDP(sharding_strategy="HYBRID_SHARD").sharding_strategy.name == "HYBRID_SHARD"
+    assert ZeRO(config={"zero_optimization": {"stage": 3}}).stage == 3
+
+
+def test_validate_wants_a_checkpoint_where_it_is_told_to_take_the_last(tiny_bert, capsys):
+    data = write("val.jsonl", PAIRS)
+    model = ("--model.model_name_or_path", str(tiny_bert), "--data.val_path", data)
+    message = failure(capsys, "validate", *model, "--ckpt_path", "last")
+    assert "ckpt_path: last: expected a checkpoint in run/checkpoints, found none" in message
 
 
 def test_the_overlays_are_the_strategies_with_a_name():

@@ -21,6 +21,7 @@ from sentence_transformers import SentenceTransformer
 from embedtune import InputError, export_checkpoint
 from embedtune.checkpoint import kind_of, last_checkpoint, read_checkpoint
 from embedtune.export import rebuild
+from embedtune.strategies import named_strategy, refuse_checkpoint
 
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 SHARDED = ["fsdp", "zero1", "zero2", "zero3"]
@@ -94,7 +95,8 @@ def single_cases(models: dict[str, dict]) -> dict[str, dict]:
     single["half"] = {**bert, **TASKS["distill"], "precision": "bf16-mixed"}
     single["half_scored"] = {**bert, **SCORED["scored"], "precision": "bf16-mixed"}
     single["whole"] = {**bert, **RESUMED}
-    single["validated"] = {**bert, **RESUMED, "validate": True}
+    # A number of rows that neither ranks nor batches divide.
+    single["validated"] = {**bert, **RESUMED, "count": 19, "validate": True}
     return {name: {**case, "name": name, "strategy": "auto"} for name, case in single.items()}
 
 
@@ -189,6 +191,9 @@ def runs(models, tmp_path_factory) -> Runs:
     cases = two_rank_cases(single)
     strategy_cases.write_data(runs.folder, cases)
     runs.alone("whole")  # two ranks go on from it
+    for strategy in SHARDED:
+        for leftover in ("step=2.ckpt.part", "step=3.ckpt.former"):  # of a run that was killed
+            (runs.folder / f"{strategy}-rotated/checkpoints" / leftover / "a").mkdir(parents=True)
     runs.launch(2, cases)
     return runs
 
@@ -223,6 +228,13 @@ def cases_of(tasks: list[str]) -> list[tuple[str, str]]:
 @pytest.mark.parametrize(("strategy", "task"), cases_of([*TASKS, *SCORED]))
 def test_three_steps_of_sgd_give_the_weights_of_one_process(runs, strategy, task):
     assert_same_weights(runs.on_ranks(f"{strategy}-{task}"), runs.alone(task))
+
+
+@pytest.mark.parametrize(("strategy", "task"), cases_of([*TASKS, *SCORED]))
+def test_the_loss_that_is_logged_is_that_of_the_global_batch(runs, strategy, task):
+    """Of the last one, of which each rank holds another share."""
+    logged = runs.on_ranks(f"{strategy}-{task}")["logged"]
+    assert logged == pytest.approx(runs.alone(task)["logged"], rel=1e-3)
 
 
 @pytest.mark.parametrize(("strategy", "task"), cases_of(list(TASKS)))
@@ -431,6 +443,16 @@ def test_placeholders_are_no_weights(runs, strategy):
     del weights[name]
     with pytest.raises(InputError, match=rf"run: .*{name}: expected \(.*\), found none"):
         rebuild(spec, weights, "run")
+
+
+def test_a_stage_that_divides_otherwise_is_told(runs):
+    for strategy, other in (("zero2", "zero3"), ("zero3", "zero1")):
+        path = runs.folder / f"{strategy}-whole" / CHECKPOINT
+        refuse_checkpoint(named_strategy(strategy), path)
+        with pytest.raises(InputError, match=f"found ZeRO stage {other[-1]};"):
+            refuse_checkpoint(named_strategy(other), path)
+    refuse_checkpoint(named_strategy(OFFLOADED), path)
+    refuse_checkpoint(named_strategy("zero1"), runs.folder / "zero2-whole" / CHECKPOINT)
 
 
 def test_exported_models_encode_alike(runs):

@@ -114,7 +114,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         cause: BaseException = error
         if isinstance(error, CheckpointException):  # it wraps what happened on a rank
             cause = next(iter(error.failures.values()))[0]
-        reason = str(cause).strip().splitlines()[0]
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
         raise InputError(f"{path}: cannot read all of its weights: {reason}") from error
 
 
@@ -155,6 +155,11 @@ def zero_ranks(path: Path) -> int:
     return len(list(_zero_folder(path).glob("*_optim_states.pt")))
 
 
+def is_zero3(path: Path) -> bool:
+    """Tell whether a checkpoint of ZeRO is of stage 3, which also divides the parameters."""
+    return _zero_states(path).name.startswith("zero")
+
+
 def divide_anew(path: Path) -> None:
     """Add to a checkpoint of ZeRO what any number of ranks can go on from.
 
@@ -171,7 +176,8 @@ def divide_anew(path: Path) -> None:
         [sys.executable, "-m", *command, str(path / "universal")], capture_output=True, text=True
     )
     if done.returncode != 0:
-        raise InputError(f"{path}: cannot be divided anew: {done.stderr.strip().splitlines()[-1]}")
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise InputError(f"{path}: cannot be divided anew: {reason}")
 
 
 def _zero_folder(path: Path) -> Path:
@@ -209,7 +215,8 @@ class SavesFolders(Strategy):
         # A rank that dies while saving leaves the part, and the checkpoint before it as it was.
         part = folder.with_name(f"{folder.name}.part")
         if self.is_global_zero:
-            _remove(part)
+            for leftover in (*folder.parent.glob("*.part"), *folder.parent.glob("*.former")):
+                _remove(leftover)
         self.barrier()
         super().save_checkpoint(checkpoint, part, storage_options)
         self.barrier()

@@ -211,24 +211,47 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def _cursor(self) -> Cursor:
         # Asked at the start of each epoch, and once after a resume in the middle of one.
-        batches = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if batches and self._resumed:
-            self._refuse_another_order()
+        epoch, batches = self.trainer.current_epoch, self._batches_trained
+        if self._ended_with_an_epoch:
+            # Loader workers ask before Lightning has turned to the next epoch.
+            epoch, batches = self.trainer.fit_loop.epoch_progress.current.ready, 0
         self._resumed = {}
-        return self.trainer.current_epoch, batches
+        return epoch, batches
+
+    @property
+    def _batches_trained(self) -> int:
+        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    @property
+    def _ended_with_an_epoch(self) -> bool:
+        return bool(self._resumed) and self._batches_trained >= self._resumed["batches"]
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that an epoch trains on."""
+        batches, limit = len(self.sampler("train")), self.trainer.limit_train_batches
+        if isinstance(limit, int):
+            return min(batches, limit)
+        return batches if limit is None else int(batches * limit)
 
     def state_dict(self) -> dict[str, int]:
         """Return what a place in the middle of an epoch depends on."""
         if "train" not in self.datasets:
             return {}
         sampler = self.sampler("train")
-        return {"global_batch": sampler.global_batch_size, "examples": sampler.num_examples}
+        return {
+            "global_batch": sampler.global_batch_size,
+            "examples": sampler.num_examples,
+            "batches": self.batches_per_epoch,
+        }
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Take over the state of a checkpoint."""
         self._resumed = state_dict
 
     def _refuse_another_order(self) -> None:
+        if not self._resumed or not self._batches_trained or self._ended_with_an_epoch:
+            return
         saved, now = self._resumed, self.state_dict()
         if saved["examples"] != now["examples"]:
             raise InputError(
@@ -255,6 +278,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, in the order of :class:`GlobalBatchSampler`."""
+        self._refuse_another_order()
         return self._loader("train")
 
     def val_dataloader(self) -> DataLoader | list:

@@ -62,10 +62,11 @@ class FSDP(SavesFolders, FSDPStrategy):
             kwargs: Those of Lightning's FSDPStrategy, such as ``sharding_strategy``.
         """
         # A full state dict on a CPU crashes torch; sharded saves faster and less on any device.
-        super().__init__(state_dict_type="sharded", **kwargs)
+        # The policy is made when there is a model, but HYBRID_SHARD is refused without any.
+        self._policy = kwargs.pop("auto_wrap_policy", None)
+        super().__init__(state_dict_type="sharded", auto_wrap_policy=set(), **kwargs)
+        del self.kwargs["auto_wrap_policy"]
         self.block_classes = block_classes
-        # Taken out, for Lightning warns of a policy beside a model that is wrapped already.
-        self._policy = self.kwargs.pop("auto_wrap_policy", None)
 
     @property
     def precision_plugin(self) -> FSDPPrecision:

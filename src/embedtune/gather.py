@@ -39,6 +39,15 @@ def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]
     return found.view(-1, len(own)).tolist()
 
 
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """Return the sum of every rank's ``values``, without gradient."""
+    if not is_distributed():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
 def gather_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return the rows of all ranks in their order, ``[sum(sizes), ..]``, with gradient.
 

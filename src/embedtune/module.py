@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SpearmanCorrCoef
 
+from embedtune import gather
 from embedtune.batch import Batch, Collator
 from embedtune.encoder import Encoder, EncoderSpec, Features, PoolingMode
 from embedtune.errors import InputError
@@ -94,6 +95,8 @@ class EmbeddingModule(pl.LightningModule):
         self._has_projection_settled = self._has_loss_settled = False
         self._schedule: LambdaLR | None = None
         self._settings: list[dict[str, Any]] = []
+        self._totals: Tensor | None = None
+        self._parts: list[str] = []
         self.spearman = SpearmanCorrCoef()
         self.encoder = Encoder(EncoderSpec(model_name_or_path, pooling, trust_remote_code))
 
@@ -235,7 +238,10 @@ class EmbeddingModule(pl.LightningModule):
         step = self.trainer.current_epoch, batch_idx
         torch.manual_seed(step_seed(self.data.seed, *step, self.global_rank))
         _, parts, weight = self._compute_loss(batch)
-        self._log("train", parts, len(batch.example_id))
+        values = torch.stack([value.detach() for value in parts.values()])
+        means = gather.sum_over_ranks(values * weight) / self.trainer.world_size
+        for name, value in zip(parts, means, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return parts["loss"] if weight == 1 else parts["loss"] * weight
 
@@ -263,7 +269,9 @@ class EmbeddingModule(pl.LightningModule):
     def _evaluation_step(self, prefix: str, batch: Batch) -> None:
         embeddings, parts, _ = self._compute_loss(batch)
         queries, positives, *_ = batch.counts
-        self._log(prefix, parts, queries)
+        weighed = torch.stack([*parts.values(), torch.ones((), device=self.device)]) * queries
+        self._totals = weighed if self._totals is None else self._totals + weighed
+        self._parts = [f"{prefix}/{name}" for name in parts]
         if batch.scores is not None and embeddings.positive is not None:
             cosine = torch.nn.functional.cosine_similarity(
                 embeddings.query[batch.list_index], embeddings.positive
@@ -271,20 +279,23 @@ class EmbeddingModule(pl.LightningModule):
             self.spearman.update(cosine[:positives], batch.scores[:positives])
             self.log(f"{prefix}/spearman", self.spearman, on_epoch=True, batch_size=queries)
 
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all queries of all ranks."""
+        if self._totals is None:
+            return
+        *totals, queries = gather.sum_over_ranks(self._totals)
+        for name, total in zip(self._parts, totals, strict=True):
+            self.log(name, total / queries, prog_bar=name.endswith("/loss"), batch_size=1)
+        self._totals = None
+
+    def on_test_epoch_end(self) -> None:
+        """Log the same for the test set."""
+        self.on_validation_epoch_end()
+
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the embeddings of the queries as the exported model gives them, ``[b, d]``."""
         query = self.embeddings(batch, Shares.exchange(batch.counts, self.device)).query
         return torch.nn.functional.normalize(query, dim=-1) if self.encoder.normalizes else query
-
-    def _log(self, prefix: str, parts: dict[str, Tensor], batch_size: int) -> None:
-        for name, value in parts.items():
-            self.log(
-                f"{prefix}/{name}",
-                value.detach(),
-                prog_bar=name == "loss",
-                batch_size=batch_size,
-                sync_dist=True,
-            )
 
     # --- Optimisation -------------------------------------------------------------------
 
@@ -296,13 +307,7 @@ class EmbeddingModule(pl.LightningModule):
         before a checkpoint restores its place in the data.
         """
         trainer = self.trainer
-        batches = len(self.data.sampler("train"))
-        limit = trainer.limit_train_batches
-        if isinstance(limit, int):
-            batches = min(batches, limit)
-        elif limit is not None:
-            batches = int(batches * limit)
-        per_epoch = math.ceil(batches / trainer.accumulate_grad_batches)
+        per_epoch = math.ceil(self.data.batches_per_epoch / trainer.accumulate_grad_batches)
         epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
         by_epochs = per_epoch * epochs if epochs >= 0 else math.inf
         by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf

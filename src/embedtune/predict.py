@@ -33,8 +33,12 @@ class WriteEmbeddings(pl.Callback):
         """Write the rows of a batch at their places; every rank writes its own."""
         if self._file is None:
             self._file = self._create(trainer, outputs.shape[1])
-        rows = batch.example_id.cpu().numpy()  # none for a spare example
-        self._file[rows] = outputs[: len(rows)].float().cpu().numpy()
+        # Not by the memory map: ranks on other nodes may hold the same page of it.
+        embeddings = outputs.float().cpu().numpy()
+        with self.path(trainer).open("r+b", buffering=0) as file:
+            for row, embedding in zip(batch.example_id.tolist(), embeddings, strict=False):
+                file.seek(self._file.offset + row * embedding.nbytes)
+                file.write(embedding.tobytes())
 
     def _create(self, trainer: Any, width: int) -> np.memmap:
         data = trainer.datamodule
@@ -45,12 +49,11 @@ class WriteEmbeddings(pl.Callback):
             shape = (len(data.datasets["predict"]), width)
             np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
         trainer.strategy.barrier()
-        return np.lib.format.open_memmap(path, mode="r+")
+        return np.lib.format.open_memmap(path, mode="r")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Flush, and say where the file is."""
+        """Say where the file is."""
         assert self._file is not None
-        self._file.flush()
         log.info("wrote %s, float32 %s", self.path(trainer), list(self._file.shape))
         self._file = None
 

@@ -8,14 +8,13 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.strategies import Strategy
 
 from embedtune.batch import Text
 from embedtune.datamodule import EmbeddingDataModule
 from embedtune.module import EmbeddingModule
 from embedtune.records import Example, Format
 from embedtune.sampler import Key
-from embedtune.strategies import ZeRO
+from embedtune.strategies import describe
 
 log = logging.getLogger("embedtune")
 
@@ -76,19 +75,13 @@ def _run_facts(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
         "loss": _describe_loss(module),
         "embedding": f"width {module.encoder.width}",
         "device": f"{trainer.strategy.root_device.type}, {trainer.world_size} rank(s), "
-        + _describe_strategy(trainer.strategy),
+        + describe(trainer.strategy),
         "precision": str(trainer.precision),
         "results": str(trainer.default_root_dir),
     }
     if module.use_mrl:
         facts["embedding"] += f", trained at {', '.join(map(str, module.mrl_dims))}"
     return facts
-
-
-def _describe_strategy(strategy: Strategy) -> str:
-    """Return how the ranks divide the work."""
-    stage = f" stage {strategy.stage}" if isinstance(strategy, ZeRO) else ""
-    return type(strategy).__name__.removesuffix("Strategy") + stage
 
 
 def _describe_loss(module: EmbeddingModule) -> str:

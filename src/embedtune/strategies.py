@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strate
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
-from embedtune.checkpoint import Kind, kind_of
+from embedtune.checkpoint import Kind, is_zero3, kind_of
 from embedtune.errors import InputError
 from embedtune.fsdp import FSDP
 from embedtune.zero import ZeRO
@@ -81,12 +81,22 @@ def refuse_checkpoint(strategy: Strategy, path: Path) -> None:
         "fsdp": isinstance(strategy, FSDP),
         "zero": isinstance(strategy, ZeRO),
     }
+    saved = {"file": "one process or DDP", "fsdp": "FSDP", "zero": "ZeRO"}[kind]
+    if kind == "zero":
+        # Stage 3 divides otherwise, and neither of DeepSpeed's readers knows the other's files.
+        saved = f"ZeRO stage {'3' if is_zero3(path) else '1 or 2'}"
+        takes[kind] = isinstance(strategy, ZeRO) and strategy.zero_stage_3 == is_zero3(path)
     if not takes[kind]:
-        saved = {"file": "one process or DDP", "fsdp": "FSDP", "zero": "ZeRO"}[kind]
         raise InputError(
             f"ckpt_path: {path} was saved by {saved}: expected the same trainer.strategy, found "
-            f"{type(strategy).__name__}; embedtune export makes a model of it for any strategy"
+            f"{describe(strategy)}; embedtune export makes a model of it for any strategy"
         )
+
+
+def describe(strategy: Strategy) -> str:
+    """Return the name of a strategy for people to read."""
+    stage = f" stage {strategy.stage}" if isinstance(strategy, ZeRO) else ""
+    return type(strategy).__name__.removesuffix("Strategy") + stage
 
 
 def shards_parameters(strategy: Strategy) -> bool:

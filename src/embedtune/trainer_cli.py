@@ -1,6 +1,7 @@
 """The commands that train or run a model under Lightning's Trainer."""
 
 import ctypes
+import itertools
 import logging
 import signal
 import sys
@@ -42,7 +43,7 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
-CHECKPOINT_NAMES = ("last", "best", "hpc", "registry")
+CHECKPOINT_NAMES = ("last", "hpc", "registry")
 """Values of ``ckpt_path`` that are no paths; all but the first are resolved by Lightning."""
 
 
@@ -174,7 +175,10 @@ class TrainerCLI(LightningCLI):
     def _run(self, command: str, ckpt_path: str | None = None, **kwargs: Any) -> None:
         path: Path | str | None = ckpt_path
         if ckpt_path == "last":
-            path = last_checkpoint(Path(self.config_init[self.subcommand].checkpoint.dirpath))
+            folder = Path(self.config_init[self.subcommand].checkpoint.dirpath)
+            path = last_checkpoint(folder)
+            if path is None and command != "fit":
+                raise InputError(f"ckpt_path: last: expected a checkpoint in {folder}, found none")
             if path is None:
                 log.info("ckpt_path: last: there is no checkpoint yet")
         if path is not None and str(path) not in CHECKPOINT_NAMES:
@@ -211,8 +215,8 @@ def keep_earlier_metrics(folder: Path) -> None:
     """Rename the metrics of an earlier run in this folder, which CSVLogger would delete."""
     metrics = folder / "metrics.csv"
     if metrics.exists():
-        earlier = len(list(folder.glob("metrics-*.csv")))
-        metrics.rename(folder / f"metrics-{earlier + 1}.csv")
+        numbered = (folder / f"metrics-{number}.csv" for number in itertools.count(1))
+        metrics.rename(next(path for path in numbered if not path.exists()))
 
 
 # --- Running ----------------------------------------------------------------------------

@@ -48,14 +48,14 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
         if find_spec("deepspeed") is None:
             raise InputError("trainer.strategy: ZeRO needs pip install 'embedtune[deepspeed]'")
         super().__init__(stage=stage, **kwargs)
-        self.stage = stage
         assert isinstance(self.config, dict)
+        zero = self.config.setdefault("zero_optimization", {})
+        self.stage: int = zero.get("stage", 0)
         # For DeepSpeed's own log alone; Lightning would build a training loader to ask it.
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)
         # torch's own AdamW also updates states on the CPU.
         self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         if stage3_param_persistence_threshold is not None:
-            zero = self.config["zero_optimization"]
             zero["stage3_param_persistence_threshold"] = stage3_param_persistence_threshold
 
     @property
