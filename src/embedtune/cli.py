@@ -126,6 +126,8 @@ def quiet_libraries() -> None:
         ".*Experiment logs directory .* exists and is not empty",
         ".*`torch.distributed..* is deprecated",  # DeepSpeed with a newer torch
         ".*DTensor instead and we are deprecating ShardedTensor",  # FSDP with a newer torch
+        ".*When using ``NO_SHARD``",  # FSDP on one rank: the whole weights are wanted
+        ".*assuming the intent is to load in a single process",  # embedtune export: it is
         ".*`_get_pg_default_device` will be deprecated",
         ".*Multiple backends are registered with this ProcessGroup",
         ".*When saving the DeepSpeed Stage 3 checkpoint",  # embedtune export reads it
