@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize, Router
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -214,3 +215,36 @@ def test_normalize_is_taken_off_for_training(tiny_bert):
     encoder = Encoder(EncoderSpec(str(tiny_bert)))
     assert encoder.normalizes
     assert not any(isinstance(module, Normalize) for module in encoder.model)
+
+
+# --- What FSDP gathers as a whole -----------------------------------------------------------
+
+SIZES = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (transformers.BertConfig(**SIZES), {"BertLayer", "BertEmbeddings"}),
+        (transformers.ModernBertConfig(**SIZES, pad_token_id=0), {"ModernBertEncoderLayer"}),
+        (transformers.Qwen3Config(**SIZES, num_key_value_heads=1), {"Qwen3DecoderLayer"}),
+        (transformers.MistralConfig(**SIZES, num_key_value_heads=1), {"MistralDecoderLayer"}),
+        # These declare nothing.
+        (transformers.MPNetConfig(**SIZES), {"MPNetLayer"}),
+        (transformers.ElectraConfig(**SIZES), {"ElectraLayer"}),
+        (transformers.DebertaV2Config(**SIZES), {"DebertaV2Layer"}),
+        (transformers.AlbertConfig(**SIZES), {"AlbertLayerGroup"}),
+        (transformers.DistilBertConfig(vocab_size=50, dim=16, n_heads=2), {"TransformerBlock"}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_layers_are_found_in_any_architecture(config, expected, tiny_bert):
+    encoder = Encoder(EncoderSpec(str(tiny_bert)))
+    encoder.model[0].model = transformers.AutoModel.from_config(config)
+    assert expected <= {kind.__name__ for kind in encoder.block_classes}

@@ -297,8 +297,9 @@ def joined(seen_by_rank: list) -> list:
     ]
 
 
-def test_two_ranks_see_the_examples_and_negatives_of_one(runs):
-    together = joined(runs.on_ranks("ddp-bert-triplet")["seen_by_rank"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_ranks_see_the_examples_and_negatives_of_one(runs, strategy):
+    together = joined(runs.on_ranks(f"{strategy}-bert-triplet")["seen_by_rank"])
     alone = joined([runs.alone("bert-triplet")["seen"]])
     assert together == alone
     ids = [example for step in alone for example, _ in step]

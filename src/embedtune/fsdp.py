@@ -61,11 +61,12 @@ class FSDP(SavesFolders, FSDPStrategy):
                 default asks the encoder.
             kwargs: Those of Lightning's FSDPStrategy, such as ``sharding_strategy``.
         """
+        # The default policy asks the model, later; but Lightning refuses HYBRID_SHARD without any.
+        policy = kwargs.pop("auto_wrap_policy", None)
         # A full state dict on a CPU crashes torch; sharded saves faster and less on any device.
-        # The policy is made when there is a model, but HYBRID_SHARD is refused without any.
-        self._policy = kwargs.pop("auto_wrap_policy", None)
-        super().__init__(state_dict_type="sharded", auto_wrap_policy=set(), **kwargs)
-        del self.kwargs["auto_wrap_policy"]
+        super().__init__(state_dict_type="sharded", auto_wrap_policy=policy or set(), **kwargs)
+        given = self.kwargs.pop("auto_wrap_policy")
+        self._policy = None if policy is None else given
         self.block_classes = block_classes
 
     @property
