@@ -40,6 +40,7 @@ LOSSES = {
     "batch": lambda: ListwiseKL("batch", 0.1, 0.1),
     "cosent": lambda: CoSENT(),
     "distill": lambda: Distillation(over="global", similarity_weight=10.0, rank_weight=10.0),
+    "distill_over_rank": lambda: Distillation(similarity_weight=10.0, rank_weight=10.0),
 }
 
 
@@ -127,7 +128,8 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
         The first and the last weights, and of each step the loss and what it was given; or the
         validation loss.
     """
-    pl.seed_everything(1, verbose=False)
+    # Another seed on each rank: what is drawn must be shared by it that has drawn it.
+    pl.seed_everything(1 + int(os.environ.get("RANK", 0)), verbose=False)
     name = case["rows"]
     data_path = folder / "data" / f"{name}-{case['count']}.jsonl"
     settings = dict(case.get("data", {}))

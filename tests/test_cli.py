@@ -173,12 +173,29 @@ def test_a_stopped_run_goes_on_where_it_was(step, workers, tiny_bert, tmp_path):
     fit("no_dropout", *flags, "--checkpoint.save_top_k", "-1", root="whole")
     (stopped,) = Path("whole/checkpoints").glob(f"*step={step}.ckpt")  # of 4 batches an epoch
     fit("no_dropout", *flags, "--ckpt_path", str(stopped), root="resumed")
+    steps = len(Path("resumed/metrics.csv").read_text().splitlines()) - 1
+    assert steps == 8 - step
     whole, resumed = (
         SentenceTransformer(f"{root}/model", device="cpu").state_dict()
         for root in ("whole", "resumed")
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert any(not torch.equal(whole[name], model.state_dict()[name]) for name in whole)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_run_that_ended_within_an_epoch_goes_on_within_it(workers, tiny_bert):
+    """As after trainer.max_time or early stopping, which Lightning takes for an epoch's end."""
+    flags = ("--data.batch_size", "2", "--data.num_workers", workers, "--model.lr", "1e-2")
+    flags += ("--model.lr_schedule", "constant", "--model.warmup_proportion", "0")
+    flags += ("--trainer.max_epochs", "3")  # of 4 batches
+    fit(tiny_bert, *flags, root="whole")
+    fit(tiny_bert, *flags, "--trainer.max_steps", "6", root="resumed")
+    fit(tiny_bert, *flags, "--ckpt_path", "last", root="resumed")
+    steps = len(Path("resumed/metrics.csv").read_text().splitlines()) - 1
+    assert steps == 12 - 6
+    whole, resumed = (Path(root, "model/model.safetensors") for root in ("whole", "resumed"))
+    assert whole.read_bytes() == resumed.read_bytes()
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

@@ -27,21 +27,30 @@ DYING = '''
 import os
 import signal
 
+from embedtune import checkpoint
 from embedtune.losses import InfoNCE
 
 
-class Dying(InfoNCE):
-    """InfoNCE that kills one rank's process in its step `at`, counted from 0."""
+def die(*_):
+    open("died", "w").close()
+    os.kill(os.getpid(), signal.SIGKILL)
 
-    def __init__(self, at: int, rank: int = 0):
+
+class Dying(InfoNCE):
+    """InfoNCE that kills one rank's process in its step `at`, counted from 0.
+
+    Or in the save after it, when all is written and nothing renamed.
+    """
+
+    def __init__(self, at: int, rank: int = 0, saving: bool = False):
         super().__init__()
-        self.left, self.rank = at, rank
+        self.left, self.rank, self.saving = at, rank, saving
 
     def forward(self, embeddings, target):
         if self.left == 0 and int(os.environ.get("LOCAL_RANK", 0)) == self.rank:
-            with open("died", "w") as file:
-                file.write(str(os.getppid()))
-            os.kill(os.getpid(), signal.SIGKILL)
+            if not self.saving:
+                die()
+            checkpoint._put = die
         self.left -= 1
         return super().forward(embeddings, target)
 '''
@@ -92,6 +101,11 @@ def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
     return process.returncode, output
 
 
+def steps_of(root: str) -> int:
+    """Return how many steps the latest run in a folder has trained."""
+    return len(Path(root, "metrics.csv").read_text().splitlines()) - 1
+
+
 def embed(folder: str) -> np.ndarray:
     return SentenceTransformer(folder, device="cpu").encode(TEXTS)
 
@@ -99,37 +113,45 @@ def embed(folder: str) -> np.ndarray:
 def test_a_run_killed_at_a_random_step_ends_as_the_uninterrupted_one(tiny_bert):
     """Bit for bit, with dropout; the step is in the message."""
     main(fit(tiny_bert, "whole"))
-    at = random.SystemRandom().randrange(STEPS)
+    at = random.SystemRandom().randrange(2, STEPS)
     dying = ("--model.loss", "dying.Dying", "--model.loss.at", str(at))
     code, output = finish(start(fit(tiny_bert, "killed", *dying)))
     assert code == -signal.SIGKILL, output
     assert not Path("killed/model").exists()
     main(fit(tiny_bert, "killed", "--ckpt_path", "last"))
+    assert steps_of("killed") == STEPS - at // 2 * 2, f"killed in step {at}"
     whole, resumed = (Path(root, "model/model.safetensors") for root in ("whole", "killed"))
     assert whole.read_bytes() == resumed.read_bytes(), f"killed in step {at}"
     assert np.abs(embed("whole/model") - embed(str(tiny_bert))).max() > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("strategy", "rank"),
+    ("strategy", "rank", "saving"),
     [
-        ("ddp", 0),
-        ("fsdp", 1),
-        pytest.param("zero2", 1, marks=pytest.mark.slow),
-        pytest.param("zero3", 0, marks=pytest.mark.slow),
+        ("ddp", 1, False),
+        ("fsdp", 0, True),
+        pytest.param("ddp", 0, True, marks=pytest.mark.slow),
+        pytest.param("zero2", 1, False, marks=pytest.mark.slow),
+        pytest.param("zero3", 0, True, marks=pytest.mark.slow),
     ],
 )
-def test_a_rank_that_dies_ends_the_run_and_the_last_checkpoint_resumes(tiny_bert, strategy, rank):
+def test_a_rank_that_dies_ends_the_run_and_the_last_checkpoint_resumes(
+    tiny_bert, strategy, rank, saving
+):
     dying = ("--model.loss", "dying.Dying", "--model.loss.at", "5", "--model.loss.rank", str(rank))
+    dying += ("--model.loss.saving", str(saving).lower())
     process = start(fit(tiny_bert, "run", *on_two(strategy), *dying))
     while not Path("died").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     code, output = finish(process, LIMIT)  # communicate: until the last rank has closed its output
     assert code != 0, output
-    assert not list(Path("run/checkpoints").glob("*.part"))
+    assert len(list(Path("run/checkpoints").glob("*.part"))) == saving
     code, output = finish(start(fit(tiny_bert, "run", *on_two(strategy), "--ckpt_path", "last")))
     assert code == 0, output
+    assert steps_of("run") == STEPS - 4
+    kept = {path.name for path in Path("run/checkpoints").iterdir()}
+    assert kept == {f"epoch=1-step={STEPS}.ckpt", "last.ckpt"}
     assert np.abs(embed("run/model") - embed(str(tiny_bert))).max() > 1e-3
 
 

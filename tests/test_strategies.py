@@ -23,6 +23,7 @@ from embedtune.checkpoint import kind_of, last_checkpoint, read_checkpoint
 from embedtune.export import rebuild
 from embedtune.strategies import named_strategy, refuse_checkpoint
 
+pytestmark = pytest.mark.timeout(600)  # the first test of a fixture waits for all its runs
 STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 SHARDED = ["fsdp", "zero1", "zero2", "zero3"]
 DECODERS = ["zero2", "zero3"]  # what a decoder is trained with, besides a BERT
@@ -126,6 +127,8 @@ def two_rank_cases(single: dict[str, dict]) -> list[dict]:
     cases.append({**pair, "name": f"{OFFLOADED}-bert-pair", "strategy": OFFLOADED, "export": True})
     over_rank = {"data": {"shuffle": False}, "count": 16, "loss": "over_rank"}
     cases.append({**pair, **over_rank, "name": "ddp-over_rank", "strategy": "ddp"})
+    distill = {**single["bert-distill"], **over_rank, "loss": "distill_over_rank"}
+    cases.append({**distill, "name": "ddp-distill_over_rank", "strategy": "ddp"})
     cases.append({**pair, "name": "ddp-wrong", "strategy": "ddp", "wrong": True})
     return cases
 
@@ -162,7 +165,7 @@ class Runs:
             },
             capture_output=True,
             text=True,
-            timeout=280,
+            timeout=580,
         )
         assert done.returncode == 0, done.stderr[-15000:]
 
@@ -250,8 +253,10 @@ def test_so_does_offloading_to_the_processor(runs):
 
 
 def test_a_wrong_factor_in_the_gather_is_seen(runs):
-    with pytest.raises(AssertionError):
-        assert_same_weights(runs.on_ranks("ddp-wrong"), runs.alone("bert-pair"))
+    result, expected = runs.on_ranks("ddp-wrong"), runs.alone("bert-pair")
+    moved = movement(expected["weights"], expected["start"])
+    assert movement(result["start"], expected["start"]) == 0
+    assert movement(result["weights"], expected["weights"]) > 100 * 1e-4 * moved
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -261,11 +266,18 @@ def test_accumulated_batches_equal_one(runs, strategy):
     assert_same_weights(result, runs.alone("accumulated", batch=8, accumulate=1))
 
 
-def test_negatives_of_each_rank_alone_are_those_of_accumulated_batches(runs):
-    settings = {"data": {"shuffle": False}, "count": 16}
-    expected = runs.alone("bert-pair", **settings, batch=4, accumulate=2)
-    assert_same_weights(runs.on_ranks("ddp-over_rank"), expected)
-    together = runs.alone("bert-pair", **settings)
+@pytest.mark.parametrize(
+    ("name", "task", "loss"),
+    [
+        ("ddp-over_rank", "bert-pair", "pair"),
+        ("ddp-distill_over_rank", "bert-distill", "distill_over_rank"),
+    ],
+)
+def test_a_loss_over_each_rank_is_that_of_accumulated_batches(runs, name, task, loss):
+    settings = {"data": {"shuffle": False}, "count": 16, "loss": loss}
+    expected = runs.alone(task, **settings, batch=4, accumulate=2)
+    assert_same_weights(runs.on_ranks(name), expected)
+    together = runs.alone(task, **settings)
     assert movement(expected["weights"], together["weights"]) > 1e-3
 
 
@@ -417,8 +429,11 @@ def test_a_checkpoint_is_read_without_its_processes(runs, strategy, tmp_path):
     kind = {"ddp": "file", "fsdp": "fsdp"}.get(strategy, "zero")
     assert kind_of(path) == kind
     spec, weights = read_checkpoint(path)
-    expected = runs.alone("whole", epochs=1, checkpoint_every=3)
-    assert movement(weights, expected["weights"]) > 1e-3  # that was a step earlier
+    whole = runs.alone("whole")
+    expected = read_checkpoint(runs.folder / "whole" / CHECKPOINT).weights
+    moved = movement(expected, whole["start"])
+    assert movement(weights, expected) < 1e-4 * moved
+    assert movement(expected, whole["weights"]) > 0.01 * moved  # which were saved later
     assert export_checkpoint(path, tmp_path / "model") <= 1e-5
     assert rebuild(spec, weights, "checkpoint").width == 32
 

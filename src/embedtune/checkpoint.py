@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed.checkpoint as dcp
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,7 +44,8 @@ def last_checkpoint(folder: Path) -> Path | None:
 
     That is ``last.ckpt``; or the newest whole one, if a fit was killed before it could link it.
     """
-    found = sorted(Path(folder).glob("*.ckpt"), key=lambda path: path.lstat().st_mtime)
+    paths = [*Path(folder).glob("*.ckpt"), *Path(folder).glob("*.ckpt.former")]
+    found = sorted(paths, key=lambda path: path.lstat().st_mtime)
     for path in (Path(folder) / "last.ckpt", *reversed(found)):
         with contextlib.suppress(InputError):
             kind_of(path)
@@ -62,7 +64,7 @@ def kind_of(path: Path) -> Kind:
         return "file"
     if (path / FSDP_FACTS).is_file() and (path / ".metadata").is_file():
         return "fsdp"
-    if (path / DEEPSPEED_TAG).is_file():
+    if (path / DEEPSPEED_TAG).is_file() and any(_zero_folder(path).glob("*_model_states.pt")):
         return "zero"
     found = "an incomplete or foreign folder" if path.is_dir() else "nothing"
     raise InputError(f"{path}: expected a checkpoint of embedtune fit, found {found}")
@@ -204,6 +206,33 @@ def _read_zero(path: Path) -> dict[str, Tensor]:
     return {name: tensor.float() for name, tensor in {**module, **trained}.items()}
 
 
+def reopen_epoch(checkpoint: dict[str, Any]) -> None:
+    """Let a run that was stopped within an epoch, by time or steps, go on within it.
+
+    Lightning counts such an epoch as done.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs = loops["epoch_progress"]
+    trained = loops["epoch_loop.batch_progress"]["current"]["ready"]
+    is_open = 0 < trained < checkpoint.get("EmbeddingDataModule", {}).get("batches", 0)
+    if is_open and epochs["current"]["processed"] == epochs["current"]["ready"]:
+        for progress in epochs.values():
+            progress["processed"] -= 1
+            progress["completed"] = progress["processed"]
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Saves a checkpoint as a file that is whole or not there, also where /tmp is another disk."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Save beside, and rename."""
+        part = Path(path).with_name(f"{Path(path).name}.part")
+        super().save_checkpoint(checkpoint, part, storage_options)
+        _put(part, Path(path))
+
+
 class SavesFolders(Strategy):
     """Saves a checkpoint as a folder that is whole or not there, as files are by Lightning."""
 
@@ -215,17 +244,23 @@ class SavesFolders(Strategy):
         # A rank that dies while saving leaves the part, and the checkpoint before it as it was.
         part = folder.with_name(f"{folder.name}.part")
         if self.is_global_zero:
-            for leftover in (*folder.parent.glob("*.part"), *folder.parent.glob("*.former")):
+            for leftover in folder.parent.glob("*.ckpt.part"):
                 _remove(leftover)
         self.barrier()
         super().save_checkpoint(checkpoint, part, storage_options)
         self.barrier()
         if self.is_global_zero:
-            former = folder.with_name(f"{folder.name}.former")
-            if folder.exists():
-                folder.rename(former)
-            part.rename(folder)
-            _remove(former)
+            _put(part, folder)
+
+
+def _put(part: Path, path: Path) -> None:
+    """Rename ``part`` to ``path``, and then remove what had that name."""
+    former = path.with_name(f"{path.name}.former")
+    _remove(former)
+    if path.is_dir() or (part.is_dir() and path.exists()):  # files are replaced at once
+        path.rename(former)
+    part.replace(path)
+    _remove(former)
 
 
 def _remove(path: Path) -> None:

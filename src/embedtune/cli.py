@@ -2,7 +2,6 @@
 
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -154,19 +153,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             known = ", ".join((*TRAINER_COMMANDS, *COMMANDS))
             fail(f"expected a command ({known}), found {command!r}")
     except InputError as error:
-        _let_rank_0_speak()
         fail(str(error))
     except ExportError as error:
         fail(str(error), code=1)
     except Exception:
-        _let_rank_0_speak()
+        gather.let_rank_0_speak()
         raise
-
-
-def _let_rank_0_speak() -> None:
-    """Wait on other ranks, whose error most likely is that of rank 0, or that it is gone.
-
-    Rank 0 says it once, and ends them.
-    """
-    if gather.launched_rank():
-        time.sleep(5)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 from embedtune.batch import Collator
 from embedtune.dataset import ExampleDataset, Rows, resolve_paths
 from embedtune.encoder import Encoder
-from embedtune.errors import InputError
+from embedtune.errors import InputError, require_positive
 from embedtune.records import Format
 from embedtune.sampler import Cursor, GlobalBatchSampler
 from embedtune.teacher_store import TeacherStore
@@ -86,8 +86,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
             "query_max_len": query_max_len,
             "tokens_per_chunk": tokens_per_chunk,
         }.items():
-            if value is not None and value < 1:
-                raise InputError(f"data.{key}: expected a positive number, found {value}")
+            if value is not None:
+                require_positive(f"data.{key}", value)
         self.paths: dict[DataSet, str | list[str] | None] = {
             "train": train_path,
             "val": val_path,
@@ -215,7 +215,6 @@ class EmbeddingDataModule(pl.LightningDataModule):
         if self._ended_with_an_epoch:
             # Loader workers ask before Lightning has turned to the next epoch.
             epoch, batches = self.trainer.fit_loop.epoch_progress.current.ready, 0
-        self._resumed = {}
         return epoch, batches
 
     @property

@@ -1,5 +1,6 @@
 """What the ranks of a run exchange; with one process nothing is, and every function is trivial."""
 
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -22,6 +23,12 @@ def rank() -> int:
 def launched_rank() -> int:
     """Return what :func:`rank` will be, before the ranks have found each other."""
     return cast(Any, rank_zero_only).rank
+
+
+def let_rank_0_speak() -> None:
+    """Give rank 0, which most likely fails alike, 5 seconds to say so and to end this rank."""
+    if launched_rank():
+        time.sleep(5)
 
 
 def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from embedtune import functional
-from embedtune.errors import InputError
+from embedtune.errors import InputError, require_positive
 from embedtune.records import Format
 from embedtune.target import Embeddings, Scope, Target
 
@@ -62,7 +62,7 @@ class InfoNCE(Loss):
         super().__init__()
         self.over = over
         self.scope: Scope = "documents" if over == "global" else "rank"
-        self.temperature = _positive(temperature=temperature)
+        self.temperature = require_positive("temperature", temperature)
         self.in_batch_positives, self.multi_positive = in_batch_positives, multi_positive
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
@@ -125,8 +125,10 @@ class ListwiseKL(Loss):
         default = 1.0 if over == "list" else 0.02
         self.over = over
         self.scope = "rank" if over == "list" else "global"
-        self.temperature = _positive(temperature=temperature)
-        self.teacher_temperature = _positive(teacher_temperature=teacher_temperature or default)
+        self.temperature = require_positive("temperature", temperature)
+        self.teacher_temperature = require_positive(
+            "teacher_temperature", teacher_temperature or default
+        )
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the mean over lists, or over the pairs of the batch."""
@@ -151,7 +153,7 @@ class CoSENT(Loss):
             scale: Multiplies the differences of cosines.
         """
         super().__init__()
-        self.scale = _positive(scale=scale)
+        self.scale = require_positive("scale", scale)
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the loss of all pairs of the batch."""
@@ -296,10 +298,3 @@ def default_loss(row_format: Format, temperature: float | None) -> Loss:
         return Distillation()
     kind = ListwiseKL if row_format == Format.SCORED else InfoNCE
     return kind() if temperature is None else kind(temperature=temperature)
-
-
-def _positive(**parameter: float) -> float:
-    ((name, value),) = parameter.items()
-    if not value > 0:
-        raise InputError(f"{name}: expected a positive number, found {value}")
-    return value

@@ -7,14 +7,16 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SpearmanCorrCoef
 
 from embedtune import gather
 from embedtune.batch import Batch, Collator
+from embedtune.checkpoint import reopen_epoch
 from embedtune.encoder import Encoder, EncoderSpec, Features, PoolingMode
-from embedtune.errors import InputError
+from embedtune.errors import InputError, require_positive
 from embedtune.losses import Distillation, ListwiseKL, Loss, Matryoshka, default_loss
 from embedtune.optim import build_optimizer, build_schedule, restore_settings, settings_of
 from embedtune.projection import ProjectionInit, init_projection, parse_dims, projection_dim
@@ -80,7 +82,7 @@ class EmbeddingModule(pl.LightningModule):
         super().__init__()
         self.use_mrl, self.mrl_dims = use_mrl, parse_dims(mrl_dims)
         self.projection_init, self.temperature = projection_init, temperature
-        self.lr, self.weight_decay = _positive("lr", lr), weight_decay
+        self.lr, self.weight_decay = require_positive("model.lr", lr), weight_decay
         self.warmup_proportion, self.lr_schedule = warmup_proportion, lr_schedule
         if not 0 <= warmup_proportion <= 1:
             raise InputError(
@@ -194,10 +196,10 @@ class EmbeddingModule(pl.LightningModule):
         """Encode this rank's share and sort the embeddings by their part in the loss."""
         chunks = batch.chunks
         if shards_parameters(self.trainer.strategy):
-            # Every forward gathers parameters, hence all ranks must run as many: the shortest text
-            # once more, and nobody looks at the result.
-            shortest = {k: v[:1] if isinstance(v, Tensor) else v for k, v in chunks[-1].items()}
-            chunks = chunks + [shortest] * (max(shares.chunks) - len(chunks))
+            # Every forward gathers parameters, hence all ranks must run as many: a text of the
+            # last chunk once more, and nobody looks at the result.
+            spare = {k: v[:1] if isinstance(v, Tensor) else v for k, v in chunks[-1].items()}
+            chunks = chunks + [spare] * (max(shares.chunks) - len(chunks))
         encoded = self(chunks)
         return Embeddings(
             query=encoded[batch.query],
@@ -336,13 +338,9 @@ class EmbeddingModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
         self.match(EncoderSpec(**checkpoint["encoder_spec"]))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            reopen_epoch(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what rebuilds the encoder's structure beside its weights."""
         checkpoint["encoder_spec"] = self.encoder.spec._asdict()
-
-
-def _positive(key: str, value: float) -> float:
-    if value <= 0:
-        raise InputError(f"model.{key}: expected a positive number, found {value}")
-    return value

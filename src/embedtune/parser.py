@@ -7,6 +7,8 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from embedtune import gather
+
 UNKNOWN_KEY = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
 """How jsonargparse and argparse word that they do not know a key."""
 
@@ -37,5 +39,6 @@ class Parser(LightningArgumentParser):
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Write one error line to stderr and exit."""
+    gather.let_rank_0_speak()
     sys.stderr.write(f"embedtune: error: {message}\n")
     sys.exit(code)

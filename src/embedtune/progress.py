@@ -85,15 +85,15 @@ def _run_facts(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
 
 
 def _describe_loss(module: EmbeddingModule) -> str:
-    def describe(loss: torch.nn.Module) -> str:
+    def describe_module(loss: torch.nn.Module) -> str:
         given = inspect.signature(type(loss).__init__).parameters
         values = {k: v for k, v in vars(loss).items() if isinstance(v, bool | int | float | str)}
         shown = ", ".join(f"{k}={v}" for k, v in values.items() if k in given)
-        inner = [describe(child) for child in loss.children()]
+        inner = [describe_module(child) for child in loss.children()]
         return f"{type(loss).__name__}({', '.join(inner + ([shown] if shown else []))})"
 
     assert module.loss is not None
-    return describe(module.loss)
+    return describe_module(module.loss)
 
 
 def _truncation(data: EmbeddingDataModule, module: EmbeddingModule) -> str:

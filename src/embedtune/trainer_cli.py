@@ -3,6 +3,7 @@
 import ctypes
 import itertools
 import logging
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_only
 
 from embedtune import gather
-from embedtune.checkpoint import last_checkpoint, read_spec
+from embedtune.checkpoint import SavesFolders, WholeFiles, last_checkpoint, read_spec
 from embedtune.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
 from embedtune.export import ExportModel
@@ -140,6 +141,8 @@ class TrainerCLI(LightningCLI):
             kwargs["strategy"] = named_strategy(config.trainer.strategy)
         if config.trainer.precision is None and is_fit:
             kwargs["precision"] = default_precision(str(config.trainer.accelerator))
+        if not isinstance(kwargs.get("strategy", config.trainer.strategy), SavesFolders):
+            kwargs["plugins"] = [*_plugins(config.trainer.plugins), WholeFiles()]
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
         if config.trainer.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
@@ -188,6 +191,10 @@ class TrainerCLI(LightningCLI):
         getattr(self.trainer, command)(ckpt_path=path, **kwargs)
 
 
+def _plugins(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [] if given is None else [given]
+
+
 def _data_seed(seed_everything: bool | int) -> int:
     return 666 if isinstance(seed_everything, bool) else seed_everything
 
@@ -224,8 +231,8 @@ def keep_earlier_metrics(folder: Path) -> None:
 
 def trainer_command(argv: Sequence[str]) -> None:
     """Run ``embedtune fit | validate | test | predict``."""
-    if gather.launched_rank():
-        _die_with_parent()
+    if gather.launched_rank() and not {"RANK", "SLURM_PROCID"} & os.environ.keys():
+        _die_with_parent()  # rank 0; torchrun and SLURM see to those that they start
     TrainerCLI(
         EmbeddingModule,
         EmbeddingDataModule,
@@ -243,10 +250,7 @@ def trainer_command(argv: Sequence[str]) -> None:
 
 
 def _die_with_parent() -> None:
-    """Let the kernel end this rank with the process that started it.
-
-    A rank whose rank 0 is gone would wait for it until the backend's timeout.
-    """
+    """Let the kernel end this rank with rank 0, for which it would wait until a timeout."""
     if sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
