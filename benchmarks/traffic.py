@@ -32,11 +32,14 @@ KINDS = {"allreduce": "reduced", "allgather": "gathered", "reduce_scatter": "sca
 
 
 class Exchanges(TorchDispatchMode):
-    """Add up elements and ring bytes of the collectives that run below it."""
+    """Add up elements and ring bytes of the collectives that run below it.
 
-    def __init__(self, ranks: int, smallest: int) -> None:
+    A batch's own, its embeddings and counts, are among them: under a thousandth of N here.
+    """
+
+    def __init__(self, ranks: int) -> None:
         super().__init__()
-        self.ranks, self.smallest = ranks, smallest
+        self.ranks = ranks
         self.elements: Counter[str] = Counter()
         self.sent = 0.0
 
@@ -47,7 +50,7 @@ class Exchanges(TorchDispatchMode):
             kind = next((k for k in KINDS if k in function._opname), None)
             tensors = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
             elements = sum(tensor.numel() for tensor in tensors)
-            if kind is not None and elements >= self.smallest:  # not the batch's own
+            if kind is not None:
                 self._count(kind, elements, tensors[0].element_size())
         return function(*args, **(kwargs or {}))
 
@@ -66,9 +69,8 @@ class Count(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start counting."""
-        trained = [p for p in pl_module.parameters() if p.requires_grad]
         self.chunks, self.gathered_at_once = len(batch.chunks), 0
-        self.exchanges = Exchanges(trainer.world_size, min(256, len(trained)))
+        self.exchanges = Exchanges(trainer.world_size)
         units = FullyShardedDataParallel.fsdp_modules(trainer.strategy.model)
         self.hooks = [
             layer.register_full_backward_hook(lambda *_: self._look(units))
