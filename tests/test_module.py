@@ -282,6 +282,16 @@ def test_the_schedule_ends_with_the_run(tmp_path, tiny_bert, settings, expected)
     assert module.lr_schedulers().get_last_lr()[0] == pytest.approx(0, abs=1e-7)
 
 
+def test_a_checkpoint_loads_without_a_trainer(tmp_path, tiny_bert):
+    settings = {"enable_checkpointing": True, "default_root_dir": str(tmp_path)}
+    module, _ = fit(
+        tmp_path, tiny_bert, "pair", trainer_kwargs=settings, use_mrl=True, mrl_dims=[8, 40]
+    )
+    (path,) = tmp_path.rglob("*.ckpt")
+    loaded = EmbeddingModule.load_from_checkpoint(path, model_name_or_path=str(tiny_bert))
+    assert movement(loaded, module.encoder.state_dict()) == 0
+
+
 def test_known_positives_are_not_pushed_away(tmp_path, tiny_bert):
     """Two rows of one query: with identity-aware targets each keeps the other's positive."""
     rows = [{"query": "same", "pos": ["first", "second"]}, {"query": "same", "pos": ["third"]}]

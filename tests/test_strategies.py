@@ -98,6 +98,7 @@ def single_cases(models: dict[str, dict]) -> dict[str, dict]:
     single["whole"] = {**bert, **RESUMED}
     # A number of rows that neither ranks nor batches divide.
     single["validated"] = {**bert, **RESUMED, "count": 19, "validate": True}
+    single["validated_scored"] = {**bert, **SCORED["scored"], "count": 19, "validate": True}
     return {name: {**case, "name": name, "strategy": "auto"} for name, case in single.items()}
 
 
@@ -411,6 +412,13 @@ def test_a_checkpoint_is_validated_on_any_number_of_ranks(onto_one, strategy):
     for name in names:
         found = onto_one.on_ranks(f"{strategy}-{name}")["val/loss"]
         assert found == pytest.approx(expected, rel=1e-5), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_validate_scored_rows_together(runs, strategy):
+    found, expected = runs.on_ranks(f"{strategy}-validated_scored"), runs.alone("validated_scored")
+    for name in ("val/loss", "val/spearman"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

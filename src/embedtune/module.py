@@ -7,7 +7,6 @@ from typing import Any, Literal, cast
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import SpearmanCorrCoef
@@ -338,7 +337,7 @@ class EmbeddingModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
         self.match(EncoderSpec(**checkpoint["encoder_spec"]))
-        if self.trainer.state.fn == TrainerFn.FITTING:
+        if "loops" in checkpoint:  # more than weights
             reopen_epoch(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -141,8 +141,9 @@ class TrainerCLI(LightningCLI):
             kwargs["strategy"] = named_strategy(config.trainer.strategy)
         if config.trainer.precision is None and is_fit:
             kwargs["precision"] = default_precision(str(config.trainer.accelerator))
-        if not isinstance(kwargs.get("strategy", config.trainer.strategy), SavesFolders):
-            kwargs["plugins"] = [*_plugins(config.trainer.plugins), WholeFiles()]
+        saves_files = not isinstance(kwargs.get("strategy", config.trainer.strategy), SavesFolders)
+        if saves_files and config.trainer.plugins is None:
+            kwargs["plugins"] = [WholeFiles()]
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
         if config.trainer.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
@@ -189,10 +190,6 @@ class TrainerCLI(LightningCLI):
             if command != "fit":
                 self.model.match(read_spec(Path(path)))
         getattr(self.trainer, command)(ckpt_path=path, **kwargs)
-
-
-def _plugins(given: Any) -> list[Any]:
-    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def _data_seed(seed_everything: bool | int) -> int:
