@@ -239,8 +239,8 @@ class EmbeddingModule(pl.LightningModule):
         step = self.trainer.current_epoch, batch_idx
         torch.manual_seed(step_seed(self.data.seed, *step, self.global_rank))
         _, parts, weight = self._compute_loss(batch)
-        values = torch.stack([value.detach() for value in parts.values()])
-        means = gather.sum_over_ranks(values * weight) / self.trainer.world_size
+        total = gather.sum_over_ranks(self._stack(parts) * weight)
+        means = total / self.trainer.world_size
         for name, value in zip(parts, means, strict=True):
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
@@ -270,7 +270,7 @@ class EmbeddingModule(pl.LightningModule):
     def _evaluation_step(self, prefix: str, batch: Batch) -> None:
         embeddings, parts, _ = self._compute_loss(batch)
         queries, positives, *_ = batch.counts
-        weighed = torch.stack([*parts.values(), torch.ones((), device=self.device)]) * queries
+        weighed = self._stack({**parts, "queries": 1.0}) * queries
         self._totals = weighed if self._totals is None else self._totals + weighed
         self._parts = [f"{prefix}/{name}" for name in parts]
         if batch.scores is not None and embeddings.positive is not None:
@@ -279,6 +279,11 @@ class EmbeddingModule(pl.LightningModule):
             )
             self.spearman.update(cosine[:positives], batch.scores[:positives])
             self.log(f"{prefix}/spearman", self.spearman, on_epoch=True, batch_size=queries)
+
+    def _stack(self, parts: dict[str, Any]) -> Tensor:
+        """Return scalars of any type, float32 ``[n]``, without gradient."""
+        values = [torch.as_tensor(value, device=self.device) for value in parts.values()]
+        return torch.stack([value.detach().float() for value in values])
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over all queries of all ranks."""
