@@ -234,7 +234,7 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class SavesFolders(Strategy):
-    """Saves a checkpoint as a folder that is whole or not there, as files are by Lightning."""
+    """Saves a checkpoint as a folder of shards that is whole or not there."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
