@@ -8,8 +8,9 @@ from sentence_transformers.base.modules import Dense, Normalize, Router
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from embedtune.batch import Text, make_chunks
-from embedtune.encoder import Encoder, EncoderSpec, load_sentence_transformer
+from embedtune.encoder import Encoder, EncoderSpec
 from embedtune.errors import InputError
+from embedtune.loading import load_sentence_transformer
 from embedtune.projection import init_projection, parse_dims, principal_axes, projection_dim
 
 TEXTS = ["a", "the second text", "one two three four five six seven", "中文 x", "b c", "b c d e"]

@@ -10,6 +10,7 @@ import torch
 from embedtune import EmbeddingDataModule, EmbeddingModule, InputError
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL, Matryoshka
 from embedtune.optim import build_optimizer, build_schedule
+from embedtune.settle import sample_embeddings
 from embedtune.teacher_store import TeacherWriter
 
 ROWS = {
@@ -166,7 +167,7 @@ def test_pca_starts_from_the_training_texts(tmp_path, tiny_bert):
     )
     weight = module.encoder.dense.linear.weight.detach()
     torch.testing.assert_close(weight @ weight.T, torch.eye(32), atol=1e-5, rtol=0)
-    embeddings = module._sample_embeddings()
+    embeddings = sample_embeddings(module.encoder, module.data, module.device)
     energy = embeddings.square().mean(dim=0)
     assert energy[:8].sum() > 0.5 * energy.sum()
 

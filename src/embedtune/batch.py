@@ -1,8 +1,10 @@
 """Turn examples into a batch: texts tokenised once, sorted by length, cut into chunks."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +12,15 @@ from torch import Tensor
 
 from embedtune.encoder import Encoder, Features, Role
 from embedtune.records import Example
+
+PROBE = "a"
+"""A short text, where the features of any text tell what is asked."""
+
+CHUNK_COST = 64
+"""The fixed cost of a padded chunk is taken for that of ``tokens_per_chunk / 64`` tokens."""
+
+PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids"}
+"""Of these, token ids tell all of a single text."""
 
 
 class Batch(NamedTuple):
@@ -30,6 +41,7 @@ class Batch(NamedTuple):
         teacher: float32 ``[b, D]`` (distill).
         query_id, positive_id, negative_id: int64 text hashes ``[b]``, ``[m]``, ``[b * k]``.
         known_positive_id: int64 ``[b, p]``, the hashes of every positive of each row, 0 pads.
+        tokens: Tokens of the chunks without padding, and with it.
     """
 
     example_id: Tensor
@@ -44,6 +56,7 @@ class Batch(NamedTuple):
     positive_id: Tensor
     negative_id: Tensor
     known_positive_id: Tensor
+    tokens: tuple[int, int]
 
     @property
     def counts(self) -> tuple[int, int, int, int, int]:
@@ -89,7 +102,14 @@ class Collator:
         rows: dict[Text, int] = {}
         for text in (*queries, *positives, *negatives):
             rows.setdefault(text, len(rows))
-        chunks, order = make_chunks(self.encoder, list(rows), self.tokens_per_chunk)
+        known = {
+            text: example.tokens[text.role, text.text]
+            for example in examples
+            if example.tokens is not None
+            for text in self.texts(example)
+            if (text.role, text.text) in example.tokens
+        }
+        chunks, order = make_chunks(self.encoder, list(rows), self.tokens_per_chunk, known)
         lists = [i for i, example in enumerate(examples) for _ in example.positives]
         scores = [score for example in examples for score in example.scores]
         teachers = [example.teacher for example in examples if example.teacher is not None]
@@ -111,7 +131,49 @@ class Collator:
             known_positive_id=torch.nn.utils.rnn.pad_sequence(
                 [text_ids(example.known_positives) for example in examples], batch_first=True
             ),
+            tokens=(sum(map(_real_tokens, chunks)), sum(c["input_ids"].numel() for c in chunks)),
         )
+
+    def texts(self, example: Example) -> list[Text]:
+        """Return what is encoded of an example."""
+        documents = (*example.positives, *example.negatives)
+        return [self.query(example), *map(self.document, documents)]
+
+    def token_ids(self, texts: Sequence[Text]) -> list[np.ndarray]:
+        """Return the ids of each text as it is encoded, cut and with special tokens, int32 ``[t]``.
+
+        They tell all of a text where :attr:`tokens_key` is not None.
+        """
+        groups: dict[Any, list[int]] = {}
+        for i, text in enumerate(texts):
+            groups.setdefault(text[1:], []).append(i)
+        ids: dict[int, np.ndarray] = {}
+        for members in groups.values():
+            rows, _ = _rows(self.encoder, [texts[i] for i in members], {})
+            assert rows is not None, "checked by tokens_key"
+            found = (row["input_ids"].int().numpy() for row in rows)
+            ids |= dict(zip(members, found, strict=True))
+        return [ids[i] for i in range(len(texts))]
+
+    @property
+    def tokens_key(self) -> str | None:
+        """Digest of all that :meth:`token_ids` depends on beside the texts.
+
+        None where ids do not tell all of a text, or where no digest can tell the tokenizer.
+        """
+        backend = getattr(self.encoder.model.tokenizer, "backend_tokenizer", None)
+        features = self.encoder.tokenize([PROBE], "document", None, self.passage_max_len)
+        tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
+        if backend is None or not {"input_ids", "attention_mask"} <= set(tensors) <= PLAIN_FEATURES:
+            return None
+        if "token_type_ids" in tensors and tensors["token_type_ids"].any():
+            return None
+        tokenizer = json.loads(backend.to_str())
+        for state in ("truncation", "padding"):  # left over from the last call
+            tokenizer.pop(state, None)
+        prompts = [self.encoder.default_prompt(role) for role in ("query", "document")]
+        rules = [tokenizer, prompts, self.query_max_len, self.passage_max_len]
+        return hashlib.blake2b(json.dumps(rules).encode(), digest_size=16).hexdigest()
 
     def query(self, example: Example) -> Text:
         """Return a query with its row's prompt, or else the encoder's own."""
@@ -129,12 +191,27 @@ def text_ids(texts: Iterable[str]) -> Tensor:
     return torch.from_numpy(np.frombuffer(digests, dtype=np.int64).copy())
 
 
-def make_chunks(
-    encoder: Encoder, texts: Sequence[Text], tokens_per_chunk: int
-) -> tuple[list[Features], Tensor]:
-    """Tokenise ``texts`` and cut them, sorted by length, into chunks padded to their own longest.
+def _real_tokens(features: Features) -> int:
+    mask = features.get("attention_mask")
+    return int(features["input_ids"].numel() if mask is None else mask.sum())
 
-    Sorting puts texts of equal length together, so that hardly any padding is computed.
+
+def make_chunks(
+    encoder: Encoder,
+    texts: Sequence[Text],
+    tokens_per_chunk: int,
+    known: Mapping[Text, np.ndarray] | None = None,
+) -> tuple[list[Features], Tensor]:
+    """Tokenise ``texts`` and cut them, sorted by length, into chunks.
+
+    Where the encoder packs, texts lie one after another and no padding is computed; else each chunk
+    is padded to its own longest text, and cut where that costs least.
+
+    Args:
+        encoder: Tokenises, and joins the texts of a chunk.
+        texts: What to encode.
+        tokens_per_chunk: Largest number of tokens of a chunk, padding included.
+        known: Token ids of texts that have been tokenised before.
 
     Returns:
         The chunks, and int64 ``[n]``: the row of each text in the embeddings of all chunks. A
@@ -146,40 +223,101 @@ def make_chunks(
     chunks: list[Features] = []
     encoded: list[int] = []
     pools: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
-    for (role, prompt, max_len), members in groups.items():
-        features = encoder.tokenize([texts[i].text for i in members], role, prompt, max_len)
-        mask = features.get("attention_mask")
-        if mask is None:
-            chunks.append(features)
+    for members in groups.values():
+        group = [texts[i] for i in members]
+        rows, shared = _rows(encoder, group, {} if known is None else known)
+        if rows is None:
+            chunks.append(shared)
             encoded.extend(members)
             continue
-        # What is not a tensor (a route, the prompt's length) holds for a whole chunk.
-        shared = {k: v for k, v in features.items() if not isinstance(v, Tensor)}
-        tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
-        pool = pools.setdefault(tuple(sorted(shared.items())), [])
-        for row, i in enumerate(members):
-            kept = mask[row].bool()
-            pool.append((i, {k: v[row][kept] for k, v in tensors.items()}))
+        pools.setdefault(tuple(sorted(shared.items())), []).extend(zip(members, rows, strict=True))
     for shared_items, pool in pools.items():
-        for part in _cut_by_tokens(pool, tokens_per_chunk):
-            chunks.append({**encoder.pad([tokens for _, tokens in part]), **dict(shared_items)})
-            encoded.extend(i for i, _ in part)
+        # Longest first: a chunk that does not fit into memory fails in the first step already.
+        pool = sorted(pool, key=lambda item: -len(item[1]["input_ids"]))
+        lengths = [len(row["input_ids"]) for _, row in pool]
+        cut = cut_packed if encoder.packs else cut_padded
+        for start, end in pairwise(cut(lengths, tokens_per_chunk)):
+            joined = encoder.join([row for _, row in pool[start:end]])
+            chunks.append({**joined, **dict(shared_items)})
+            encoded.extend(i for i, _ in pool[start:end])
     order = torch.empty(len(texts), dtype=torch.int64)
     order[encoded] = torch.arange(len(texts))
     return chunks, order
 
 
-def _cut_by_tokens(
-    pool: list[tuple[int, dict[str, Tensor]]], tokens_per_chunk: int
-) -> list[list[tuple[int, dict[str, Tensor]]]]:
-    # Longest first: a chunk that does not fit into memory fails in the first step, not the last.
-    pool = sorted(pool, key=lambda item: -len(item[1]["attention_mask"]))
-    parts: list[list[tuple[int, dict[str, Tensor]]]] = []
-    room = 0
-    for item in pool:
-        if room == 0:
-            parts.append([])
-            room = max(1, tokens_per_chunk // len(item[1]["attention_mask"]))
-        parts[-1].append(item)
-        room -= 1
-    return parts
+def _rows(
+    encoder: Encoder, group: Sequence[Text], known: Mapping[Text, np.ndarray]
+) -> tuple[list[dict[str, Tensor]] | None, Features]:
+    """Tokenise texts of one role, prompt and limit.
+
+    Returns:
+        The features of each text, every tensor ``[t]``, and what holds for a whole chunk (a route,
+        the prompt's length). A bag of tokens has the features of all texts in the latter alone.
+    """
+    _, role, prompt, max_len = group[0]
+    unknown = [text.text for text in group if text not in known]
+    # One text at least, for what holds for all of them.
+    features = encoder.tokenize(unknown or [PROBE], role, prompt, max_len)
+    if "attention_mask" not in features:
+        return None, features
+    tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
+    shared = {k: v for k, v in features.items() if k not in tensors}
+    kept = iter(enumerate(features["attention_mask"].bool()))
+    rows = []
+    for text in group:
+        if text in known:
+            ids = torch.from_numpy(known[text]).long()
+            plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            rows.append({k: plain[k] if k in plain else torch.zeros_like(ids) for k in tensors})
+        else:
+            row, mask = next(kept)
+            rows.append({k: v[row][mask] for k, v in tensors.items()})
+    return rows, shared
+
+
+def cut_packed(lengths: Sequence[int], tokens_per_chunk: int) -> list[int]:
+    """Cut texts into as few runs of about equally many tokens as the limit allows.
+
+    Returns:
+        Where each run starts, and the end.
+
+    >>> cut_packed([5, 4, 3, 2, 2], 8)
+    [0, 1, 3, 5]
+    """
+    share = sum(lengths) / max(1, -(-sum(lengths) // tokens_per_chunk))
+    starts, tokens = [0], 0
+    for i, length in enumerate(lengths):
+        is_full = tokens + length > tokens_per_chunk or tokens >= share
+        if tokens and is_full:
+            starts.append(i)
+            tokens = 0
+        tokens += length
+    return [*starts, len(lengths)]
+
+
+def cut_padded(lengths: Sequence[int], tokens_per_chunk: int) -> list[int]:
+    """Cut texts, longest first, where padding and the fixed cost of a chunk are least together.
+
+    A shortest path over the places to cut: a chunk costs what it is padded to, and as much again as
+    ``tokens_per_chunk / CHUNK_COST`` tokens take.
+
+    Returns:
+        Where each run starts, and the end.
+
+    >>> cut_padded([9, 9, 2, 2, 2], 64)
+    [0, 2, 5]
+    """
+    count, fixed = len(lengths), tokens_per_chunk / CHUNK_COST
+    cost = np.full(count + 1, np.inf)
+    cost[0] = 0.0
+    last = np.zeros(count + 1, dtype=np.int64)
+    for start, longest in enumerate(lengths):
+        most = min(max(1, tokens_per_chunk // longest), count - start)
+        ends = slice(start + 1, start + 1 + most)
+        through = cost[start] + fixed + longest * np.arange(1, most + 1)
+        last[ends] = np.where(through < cost[ends], start, last[ends])
+        cost[ends] = np.minimum(through, cost[ends])
+    starts = [count]
+    while starts[-1] > 0:
+        starts.append(int(last[starts[-1]]))
+    return starts[::-1]

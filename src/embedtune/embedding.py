@@ -7,7 +7,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from embedtune.encoder import cap_length, load_sentence_transformer
+from embedtune.loading import cap_length, load_sentence_transformer
 
 PROGRESS_BATCHES = 20
 """Batches from which on a progress bar is shown."""

@@ -1,28 +1,31 @@
 """A sentence-transformers model as a trainable encoder with an optional Matryoshka projection."""
 
-import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from itertools import accumulate
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize, Router
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
+from embedtune.attention import VARLEN
 from embedtune.errors import InputError
-
-log = logging.getLogger("embedtune")
+from embedtune.loading import (
+    UNLIMITED,
+    cap_length,
+    dropout_settings,
+    first_position,
+    load_sentence_transformer,
+    make_trainable,
+    max_positions,
+)
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
 Role = Literal["query", "document"]
 Features = dict[str, Any]
 """Token features of one or more texts as sentence-transformers' modules pass them on."""
-
-UNLIMITED = 10**9
-"""More tokens than any input has; tokenizers without a limit report about 1e30."""
 
 
 class EncoderSpec(NamedTuple):
@@ -34,73 +37,12 @@ class EncoderSpec(NamedTuple):
     projection_dim: int | None = None
     max_seq_length: int | None = None
     query_prompt: str | None = None
+    dropout: float | None = None
+    attention_dropout: float | None = None
 
 
-def load_sentence_transformer(
-    model_name_or_path: str, *, trust_remote_code: bool = False, device: str | None = None
-) -> SentenceTransformer:
-    """Load a model in float32, whatever precision it was saved in.
-
-    Raises:
-        InputError: Nothing loadable is there.
-    """
-    path = Path(model_name_or_path)
-    looks_like_path = path.is_absolute() or model_name_or_path.startswith((".", "~"))
-    if not path.is_dir() and (looks_like_path or model_name_or_path.count("/") > 1):
-        raise InputError(
-            f"model_name_or_path: expected a model folder or a hub name, found no folder {path}"
-        )
-    try:
-        return SentenceTransformer(
-            model_name_or_path,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            # Optimiser steps below bfloat16's spacing would be lost without float32 weights.
-            model_kwargs={"dtype": torch.float32},
-            local_files_only=path.is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1",
-        )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"model_name_or_path: cannot load {model_name_or_path!r}: {reason}"
-        ) from error
-
-
-def max_positions(model: SentenceTransformer) -> int | None:
-    """Return the longest input in tokens that the position embeddings allow; None is unlimited."""
-    config = getattr(model[0], "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or positions <= 0:
-        return None
-    # RoBERTa-like models number positions from padding_idx + 1 on.
-    embeddings = getattr(getattr(model[0], "auto_model", None), "embeddings", None)
-    offset = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return int(positions) - (0 if offset is None else offset + 1)
-
-
-def cap_length(model: SentenceTransformer, max_len: int) -> int:
-    """Return ``max_len``, or as many tokens as ``model`` has positions if they are fewer."""
-    limit = max_positions(model)
-    return max_len if limit is None else min(max_len, limit)
-
-
-def make_trainable(model: SentenceTransformer) -> None:
-    """Settle what a model leaves to its user: lengths, width and prompts, and what is trained."""
-    limit = max_positions(model)
-    if limit is not None and (model.max_seq_length or UNLIMITED) >= UNLIMITED:
-        model.max_seq_length = limit
-    if model.truncate_dim is not None:
-        log.warning("trained at its full width: the model cuts to %s", model.truncate_dim)
-        model.truncate_dim = None
-    # ``encode_document`` would take an empty "document" prompt over one of another name.
-    names = ("document", "passage", "corpus")
-    prompts = [model.prompts[name] for name in names if model.prompts.get(name)]
-    if prompts:
-        model.prompts["document"] = prompts[0]
-    # BERT's own pooler takes no part in the embedding: DDP would wait for its gradients.
-    pooler = getattr(getattr(model[0], "auto_model", None), "pooler", None)
-    if isinstance(pooler, nn.Module):
-        pooler.requires_grad_(False)
+PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What tells attention where each text of a packed chunk starts, by transformers' names."""
 
 
 class Encoder(nn.Module):
@@ -111,18 +53,32 @@ class Encoder(nn.Module):
     export.
     """
 
-    def __init__(self, spec: EncoderSpec) -> None:
+    def __init__(self, spec: EncoderSpec, attn_implementation: str | None = None) -> None:
         """Build what ``spec`` describes.
+
+        Args:
+            spec: The structure.
+            attn_implementation: How attention is computed, by transformers' names.
 
         Raises:
             InputError: The model cannot be loaded, or does not end in one embedding a text.
         """
         super().__init__()
-        self.spec = spec
+        self.spec, self.attn_implementation = spec, attn_implementation
+        dropout = dropout_settings(spec.dropout, spec.attention_dropout)
         self.model = load_sentence_transformer(
-            spec.model_name_or_path, trust_remote_code=spec.trust_remote_code, device="cpu"
+            spec.model_name_or_path,
+            trust_remote_code=spec.trust_remote_code,
+            device="cpu",
+            attn_implementation=attn_implementation,
+            config=dropout,
         )
+        self._refuse_dropout(dropout)
         make_trainable(self.model)
+        # With flash attention sentence-transformers would join the texts as it tokenises.
+        self._flash_packs = bool(getattr(self.model[0], "can_flatten_inputs", False))
+        cast(Any, self.model[0]).can_flatten_inputs = False
+        self.packs = False
         if spec.pooling is not None:
             self._set_pooling(spec.pooling)
         self.normalizes = isinstance(self.model[-1], Normalize)
@@ -139,6 +95,14 @@ class Encoder(nn.Module):
             self.raise_max_seq_length(spec.max_seq_length)
         if spec.query_prompt is not None:
             self.set_query_prompt(spec.query_prompt)
+
+    def _refuse_dropout(self, settings: dict[str, float]) -> None:
+        config = getattr(self.model[0], "config", None)
+        if settings and not any(hasattr(config, name) for name in settings):
+            raise InputError(
+                f"model.dropout, model.attention_dropout: expected a model whose configuration has "
+                f"one of {', '.join(settings)}; {self.spec.model_name_or_path!r} has none"
+            )
 
     def _set_pooling(self, mode: PoolingMode) -> None:
         transformer: Any = self.model[0]
@@ -236,8 +200,28 @@ class Encoder(nn.Module):
             features.pop("prompt_length", None)
         return dict(features)
 
-    def pad(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Pad single texts' features, each tensor ``[t]``, to one batch ``[n, longest]``."""
+    def join(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Make one chunk of single texts' features, each tensor ``[t]``.
+
+        Padded to ``[n, longest]``, or packed one after another as ``[1, tokens]`` where the encoder
+        :attr:`packs`.
+        """
+        if not self.packs:
+            return self._pad(rows)
+        lengths = [len(row["input_ids"]) for row in rows]
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        first = first_position(self.model)
+        positions = [torch.arange(first, first + length) for length in lengths]
+        joined = {k: torch.cat([r[k] for r in rows])[None] for k in rows[0]}
+        joined.pop("attention_mask")
+        values = starts, starts, max(lengths), max(lengths)
+        return {
+            **joined,
+            "position_ids": torch.cat(positions)[None],
+            **dict(zip(PACKED_INPUTS, values, strict=True)),
+        }
+
+    def _pad(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         # The tokenizer's own pad, which knows the padding side, token and token type.
         return dict(
             self.model.tokenizer.pad(
@@ -245,11 +229,54 @@ class Encoder(nn.Module):
             )
         )
 
+    # --- Without padding ----------------------------------------------------------------
+
+    def pack(self, device: torch.device) -> None:
+        """Encode texts without padding from now on, where the model can on ``device``.
+
+        It can on GPUs with flash attention, and on a CPU if attention is all that mixes tokens,
+        which is tried on texts of unequal length. A given ``attn_implementation`` is left alone.
+        """
+        transformer: Any = self.model[0]
+        if self.packs or self.attn_implementation not in (None, VARLEN):
+            self.packs = self.packs or self._flash_packs
+        elif device.type == "cpu" and _has_plain_attention(transformer):
+            before = transformer.config._attn_implementation
+            transformer.model.set_attn_implementation(VARLEN)
+            self.packs = True
+            if not self._packs_exactly():
+                transformer.model.set_attn_implementation(before)
+                self.packs = False
+        if self.packs and transformer.model_forward_params is not None:
+            transformer.model_forward_params |= set(PACKED_INPUTS)
+
+    def _packs_exactly(self) -> bool:
+        texts = ["one", "one two three four five six", "one two three"]
+        features = self.tokenize(texts, "document", None, 16)
+        tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
+        if "attention_mask" not in tensors:
+            return False
+        kept = [mask.bool() for mask in tensors["attention_mask"]]
+        rows = [{k: v[i][m] for k, v in tensors.items()} for i, m in enumerate(kept)]
+        others = {k: v for k, v in features.items() if k not in tensors}
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                padded, packed = self(features), self({**self.join(rows), **others})
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False  # the model wants its inputs padded
+        finally:
+            self.train(was_training)
+        return torch.allclose(packed, padded, rtol=0, atol=1e-4 * float(padded.abs().max()))
+
     # --- Features to embeddings ---------------------------------------------------------
 
     def forward(self, features: Features) -> Tensor:
         """Return the embeddings ``[b, width]``, float32, not normalised."""
         features = self.model[0](dict(features))
+        if "cu_seq_lens_q" in features:
+            features = _unpack(features)
         for name in ("token_embeddings", "sentence_embedding"):
             if name in features:
                 features[name] = features[name].float()
@@ -264,3 +291,27 @@ class Encoder(nn.Module):
                     features["sentence_embedding"] = embedding
                 features = module(features)
         return features["sentence_embedding"].float()
+
+
+def _has_plain_attention(transformer: nn.Module) -> bool:
+    # Layers with a window would need masks that tell where each text starts.
+    if not isinstance(transformer, Transformer) or transformer.backend != "torch":
+        return False
+    if not getattr(transformer.model, "is_backend_compatible", lambda: False)():
+        return False
+    config = transformer.config
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    return config._attn_implementation == "sdpa" and kinds == {"full_attention"}
+
+
+def _unpack(features: Features) -> Features:
+    """Pad what a packed chunk became, for the modules after the transformer."""
+    lengths = features["cu_seq_lens_q"].diff().tolist()
+    kept = {k: v for k, v in features.items() if k not in (*PACKED_INPUTS, "position_ids")}
+    for name in ("input_ids", "token_embeddings"):
+        # A split has one gradient of the whole; slices would have one each.
+        kept[name] = pad_sequence(list(features[name][0].split(lengths)), batch_first=True)
+    longest = torch.arange(max(lengths), device=kept["input_ids"].device)
+    ends = torch.tensor(lengths, device=longest.device)
+    kept["attention_mask"] = (longest < ends[:, None]).long()
+    return kept

@@ -11,8 +11,8 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from torch import Tensor
 
-from embedtune.encoder import load_sentence_transformer
 from embedtune.errors import InputError
+from embedtune.loading import load_sentence_transformer
 from embedtune.records import read_lines
 
 log = logging.getLogger("embedtune")

@@ -13,15 +13,9 @@ from torch import Tensor
 
 from embedtune.batch import Text, make_chunks
 from embedtune.checkpoint import read_checkpoint
-from embedtune.encoder import (
-    UNLIMITED,
-    Encoder,
-    EncoderSpec,
-    Features,
-    Role,
-    load_sentence_transformer,
-)
+from embedtune.encoder import Encoder, EncoderSpec, Features, Role
 from embedtune.errors import InputError
+from embedtune.loading import UNLIMITED, load_sentence_transformer
 from embedtune.module import EmbeddingModule
 from embedtune.strategies import FSDP, ZeRO, whole_weights
 

@@ -1,35 +1,27 @@
 """The LightningModule: encoder, projection and loss."""
 
-import logging
 import math
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 from torchmetrics import SpearmanCorrCoef
 
 from embedtune import gather
-from embedtune.batch import Batch, Collator
+from embedtune.batch import Batch
 from embedtune.checkpoint import reopen_epoch
 from embedtune.encoder import Encoder, EncoderSpec, Features, PoolingMode
 from embedtune.errors import InputError, require_positive
-from embedtune.losses import Distillation, ListwiseKL, Loss, Matryoshka, default_loss
+from embedtune.losses import Loss
 from embedtune.optim import build_optimizer, build_schedule, restore_settings, settings_of
-from embedtune.projection import ProjectionInit, init_projection, parse_dims, projection_dim
-from embedtune.records import Format
-from embedtune.sampler import Key, step_seed
+from embedtune.projection import ProjectionInit, parse_dims
+from embedtune.sampler import step_seed
+from embedtune.settle import settle_loss, settle_projection
 from embedtune.strategies import refuse_unsupported, shards_parameters
 from embedtune.target import Embeddings, Shares, Target, in_scope
-
-log = logging.getLogger("embedtune")
-
-PCA_EXAMPLES = 512
-"""Examples whose texts PCA looks at, or as many as the encoder is wide where that is more."""
-PCA_MAX_LEN = 128
-"""Tokens of each of these texts: its beginning is enough to find the principal axes."""
 
 
 class EmbeddingModule(pl.LightningModule):
@@ -44,6 +36,10 @@ class EmbeddingModule(pl.LightningModule):
         model_name_or_path: str,
         pooling: PoolingMode | None = None,
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        dropout: float | None = None,
+        attention_dropout: float | None = None,
+        grad_cache: bool = False,
         loss: Loss | None = None,
         temperature: float | None = None,
         use_mrl: bool = False,
@@ -62,6 +58,14 @@ class EmbeddingModule(pl.LightningModule):
             pooling: Pooling over tokens, by sentence-transformers' names; the default is the
                 model's own.
             trust_remote_code: Run code that the model brings along.
+            attn_implementation: How attention is computed, by transformers' names, such as
+                ``sdpa`` or ``flash_attention_2``; the default is ``sdpa``, and on a CPU attention
+                without padding.
+            dropout: Share that every dropout of the model drops; the default is the model's own.
+            attention_dropout: The same for attention probabilities alone; 0 leaves the faster
+                fused attention usable.
+            grad_cache: Keep one chunk's activations at a time and compute the others again in
+                backward: any batch size in the memory of one chunk, for about a third more time.
             loss: A loss by ``class_path`` and ``init_args``; the default is InfoNCE (pair,
                 triplet), ListwiseKL (scored) or Distillation (distill).
             temperature: Temperature of the default loss, where it has one; 0.02 by default.
@@ -99,7 +103,15 @@ class EmbeddingModule(pl.LightningModule):
         self._totals: Tensor | None = None
         self._parts: list[str] = []
         self.spearman = SpearmanCorrCoef()
-        self.encoder = Encoder(EncoderSpec(model_name_or_path, pooling, trust_remote_code))
+        self.grad_cache = grad_cache
+        spec = EncoderSpec(
+            model_name_or_path,
+            pooling,
+            trust_remote_code,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+        )
+        self.encoder = Encoder(spec, attn_implementation)
 
     # --- What depends on the data -------------------------------------------------------
 
@@ -111,94 +123,47 @@ class EmbeddingModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Settle the loss and the projection for the data's format."""
         refuse_unsupported(self.trainer)
+        strategy: Any = self.trainer.strategy
+        device = strategy.root_device
+        self.encoder.pack(device)
         if stage == "predict":
             return
-        row_format = self.data.format
+        mrl_dims = self.mrl_dims if self.use_mrl else None
         if stage == "fit" and not self._has_projection_settled:
             self._has_projection_settled = True
-            self._settle_projection(row_format)
+            settle_projection(
+                self.encoder, self.projection_init, mrl_dims, self.data, device, strategy.broadcast
+            )
             self.encoder.raise_max_seq_length(self.encoder.cap(self.data.max_len))
             prompt = self.data.datasets["train"].rows.prompt
             if prompt is not None:
                 self.encoder.set_query_prompt(prompt)
         if not self._has_loss_settled:
             self._has_loss_settled = True
-            self.loss = self._settle_loss(row_format)
-
-    def _settle_loss(self, row_format: Format) -> Loss:
-        loss = self.loss or default_loss(row_format, self.temperature)
-        if row_format not in loss.formats:
-            raise InputError(
-                f"model.loss: {type(loss).__name__} takes {' or '.join(sorted(loss.formats))} "
-                f"data, found {row_format} rows"
-            )
-        if isinstance(loss, ListwiseKL) and loss.over == "list":
-            self._refuse_singleton_lists()
-        if not self.use_mrl:
-            return loss
-        if isinstance(loss, Distillation):
-            loss.mrl_dims = loss.mrl_dims or self.mrl_dims
-            return loss
-        return Matryoshka(loss, self.mrl_dims)
-
-    def _refuse_singleton_lists(self) -> None:
-        for data in self.data.datasets.values():
-            rows = data.rows
-            lengths = rows.list_lengths
-            if lengths.min() < 2:
-                raise InputError(
-                    f"{rows.place(int(lengths.argmin()))}: a list of one text carries no signal "
-                    "for ListwiseKL; use model.loss: embedtune.losses.CoSENT (sentence pairs with "
-                    "scores), or ListwiseKL with over: batch"
-                )
-
-    def _settle_projection(self, row_format: Format) -> None:
-        width = projection_dim(
-            self.encoder,
-            self.projection_init,
-            self.mrl_dims if self.use_mrl else None,
-            self.data.teacher_dim if row_format == Format.DISTILL else None,
-        )
-        if width is None:
-            return
-        sample = self._sample_embeddings() if self.projection_init == "pca" else None
-        linear = self.encoder.append_projection(width).linear
-        init_projection(linear, self.projection_init, sample)
-        # Every rank has drawn or computed its own.
-        linear.load_state_dict(self.trainer.strategy.broadcast(linear.state_dict()))
-
-    def _sample_embeddings(self) -> Tensor:
-        """Embed queries and positives of a fixed sample of the examples, ``[n, hidden]``."""
-        data = self.data.datasets["train"]
-        count = min(len(data), max(PCA_EXAMPLES, self.encoder.width))
-        indices = np.linspace(0, len(data) - 1, count).astype(int).tolist()
-        collate = Collator(self.encoder, PCA_MAX_LEN, PCA_MAX_LEN, self.data.tokens_per_chunk)
-        log.info("finding the principal axes of the texts of %s examples", f"{count:,}")
-        device = self.trainer.strategy.root_device
-        self.encoder.to(device).eval()
-        examples = [
-            example._replace(positives=example.positives[:1], negatives=(), scores=())
-            for example in data.__getitems__([Key(0, index) for index in indices])
-        ]
-        # One batch, whatever the batch size and the ranks: its chunks are as small as any.
-        batch = self.transfer_batch_to_device(collate(examples), device, 0)
-        with torch.no_grad():
-            return self(batch.chunks).cpu()
+            self.loss = settle_loss(self.loss, self.temperature, mrl_dims, self.data)
 
     # --- Steps --------------------------------------------------------------------------
 
     def forward(self, chunks: list[Features]) -> Tensor:
-        """Encode chunks of texts; float32 ``[n, d]``, not normalised."""
-        return torch.cat([self.encoder(features) for features in chunks])
+        """Encode chunks of texts; float32 ``[n, d]``, not normalised.
+
+        With ``grad_cache`` this is gradient caching (Gao et al. 2021) in one backward: a chunk is
+        computed again, dropout included, when its gradient is due.
+        """
+        *cached, last = chunks
+        if not self.grad_cache or not torch.is_grad_enabled():
+            return torch.cat([self.encoder(features) for features in chunks])
+        # Backward starts with the last chunk, so its activations are gone before any others come.
+        encoded = [checkpoint(self.encoder, features, use_reentrant=False) for features in cached]
+        return torch.cat([*encoded, self.encoder(last)])
 
     def embeddings(self, batch: Batch, shares: Shares) -> Embeddings:
         """Encode this rank's share and sort the embeddings by their part in the loss."""
         chunks = batch.chunks
         if shards_parameters(self.trainer.strategy):
-            # Every forward gathers parameters, hence all ranks must run as many: a text of the
-            # last chunk once more, and nobody looks at the result.
-            spare = {k: v[:1] if isinstance(v, Tensor) else v for k, v in chunks[-1].items()}
-            chunks = chunks + [spare] * (max(shares.chunks) - len(chunks))
+            # Every forward gathers parameters, hence all ranks must run as many: the last chunk
+            # once more, and nobody looks at the result.
+            chunks = chunks + chunks[-1:] * (max(shares.chunks) - len(chunks))
         encoded = self(chunks)
         return Embeddings(
             query=encoded[batch.query],

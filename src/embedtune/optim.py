@@ -30,7 +30,10 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
         {"params": decayed, "weight_decay": weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
     ]
-    return AdamW([group for group in groups if group["params"]], lr=lr)
+    optimizer = AdamW([group for group in groups if group["params"]], lr=lr, fused=True)
+    # It could unscale float16 gradients itself, but then they could not be clipped before.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
 
 
 def build_schedule(

@@ -4,7 +4,7 @@ import gzip
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -59,6 +59,7 @@ class Example(NamedTuple):
         scores: One score per positive (scored).
         teacher: float32 ``[D]`` teacher embedding of the query (distill).
         spare: It is encoded, but does not count (see :class:`~embedtune.sampler.Key`).
+        tokens: Token ids, int32 ``[t]``, of texts that are tokenised already, by (role, text).
     """
 
     example_id: int
@@ -70,6 +71,7 @@ class Example(NamedTuple):
     scores: Sequence[float] = ()
     teacher: np.ndarray | None = None
     spare: bool = False
+    tokens: Mapping[tuple[str, str], np.ndarray] | None = None
 
 
 class Line(NamedTuple):

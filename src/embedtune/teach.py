@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from embedtune.dataset import Rows, resolve_paths
-from embedtune.encoder import cap_length, load_sentence_transformer
 from embedtune.errors import InputError
+from embedtune.loading import cap_length, load_sentence_transformer
 from embedtune.teacher_store import TeacherWriter
 
 log = logging.getLogger("embedtune")

@@ -156,8 +156,10 @@ class TrainerCLI(LightningCLI):
         elif self.subcommand == "predict":
             callbacks += [WriteEmbeddings()]
         trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
-        # After the checkpoint: an export that fails must not cost the epoch.
-        trainer.callbacks.sort(key=lambda callback: isinstance(callback, ExportModel))
+        # After the checkpoint: an export that fails must not cost the epoch. Throughput comes last,
+        # so that what the others do after a step is not taken for waiting.
+        order = {ExportModel: 1, Throughput: 2}
+        trainer.callbacks.sort(key=lambda callback: order.get(type(callback), 0))
         return trainer
 
     def fit(self, **kwargs: Any) -> None:

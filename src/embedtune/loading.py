@@ -1,0 +1,134 @@
+"""Load a sentence-transformers model, and settle what it leaves to its user."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from sentence_transformers import SentenceTransformer
+from torch import nn
+
+from embedtune.errors import InputError
+
+log = logging.getLogger("embedtune")
+
+UNLIMITED = 10**9
+"""More tokens than any input has; tokenizers without a limit report about 1e30."""
+
+ATTENTION_DROPOUT = (
+    "attention_probs_dropout_prob",
+    "attention_dropout",
+    "attention_dropout_prob",
+    "attn_pdrop",
+)
+"""What the configurations of transformers' models call the dropout of attention probabilities."""
+OTHER_DROPOUT = (
+    "hidden_dropout_prob",
+    "dropout",
+    "dropout_rate",
+    "hidden_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "embedding_dropout",
+    "mlp_dropout",
+)
+"""And every other dropout."""
+
+
+def load_sentence_transformer(
+    model_name_or_path: str,
+    *,
+    trust_remote_code: bool = False,
+    device: str | None = None,
+    attn_implementation: str | None = None,
+    config: dict[str, Any] | None = None,
+) -> SentenceTransformer:
+    """Load a model in float32, whatever precision it was saved in.
+
+    Args:
+        model_name_or_path: Hub name or folder.
+        trust_remote_code: Run code that the model brings along.
+        device: Where to load it; None is the best device there is.
+        attn_implementation: By transformers' names; None is the model's own.
+        config: Changes to its configuration; those it does not have are ignored.
+
+    Raises:
+        InputError: Nothing loadable is there.
+    """
+    model_kwargs: dict[str, Any] = {"dtype": torch.float32}
+    if attn_implementation is not None:
+        model_kwargs["attn_implementation"] = attn_implementation
+    path = Path(model_name_or_path)
+    looks_like_path = path.is_absolute() or model_name_or_path.startswith((".", "~"))
+    if not path.is_dir() and (looks_like_path or model_name_or_path.count("/") > 1):
+        raise InputError(
+            f"model_name_or_path: expected a model folder or a hub name, found no folder {path}"
+        )
+    try:
+        return SentenceTransformer(
+            model_name_or_path,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            # Optimiser steps below bfloat16's spacing would be lost without float32 weights.
+            model_kwargs=model_kwargs,
+            config_kwargs=config,
+            local_files_only=path.is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1",
+        )
+    except (ImportError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"model_name_or_path: cannot load {model_name_or_path!r}: {reason}"
+        ) from error
+
+
+def max_positions(model: SentenceTransformer) -> int | None:
+    """Return the longest input in tokens that the position embeddings allow; None is unlimited."""
+    config = getattr(model[0], "config", None)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:
+        return None
+    return int(positions) - first_position(model)
+
+
+def first_position(model: SentenceTransformer) -> int:
+    """Return the number of a text's first position: RoBERTa-like models start after the padding."""
+    embeddings = getattr(getattr(model[0], "auto_model", None), "embeddings", None)
+    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
+    return 0 if padding is None else padding + 1
+
+
+def cap_length(model: SentenceTransformer, max_len: int) -> int:
+    """Return ``max_len``, or as many tokens as ``model`` has positions if they are fewer."""
+    limit = max_positions(model)
+    return max_len if limit is None else min(max_len, limit)
+
+
+def make_trainable(model: SentenceTransformer) -> None:
+    """Settle what a model leaves to its user: lengths, width and prompts, and what is trained."""
+    limit = max_positions(model)
+    if limit is not None and (model.max_seq_length or UNLIMITED) >= UNLIMITED:
+        model.max_seq_length = limit
+    if model.truncate_dim is not None:
+        log.warning("trained at its full width: the model cuts to %s", model.truncate_dim)
+        model.truncate_dim = None
+    # ``encode_document`` would take an empty "document" prompt over one of another name.
+    names = ("document", "passage", "corpus")
+    prompts = [model.prompts[name] for name in names if model.prompts.get(name)]
+    if prompts:
+        model.prompts["document"] = prompts[0]
+    # BERT's own pooler takes no part in the embedding: DDP would wait for its gradients.
+    pooler = getattr(getattr(model[0], "auto_model", None), "pooler", None)
+    if isinstance(pooler, nn.Module):
+        pooler.requires_grad_(False)
+
+
+def dropout_settings(dropout: float | None, attention_dropout: float | None) -> dict[str, float]:
+    """Return the configuration entries that set these shares; None leaves a model's own.
+
+    >>> dropout_settings(None, 0.0)["attention_dropout"]
+    0.0
+    """
+    attention = dropout if attention_dropout is None else attention_dropout
+    settings = {} if dropout is None else dict.fromkeys(OTHER_DROPOUT, dropout)
+    return settings | ({} if attention is None else dict.fromkeys(ATTENTION_DROPOUT, attention))
