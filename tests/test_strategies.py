@@ -49,6 +49,7 @@ SCORED = {
     "cosent": {"rows": "scored", "count": 17, "loss": "cosent"},
 }
 DUPLICATED = {"rows": "duplicated", "count": 8, "data": {"shuffle": False}}
+DROPPED = {"dropout": 0.2}
 OFFLOADED = "zero3_offload"
 ACCUMULATED = {"rows": "scored", "count": 16, "batch": 4, "accumulate": 2}
 LEFT_OVER = {**ACCUMULATED, "count": 20}  # the epoch ends with a single batch
@@ -120,6 +121,12 @@ def two_rank_cases(single: dict[str, dict]) -> list[dict]:
         add("whole", name="rotated", **ROTATED)
         for loss in ("pair", "multi_positive", "unmasked"):
             add("bert-pair", name=f"duplicated-{loss}", **DUPLICATED, loss=loss)
+        # Padded, unlike the run of one process.
+        cached = {"grad_cache": True, "attn_implementation": "sdpa"}
+        for base in ("bert-triplet", "bert-distill", "bert-cosent"):
+            add(base, name=f"cached-{base}", module={**single[base].get("module", {}), **cached})
+        add("bert-triplet", name="dropped", module=DROPPED)
+        add("bert-triplet", name="dropped-cached", module={**DROPPED, "grad_cache": True})
         if strategy == "ddp":
             add("whole", name="onto_two", **{"from": f"whole/{CHECKPOINT}"})
         if strategy in ("ddp", "fsdp"):
@@ -247,6 +254,21 @@ def test_so_do_adamw_and_clipping(runs, strategy, task):
     assert_same_weights(result, expected)
     unclipped = runs.alone(f"{task}-adamw", clip=None)
     assert movement(expected["weights"], unclipped["weights"]) > 1e-4
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("task", ["triplet", "distill", "cosent"])
+def test_so_does_a_gradient_cache(runs, strategy, task):
+    result = runs.on_ranks(f"{strategy}-cached-bert-{task}")
+    assert_same_weights(result, runs.alone(f"bert-{task}"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_gradient_cache_replays_dropout(runs, strategy):
+    expected = runs.on_ranks(f"{strategy}-dropped")
+    assert_same_weights(runs.on_ranks(f"{strategy}-dropped-cached"), expected)
+    without = runs.on_ranks(f"{strategy}-bert-triplet")
+    assert movement(expected["weights"], without["weights"]) > 1e-3
 
 
 def test_so_does_offloading_to_the_processor(runs):

@@ -126,9 +126,15 @@ def make_trainable(model: SentenceTransformer) -> None:
 def dropout_settings(dropout: float | None, attention_dropout: float | None) -> dict[str, float]:
     """Return the configuration entries that set these shares; None leaves a model's own.
 
+    Raises:
+        InputError: A share is out of range.
+
     >>> dropout_settings(None, 0.0)["attention_dropout"]
     0.0
     """
+    for name, share in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+        if share is not None and not 0 <= share < 1:
+            raise InputError(f"model.{name}: expected a share from 0 to below 1, found {share}")
     attention = dropout if attention_dropout is None else attention_dropout
     settings = {} if dropout is None else dict.fromkeys(OTHER_DROPOUT, dropout)
     return settings | ({} if attention is None else dict.fromkeys(ATTENTION_DROPOUT, attention))

@@ -1,0 +1,234 @@
+"""Texts are encoded without padding where the model's attention allows it, to the same result."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+from embedtune import InputError
+from embedtune.attention import VARLEN, dropout_mask, varlen_attention
+from embedtune.batch import Text, cut_packed, cut_padded, make_chunks
+from embedtune.encoder import Encoder, EncoderSpec
+from embedtune.export import export_encoder
+
+CPU = torch.device("cpu")
+TEXTS = ["a", "the second text", "one two three four five six seven", "中文 x", "b c", "b c d e"]
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "pad_token_id": 0,
+}
+DECODER = {**SIZES, "num_key_value_heads": 1, "head_dim": 16}
+# (configuration class, sizes, whether it is encoded without padding)
+ARCHITECTURES = {
+    "bert": (transformers.BertConfig, SIZES, True),
+    "roberta": (transformers.RobertaConfig, {**SIZES, "max_position_embeddings": 66}, True),
+    "xlm-roberta": (transformers.XLMRobertaConfig, {**SIZES, "max_position_embeddings": 66}, True),
+    "electra": (transformers.ElectraConfig, {**SIZES, "embedding_size": 16}, True),
+    "distilbert": (
+        transformers.DistilBertConfig,
+        {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "pad_token_id": 0},
+        True,
+    ),
+    "mpnet": (transformers.MPNetConfig, {**SIZES, "max_position_embeddings": 66}, False),
+    # Layers with a sliding window.
+    "modernbert": (
+        transformers.ModernBertConfig,
+        {**SIZES, "local_attention": 8, "global_attn_every_n_layers": 2},
+        False,
+    ),
+    "qwen3": (transformers.Qwen3Config, DECODER, True),
+    "llama": (transformers.LlamaConfig, DECODER, True),
+}
+
+
+def save(name: str, tiny_transformer, folder) -> str:
+    kind, sizes, _ = ARCHITECTURES[name]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_transformer)
+    torch.manual_seed(1)
+    config = kind(vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=None, **sizes)
+    transformers.AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def encode(encoder: Encoder, texts: list[str], tokens_per_chunk: int = 24) -> torch.Tensor:
+    wanted = [Text(text, "document", None, 64) for text in texts]
+    chunks, order = make_chunks(encoder, wanted, tokens_per_chunk)
+    return torch.cat([encoder(features) for features in chunks])[order]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_an_architecture_is_encoded_as_sentence_transformers_does(name, tiny_transformer, tmp_path):
+    path = save(name, tiny_transformer, tmp_path)
+    encoder = Encoder(EncoderSpec(path, "mean")).eval()
+    encoder.pack(CPU)
+    expected_to_pack = ARCHITECTURES[name][2]
+    assert encoder.packs == expected_to_pack
+    model = SentenceTransformer(modules=[Transformer(path), Pooling(32, "mean")], device="cpu")
+    expected = torch.as_tensor(model.encode(TEXTS))
+    assert (expected[0] - expected[1]).abs().max() > 0.01
+    torch.testing.assert_close(encode(encoder, TEXTS).detach(), expected, rtol=0, atol=2e-6)
+
+
+def test_packed_chunks_hold_no_padding(tiny_bert):
+    encoder = Encoder(EncoderSpec(str(tiny_bert)))
+    encoder.pack(CPU)
+    wanted = [Text(text, "document", None, 64) for text in TEXTS]
+    chunks, _ = make_chunks(encoder, wanted, 24)
+    lengths = [len(encoder.model.tokenizer(text)["input_ids"]) for text in TEXTS]
+    assert sum(chunk["input_ids"].numel() for chunk in chunks) == sum(lengths)
+    assert len(chunks) > 1
+    assert all(chunk["input_ids"].numel() <= max(24, max(lengths)) for chunk in chunks)
+
+
+@pytest.mark.parametrize("given", ["eager", "sdpa"])
+def test_a_given_attention_is_kept(tiny_bert, given):
+    encoder = Encoder(EncoderSpec(str(tiny_bert)), attn_implementation=given).eval()
+    encoder.pack(CPU)
+    assert encoder.model[0].auto_model.config._attn_implementation == given
+    assert not encoder.packs
+    packed = Encoder(EncoderSpec(str(tiny_bert))).eval()
+    packed.pack(CPU)
+    assert packed.packs
+    torch.testing.assert_close(encode(encoder, TEXTS), encode(packed, TEXTS), rtol=0, atol=1e-6)
+
+
+def test_an_unknown_attention_is_an_error(tiny_bert):
+    with pytest.raises(InputError, match=r"model_name_or_path.*flesh"):
+        Encoder(EncoderSpec(str(tiny_bert)), attn_implementation="flesh")
+
+
+def test_the_exported_model_does_not_know_how_it_was_trained(tiny_bert, tmp_path):
+    encoder = Encoder(EncoderSpec(str(tiny_bert)))
+    encoder.pack(CPU)
+    export_encoder(encoder, tmp_path / "model")
+    assert VARLEN not in "".join(p.read_text() for p in (tmp_path / "model").rglob("*.json"))
+    exported = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert exported[0].auto_model.config._attn_implementation == "sdpa"
+
+
+# --- Attention and dropout ------------------------------------------------------------------
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, is_causal: bool) -> None:
+        super().__init__()
+        self.is_causal = is_causal
+
+
+def states(heads: int, tokens: int) -> torch.Tensor:
+    return torch.randn(1, heads, tokens, 8, requires_grad=True)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+def test_attention_stays_within_a_text(is_causal, key_heads, kind):
+    lengths = [3, 3, 1, 5]
+    ends = torch.tensor([0, *itertools.accumulate(lengths)])
+    given = states(4, 12), states(key_heads, 12), states(key_heads, 12)
+    found, _ = varlen_attention(
+        Layer(is_causal), *(g.to(kind) for g in given), None, cu_seq_lens_q=ends, scaling=0.3
+    )
+    found.float().square().sum().backward()
+    gradients = [g.grad.clone() for g in given]
+    for g in given:
+        g.grad = None
+    text = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))
+    mask = text[:, None] == text
+    if is_causal:
+        mask &= torch.ones_like(mask).tril()
+    query, key, value = (g.to(kind).float().repeat_interleave(4 // g.shape[1], 1) for g in given)
+    scores = (0.3 * query @ key.transpose(2, 3)).masked_fill(~mask, float("-inf"))
+    expected = (scores.softmax(-1) @ value).transpose(1, 2)
+    expected.square().sum().backward()
+    tolerance = 1e-5 if kind == torch.float32 else 0.05
+    torch.testing.assert_close(found.float(), expected, rtol=tolerance, atol=tolerance)
+    for gradient, g in zip(gradients, given, strict=True):
+        assert g.grad.abs().max() > 0.01
+        torch.testing.assert_close(gradient, g.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_dropout_drops_its_share_and_keeps_the_mean():
+    dropped, kept_share = dropout_mask((400, 501), 0.3)
+    assert dropped.dtype == torch.bool
+    assert kept_share == pytest.approx(0.7, abs=1e-5)
+    assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.005)
+    # The four parts of a draw, and neighbours, are independent.
+    for part in range(4):
+        assert dropped.flatten()[part::4].float().mean().item() == pytest.approx(0.3, abs=0.01)
+    both = (dropped[:, 1:] & dropped[:, :-1]).float().mean().item()
+    assert both == pytest.approx(0.09, abs=0.005)
+
+
+def test_attention_dropout_follows_torch_s_generator_and_is_right_on_average():
+    ends = torch.tensor([0, 4, 8])
+    given = [states(2, 8).detach() for _ in range(3)]
+
+    def attend(seed: int | None) -> torch.Tensor:
+        dropout = 0.0 if seed is None else 0.5
+        torch.manual_seed(seed or 0)
+        return varlen_attention(Layer(False), *given, None, cu_seq_lens_q=ends, dropout=dropout)[0]
+
+    assert torch.equal(attend(1), attend(1))
+    assert not torch.equal(attend(1), attend(2))
+    mean = torch.stack([attend(seed) for seed in range(1, 3000)]).mean(dim=0)
+    torch.testing.assert_close(mean, attend(None), rtol=0, atol=0.1)
+
+
+def test_dropout_settings_reach_the_model_and_are_exported(tiny_bert, tmp_path):
+    spec = EncoderSpec(str(tiny_bert), dropout=0.3, attention_dropout=0.0)
+    encoder = Encoder(spec)
+    layer = encoder.model[0].auto_model.encoder.layer[0]
+    assert (layer.attention.self.dropout.p, layer.output.dropout.p) == (0.0, 0.3)
+    export_encoder(encoder, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["hidden_dropout_prob"] == 0.3
+    default = Encoder(EncoderSpec(str(tiny_bert))).model[0].auto_model.encoder.layer[0]
+    assert (default.attention.self.dropout.p, default.output.dropout.p) == (0.1, 0.1)
+
+
+@pytest.mark.parametrize("setting", [{"dropout": 1.0}, {"attention_dropout": -0.1}])
+def test_a_share_out_of_range_is_an_error(tiny_bert, setting):
+    with pytest.raises(InputError, match=f"model.{next(iter(setting))}: expected a share"):
+        Encoder(EncoderSpec(str(tiny_bert), **setting))
+
+
+# --- Where chunks are cut -------------------------------------------------------------------
+
+
+def padded_cost(cuts: list[int], lengths: list[int], fixed: float) -> float:
+    return sum(fixed + lengths[a] * (b - a) for a, b in itertools.pairwise(cuts))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_padded_chunks_are_cut_where_it_costs_least(seed):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = sorted(torch.randint(1, 30, (9,), generator=generator).tolist(), reverse=True)
+    limit = 64
+    found = cut_padded(lengths, limit)
+    inner = range(1, len(lengths))
+    every = ([0, *c, 9] for n in range(9) for c in itertools.combinations(inner, n))
+    allowed = [
+        c for c in every if all(lengths[a] * (b - a) <= limit for a, b in itertools.pairwise(c))
+    ]
+    assert found in allowed
+    assert padded_cost(found, lengths, 1) == min(padded_cost(c, lengths, 1) for c in allowed)
+
+
+@pytest.mark.parametrize("cut", [cut_packed, cut_padded])
+def test_a_text_longer_than_the_limit_is_a_chunk_of_its_own(cut):
+    assert cut([100, 100, 1], 10) == [0, 1, 2, 3]
+
+
+def test_packed_chunks_are_about_equal():
+    cuts = cut_packed([10] * 21, 100)
+    tokens = [10 * (b - a) for a, b in itertools.pairwise(cuts)]
+    assert tokens == [70, 70, 70]
