@@ -16,7 +16,14 @@ from embedtune.encoder import Encoder, EncoderSpec
 from embedtune.export import export_encoder
 
 CPU = torch.device("cpu")
-TEXTS = ["a", "the second text", "one two three four five six seven", "中文 x", "b c", "b c d e"]
+TEXTS = [
+    "a",
+    "the second text",
+    "one two three four five six seven eight",
+    "中文 x",
+    "b c",
+    "b c d e",
+]
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -41,6 +48,16 @@ ARCHITECTURES = {
     "modernbert": (
         transformers.ModernBertConfig,
         {**SIZES, "local_attention": 8, "global_attn_every_n_layers": 2},
+        True,
+    ),
+    "qwen2-window": (
+        transformers.Qwen2Config,
+        {**DECODER, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+        True,
+    ),
+    "wide-window": (
+        transformers.Qwen2Config,
+        {**DECODER, "use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 1},
         False,
     ),
     "qwen3": (transformers.Qwen3Config, DECODER, True),

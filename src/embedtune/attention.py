@@ -34,6 +34,7 @@ def varlen_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each text; transformers' attention interface.
@@ -49,6 +50,7 @@ def varlen_attention(
         is_causal: Whether a token sees those before it alone; the module's own by default.
         cu_seq_lens_q: Where each text starts, and the end, ``[texts + 1]``; without it the input is
             padded.
+        sliding_window: A token sees those less far away than this; None is all.
         kwargs: What only padded inputs take.
 
     Returns:
@@ -64,6 +66,7 @@ def varlen_attention(
             dropout=dropout,
             scaling=scaling,
             is_causal=is_causal,
+            sliding_window=sliding_window,
             **kwargs,
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
@@ -75,15 +78,26 @@ def varlen_attention(
     attended = []
     for (length, count), *states in zip(runs, *parts, strict=True):
         q, k, v = (s.reshape(count, length, *s.shape[1:]).transpose(1, 2) for s in states)
-        output = _attend(q, k, v, dropout, scaling, causal)
+        mask = _window_mask(length, sliding_window, causal)
+        output = _attend(q, k, v, mask, dropout, scaling, causal and mask is None)
         attended.append(output.transpose(1, 2).flatten(0, 1))
     return torch.cat(attended)[None], None
+
+
+def _window_mask(length: int, window: int | None, causal: bool) -> Tensor | None:
+    if window is None or length <= window:
+        return None
+    positions = torch.arange(length)
+    distance = positions[:, None] - positions
+    near = distance.abs() < window
+    return near & (distance >= 0) if causal else near
 
 
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
+    mask: Tensor | None,
     dropout: float,
     scaling: float | None,
     causal: bool,
@@ -91,7 +105,10 @@ def _attend(
     """Attend within texts of one length, ``[texts, heads, length, width]``."""
     if dropout and not causal and query.shape[1] == key.shape[1]:
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-        probabilities = ((query * scale) @ key.transpose(2, 3)).softmax(dim=-1)
+        scores = (query * scale) @ key.transpose(2, 3)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf"))
+        probabilities = scores.softmax(dim=-1)
         dropped, kept_share = dropout_mask(probabilities.shape, dropout)
         return (probabilities.masked_fill(dropped, 0.0) @ value) / kept_share
     kind = query.dtype
@@ -102,6 +119,7 @@ def _attend(
         query,
         key,
         value,
+        attn_mask=mask,
         dropout_p=dropout,
         is_causal=causal,
         scale=scaling,

@@ -41,6 +41,8 @@ class EncoderSpec(NamedTuple):
     attention_dropout: float | None = None
 
 
+LONGEST_WINDOW = 1024
+"""Tokens of the widest sliding window that packing is tried with: the trial is longer than it."""
 PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What tells attention where each text of a packed chunk starts, by transformers' names."""
 
@@ -251,8 +253,10 @@ class Encoder(nn.Module):
             transformer.model_forward_params |= set(PACKED_INPUTS)
 
     def _packs_exactly(self) -> bool:
-        texts = ["one", "one two three four five six", "one two three"]
-        features = self.tokenize(texts, "document", None, 16)
+        # One text longer than a window.
+        longest = 8 + (_window(self.model[0]) or 0)
+        texts = ["one", " ".join(["two"] * longest), "one two three"]
+        features = self.tokenize(texts, "document", None, 2 * longest)
         tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
         if "attention_mask" not in tensors:
             return False
@@ -294,14 +298,21 @@ class Encoder(nn.Module):
 
 
 def _has_plain_attention(transformer: nn.Module) -> bool:
-    # Layers with a window would need masks that tell where each text starts.
     if not isinstance(transformer, Transformer) or transformer.backend != "torch":
         return False
     if not getattr(transformer.model, "is_backend_compatible", lambda: False)():
         return False
-    config = transformer.config
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    return config._attn_implementation == "sdpa" and kinds == {"full_attention"}
+    kinds = set(getattr(transformer.config, "layer_types", None) or ["full_attention"])
+    known = kinds <= {"full_attention", "sliding_attention"}
+    is_tried = (_window(transformer) or 0) <= LONGEST_WINDOW
+    return transformer.config._attn_implementation == "sdpa" and known and is_tried
+
+
+def _window(transformer: nn.Module) -> int | None:
+    """Return how far a token sees in the layers with a sliding window, if there are any."""
+    config: Any = transformer.config
+    has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return config.sliding_window if has_window else None
 
 
 def _unpack(features: Features) -> Features:
