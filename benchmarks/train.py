@@ -1,11 +1,11 @@
 """One training process of a benchmark: a few steps of one trainer on given rows, timed.
 
-Run by benchmarks/bench.py, a process a measurement. The last line of stdout is a JSON object.
+Run by benchmarks/bench.py, a process a measurement; the last line of stdout is a JSON object.
 
 Both trainers get the same model with the same dropout and attention, the same examples in the same
 order, the same loss (InfoNCE over all positives and negatives of the batch), AdamW, clipping and
 precision. A step is timed from the end of the step before, so that it holds its share of the input
-pipeline.
+pipeline. Further arguments are flags of `embedtune fit`.
 """
 
 import argparse
@@ -20,15 +20,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-import transformers
-from sentence_transformers import (
+STARTED = time.perf_counter()
+
+import datasets  # noqa: E402 - the clock starts before the imports
+import lightning.pytorch as pl  # noqa: E402
+import transformers  # noqa: E402
+from sentence_transformers import (  # noqa: E402
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
+    MultipleNegativesRankingLoss,
+)
+from torch.utils.data import BatchSampler, SequentialSampler  # noqa: E402
 
 WARMUP_STEPS = 2
 TEMPERATURE = 0.02
@@ -39,6 +44,15 @@ class StepClock:
 
     def __init__(self) -> None:
         self.ends: list[float] = []
+        self.first_batch: float | None = None
+        self.anonymous_mb = 0.0
+
+    def start(self) -> None:
+        """Note that the first batch is there."""
+        if self.first_batch is None:
+            self.first_batch = time.perf_counter() - STARTED
+            status = Path("/proc/self/status").read_text().split("RssAnon:")[1]
+            self.anonymous_mb = int(status.split()[0]) / 1024
 
     def tick(self) -> None:
         """Note that a step has ended."""
@@ -49,87 +63,74 @@ class StepClock:
         return [after - before for before, after in pairwise(self.ends[WARMUP_STEPS - 1 :])]
 
 
+CLOCK = StepClock()
+LOGGED: dict[str, float] = {}
+
+
 class Recorder(pl.Callback):
     """Times Lightning's steps and keeps what they logged last."""
 
-    clock = StepClock()
-    logged: dict[str, float] = {}  # noqa: RUF012 - one run a process
+    def on_train_batch_start(self, *args: Any) -> None:
+        """Note the first batch."""
+        CLOCK.start()
 
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         """Note the step."""
-        self.clock.tick()
-        metrics = trainer.callback_metrics
-        self.logged.update({name: float(value) for name, value in metrics.items()})
+        CLOCK.tick()
+        LOGGED.update({name: float(value) for name, value in trainer.callback_metrics.items()})
 
 
 class TrainerRecorder(transformers.TrainerCallback):
     """Times the steps of transformers' Trainer."""
 
-    def __init__(self) -> None:
-        self.clock = StepClock()
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        """Note the first batch."""
+        CLOCK.start()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         """Note the step."""
-        self.clock.tick()
+        CLOCK.tick()
 
 
-def set_dropout(model: SentenceTransformer, attention_dropout: float | None) -> None:
-    """Change attention dropout alone: it decides whether fused attention can be used."""
-    for name, module in model.named_modules():
-        if attention_dropout is not None and name.endswith("attention.self.dropout"):
-            module.p = attention_dropout
-
-
-def embedtune(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def embedtune(args: argparse.Namespace, folder: Path) -> None:
     """Run the command line in this process."""
     from embedtune.cli import main
 
-    main(
-        [
-            "fit",
-            f"--model.model_name_or_path={args.model}",
-            "--model.loss=embedtune.losses.InfoNCE",
-            f"--model.loss.temperature={TEMPERATURE}",
-            "--model.loss.in_batch_positives=true",
-            f"--data.train_path={args.rows}",
-            f"--data.batch_size={args.batch_size}",
-            f"--data.neg_nums={max(args.negatives, 1)}",
-            f"--data.query_max_len={args.query_max_len}",
-            f"--data.passage_max_len={args.passage_max_len}",
-            "--data.shuffle=false",
-            f"--trainer.max_steps={args.steps}",
-            f"--trainer.precision={'bf16-mixed' if args.precision == 'bf16' else '32-true'}",
-            f"--trainer.default_root_dir={folder}",
-            "--trainer.enable_progress_bar=false",
-            f"--trainer.callbacks+={__name__ if __name__ != '__main__' else 'train'}.Recorder",
-            "--trainer.enable_checkpointing=false",
-            "--save_on_epoch_end=false",
-            *args.flags,
-        ]
-    )
-    recorder = sys.modules["train"].Recorder
-    return {"seconds": recorder.clock.seconds(), "logged": recorder.logged}
+    flags = [
+        f"--model.model_name_or_path={args.model}",
+        "--model.loss=embedtune.losses.InfoNCE",
+        f"--model.loss.temperature={TEMPERATURE}",
+        "--model.loss.in_batch_positives=true",
+        f"--data.train_path={args.rows}",
+        f"--data.batch_size={args.batch_size}",
+        f"--data.neg_nums={max(args.negatives, 1)}",
+        f"--data.query_max_len={args.query_max_len}",
+        f"--data.passage_max_len={args.passage_max_len}",
+        "--data.shuffle=false",
+        f"--trainer.max_steps={args.steps}",
+        f"--trainer.precision={'bf16-mixed' if args.precision == 'bf16' else '32-true'}",
+        f"--trainer.default_root_dir={folder}",
+        "--trainer.enable_progress_bar=false",
+        "--trainer.callbacks+=train.Recorder",
+        "--trainer.enable_checkpointing=false",
+        "--save_on_epoch_end=false",
+    ]
+    if args.attention_dropout is not None:
+        flags.append(f"--model.attention_dropout={args.attention_dropout}")
+    main(["fit", *flags, *args.flags])
 
 
-def trainer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def trainer(args: argparse.Namespace, folder: Path) -> None:
     """Run SentenceTransformerTrainer; with ``--pad max_length`` texts are padded to it."""
-    import datasets
-
-    model = SentenceTransformer(args.model, device="cpu")
+    config = {}
+    if args.attention_dropout is not None:
+        config["attention_probs_dropout_prob"] = args.attention_dropout
+    model = SentenceTransformer(args.model, device="cpu", config_kwargs=config)
     model.max_seq_length = args.passage_max_len
-    set_dropout(model, args.attention_dropout)
-    if args.attn_implementation:
-        model[0].auto_model.set_attn_implementation(args.attn_implementation)
-    columns: dict[str, list[str]] = {"query": [], "positive": []}
-    columns |= {f"negative_{i}": [] for i in range(args.negatives)}
-    with open(args.rows, encoding="utf-8") as file:
-        for row in map(json.loads, file):
-            for positive in row["pos"]:
-                columns["query"].append(row["query"])
-                columns["positive"].append(positive)
-                for i in range(args.negatives):
-                    columns[f"negative_{i}"].append(row["neg"][i % len(row["neg"])])
-    recorder = TrainerRecorder()
+    rows = [json.loads(line) for line in Path(args.rows).read_text("utf-8").splitlines()]
+    columns = {"query": [r["query"] for r in rows], "positive": [r["pos"][0] for r in rows]}
+    for i in range(args.negatives):
+        columns[f"negative_{i}"] = [r["neg"][i] for r in rows]
     settings = SentenceTransformerTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=args.batch_size,
@@ -144,20 +145,23 @@ def trainer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         report_to="none",
         logging_steps=1,
         disable_tqdm=True,
-        seed=666,
+        batch_sampler=_in_order,
     )
     run = SentenceTransformerTrainer(
         model=model,
         args=settings,
         train_dataset=datasets.Dataset.from_dict(columns),
         loss=MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE),
-        callbacks=[recorder],
+        callbacks=[TrainerRecorder()],
     )
     if args.pad == "max_length":
         _pad_to_max_length(run, args)
     run.train()
     model.save(str(folder / "model"))
-    return {"seconds": recorder.clock.seconds(), "logged": {}}
+
+
+def _in_order(dataset: Any, batch_size: int, drop_last: bool, **_: Any) -> BatchSampler:
+    return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
 
 def _pad_to_max_length(run: SentenceTransformerTrainer, args: argparse.Namespace) -> None:
@@ -173,34 +177,58 @@ def _pad_to_max_length(run: SentenceTransformerTrainer, args: argparse.Namespace
     collate.router_mapping = {"query": "query"}
 
 
+def gigaflops(args: argparse.Namespace) -> float:
+    """Return what the steps after the warm-up need: each distinct text once, without padding.
+
+    ``6 N`` a token for ``N`` parameters other than embeddings, and 12 times layers, width and
+    length for attention.
+    """
+    model = SentenceTransformer(args.model, device="cpu")
+    transformer = model[0].auto_model
+    weights = sum(p.numel() for n, p in transformer.encoder.named_parameters())
+    layers, width = transformer.config.num_hidden_layers, transformer.config.hidden_size
+    rows = [json.loads(line) for line in Path(args.rows).read_text("utf-8").splitlines()]
+    total = 0
+    for step in range(WARMUP_STEPS, args.steps):
+        batch = rows[step * args.batch_size : (step + 1) * args.batch_size]
+        limits = {row["query"]: args.query_max_len for row in batch}
+        for row in batch:
+            limits |= dict.fromkeys([*row["pos"], *row.get("neg", [])], args.passage_max_len)
+        for text, limit in limits.items():
+            tokens = len(model.tokenizer(text, truncation=True, max_length=limit)["input_ids"])
+            total += 6 * weights * tokens + 12 * layers * width * tokens**2
+    return total / (args.steps - WARMUP_STEPS) / 1e9
+
+
 def main() -> None:
     """Measure what the arguments describe."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("side", choices=["embedtune", "trainer"])
     parser.add_argument("--model", required=True)
     parser.add_argument("--rows", required=True)
-    parser.add_argument("--batch_size", type=int, required=True)
-    parser.add_argument("--negatives", type=int, required=True)
-    parser.add_argument("--query_max_len", type=int, required=True)
-    parser.add_argument("--passage_max_len", type=int, required=True)
+    for name in ("batch_size", "negatives", "query_max_len", "passage_max_len", "steps"):
+        parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--precision", choices=["fp32", "bf16"], required=True)
-    parser.add_argument("--steps", type=int, required=True)
     parser.add_argument("--pad", choices=["longest", "max_length"], default="longest")
     parser.add_argument("--attention_dropout", type=float, default=None)
-    parser.add_argument("--attn_implementation", default=None)
     args, args.flags = parser.parse_known_args()
-    sys.modules["train"] = sys.modules["__main__"]
-    side = {"embedtune": embedtune, "trainer": trainer}[args.side]
-    started = time.perf_counter()
+    sys.modules["train"] = sys.modules["__main__"]  # what the callback is found by
     with tempfile.TemporaryDirectory() as folder:
-        found = side(args, Path(folder))
-    found["whole_s"] = time.perf_counter() - started
-    found["step_s"] = statistics.median(found["seconds"])
-    found["peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    found["threads"] = torch.get_num_threads()
+        {"embedtune": embedtune, "trainer": trainer}[args.side](args, Path(folder))
+    seconds = CLOCK.seconds()
+    found = {
+        "whole_s": time.perf_counter() - STARTED,
+        "seconds": seconds,
+        "step_s": statistics.median(seconds) if seconds else None,
+        "first_batch_s": CLOCK.first_batch,
+        "anonymous_mb": CLOCK.anonymous_mb,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "gigaflops": gigaflops(args) if seconds and args.side == "embedtune" else None,
+        "logged": LOGGED,
+    }
     sys.stdout.write(f"\n{json.dumps(found)}\n")
     sys.stdout.flush()
-    os._exit(0)
+    os._exit(0)  # nothing is left to do, and threads of the libraries take their time
 
 
 if __name__ == "__main__":

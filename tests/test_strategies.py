@@ -125,6 +125,7 @@ def two_rank_cases(single: dict[str, dict]) -> list[dict]:
         cached = {"grad_cache": True, "attn_implementation": "sdpa"}
         for base in ("bert-triplet", "bert-distill", "bert-cosent"):
             add(base, name=f"cached-{base}", module={**single[base].get("module", {}), **cached})
+        add("half", name="cached-half", module={**single["half"]["module"], "grad_cache": True})
         add("bert-triplet", name="dropped", module=DROPPED)
         add("bert-triplet", name="dropped-cached", module={**DROPPED, "grad_cache": True})
         if strategy == "ddp":
@@ -261,6 +262,12 @@ def test_so_do_adamw_and_clipping(runs, strategy, task):
 def test_so_does_a_gradient_cache(runs, strategy, task):
     result = runs.on_ranks(f"{strategy}-cached-bert-{task}")
     assert_same_weights(result, runs.alone(f"bert-{task}"))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_gradient_cache_computes_the_same_in_half_precision(runs, strategy):
+    result, expected = runs.on_ranks(f"{strategy}-cached-half"), runs.on_ranks(f"{strategy}-half")
+    assert_same_weights(result, expected)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -285,11 +285,13 @@ class Encoder(nn.Module):
             if name in features:
                 features[name] = features[name].float()
         # Pooling and projection are cheap, and lose digits in half precision.
-        device_type = next(self.parameters()).device.type
+        device_type = features["input_ids"].device.type
         with torch.autocast(device_type, enabled=False):
             for module in list(self.model)[1:]:
-                # Sharded strategies hold a projection in half precision.
-                weight = next(module.parameters(), None)
+                # Sharded strategies hold a projection in half precision. FSDP hides parameters
+                # from ``parameters`` when a chunk is computed again in backward.
+                is_dense = isinstance(module, Dense)
+                weight = module.linear.weight if is_dense else next(module.parameters(), None)
                 if weight is not None and "sentence_embedding" in features:
                     embedding = features["sentence_embedding"].to(weight.dtype)
                     features["sentence_embedding"] = embedding
