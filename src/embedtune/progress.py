@@ -79,6 +79,11 @@ def _run_facts(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
         "precision": str(trainer.precision),
         "results": str(trainer.default_root_dir),
     }
+    facts["chunks"] = (
+        f"{module.data.tokens_per_chunk:,} tokens, "
+        + ("without padding" if module.encoder.packs else "each padded to its longest text")
+        + (", computed again in backward (grad_cache)" if module.grad_cache else "")
+    )
     if module.use_mrl:
         facts["embedding"] += f", trained at {', '.join(map(str, module.mrl_dims))}"
     return facts
