@@ -12,6 +12,7 @@ from embedtune.errors import InputError, require_positive
 from embedtune.records import Format
 from embedtune.sampler import Cursor, GlobalBatchSampler
 from embedtune.teacher_store import TeacherStore
+from embedtune.tokens import TokenTable
 
 DataSet = Literal["train", "val", "test", "predict"]
 NEEDED: dict[str, tuple[DataSet, ...]] = {
@@ -73,7 +74,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
             teacher_embedding_dim: Width of all of ``teacher_path`` together; the default takes it
                 from the files' sizes.
             shuffle: False trains in the files' order.
-            num_workers: Processes that tokenise ahead; 0 tokenises in the training process.
+            num_workers: Processes that make batches ahead; 0 makes them in the training process.
             tokens_per_chunk: Tokens, padding included, that are encoded at once; the default is
                 2,048 on a CPU, whose caches they fill, and 16,384 elsewhere.
             seed: Seed of the order and of the negatives.
@@ -106,24 +107,45 @@ class EmbeddingDataModule(pl.LightningDataModule):
         self.teacher_embedding_dim = teacher_embedding_dim
         self.num_workers, self._tokens_per_chunk = num_workers, tokens_per_chunk
         self.datasets: dict[DataSet, ExampleDataset] = {}
+        self._tokens: TokenTable | None = None
         self._resumed: dict[str, int] = {}
 
     # --- Reading ------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
         """Fill the Arrow cache, on one rank a node."""
-        for name in self._needed():
-            self._read(name)
+        self._open_all()
 
     def setup(self, stage: str) -> None:
         """Open the rows that a stage needs."""
-        for name in self._needed():
+        self._open_all()
+
+    def _open_all(self) -> None:
+        needed = self._needed()
+        for name in needed:
             if name not in self.datasets:
                 self.datasets[name] = self._open(name)
         formats = self._formats()
         if len(set(formats.values())) > 1:
             found = ", ".join(f"{name}: {row_format}" for name, row_format in formats.items())
             raise InputError(f"data: expected one format in all data sets, found {found}")
+        # Anew in each run, whose model may be another.
+        self._tokens = self._open_tokens() if "train" in needed else None
+
+    def _open_tokens(self) -> TokenTable | None:
+        """Open the token ids of the training rows, which are tokenised where there are none yet.
+
+        A run that encodes fewer texts than the rows hold tokenises as it goes, so that a short one
+        on many rows starts at once.
+        """
+        module, data = self.trainer.lightning_module, self.datasets["train"]
+        batches = module.num_steps * self.trainer.accumulate_grad_batches
+        encoded = data.num_texts * batches / len(self.sampler("train"))
+        if encoded < data.rows.texts_per_row.sum():
+            return None
+        collator = self.collator(module.encoder)
+        key = collator.tokens_key
+        return None if key is None else TokenTable(data.rows, collator, key)
 
     def _formats(self) -> dict[DataSet, Format]:
         # Of what has a loss: predict takes the queries of any format.
@@ -293,8 +315,12 @@ class EmbeddingDataModule(pl.LightningDataModule):
         return self._loader("predict")
 
     def _loader(self, name: DataSet) -> DataLoader:
+        data = self.datasets[name]
+        if name == "train" and self._tokens is not None:
+            # Here alone: who else reads the examples may have other limits.
+            data = data.with_tokens(self._tokens.find)
         return DataLoader(
-            self.datasets[name],
+            data,
             batch_sampler=self.sampler(name),
             collate_fn=self.collator(self.trainer.lightning_module.encoder, name),
             num_workers=self.num_workers,

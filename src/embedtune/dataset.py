@@ -5,9 +5,9 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,9 @@ from embedtune.sampler import Key
 from embedtune.teacher_store import TeacherStore
 
 log = logging.getLogger("embedtune")
+
+TokenSource = Callable[[int, Mapping[str, Any], Example], Mapping[tuple[str, str], np.ndarray]]
+"""Finds ``Example.tokens`` by the number and the fields of the example's row."""
 
 ROWS_PER_WRITE = 5_000
 CACHE_VERSION = 1  # raised whenever the table's columns or the rules of records.py change
@@ -67,6 +70,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EMBEDTUNE_CACHE", default))
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yield where to write what becomes ``path`` once the block has ended well.
+
+    Written beside and renamed, so that a killed or a second process never leaves half a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        part = Path(folder) / path.name
+        yield part
+        part.replace(path)
+
+
 class Rows:
     """The validated rows of one data set, in a memory-mapped Arrow table.
 
@@ -75,6 +91,7 @@ class Rows:
 
     Attributes:
         table: Columns query, prompt, positives, negatives, scores.
+        digest: Digest of the files and of how they were read.
         format: What the rows hold.
         ignored_fields: Names of fields in the files that embedtune does not read.
         prompt: The query prompt that all rows share, if they do.
@@ -93,7 +110,8 @@ class Rows:
             digest.update("".join(path.suffixes).encode())  # a .txt file is read in another way
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "blake2b").digest())
-        stem = cache_folder() / digest.hexdigest()
+        self.digest = digest.hexdigest()
+        stem = cache_folder() / self.digest
         arrow, facts = stem.with_suffix(".arrow"), stem.with_suffix(".json")
         if not (arrow.exists() and facts.exists()):
             _write_table(RecordReader(self.paths, declared), arrow, facts)
@@ -120,34 +138,41 @@ class Rows:
     @cached_property
     def list_lengths(self) -> np.ndarray:
         """Number of positives of each row, int64 ``[rows]``."""
-        lengths = pc.list_value_length(self.table.data.column("positives"))
+        return self._lengths("positives")
+
+    @property
+    def texts_per_row(self) -> np.ndarray:
+        """Number of texts that each row holds, int64 ``[rows]``."""
+        return 1 + self.list_lengths + self._lengths("negatives")
+
+    def _lengths(self, column: str) -> np.ndarray:
+        lengths = pc.list_value_length(self.table.data.column(column))
         return np.asarray(lengths.to_numpy(), dtype=np.int64)
 
 
 def _write_table(reader: RecordReader, arrow: Path, facts: Path) -> None:
     log.info("reading %s", ", ".join(map(str, reader.paths)))
-    arrow.parent.mkdir(parents=True, exist_ok=True)
     queries = hashlib.blake2b(digest_size=16)
-    # Written beside and renamed, so that a killed or a second process never leaves half a table.
-    with tempfile.TemporaryDirectory(dir=arrow.parent) as folder:
-        part = Path(folder) / arrow.name
-        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
-            for records in _batched(reader, ROWS_PER_WRITE):
-                for record in records:
-                    queries.update(query_digest(record.query))
-                columns = dict(zip(Record._fields, zip(*records, strict=True), strict=True))
-                arrays = [pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names]
-                writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
-        known = {
-            "format": reader.format,
-            "ignored_fields": sorted(reader.ignored_fields),
-            "prompts": reader.prompts,
-            "queries_digest": queries.hexdigest(),
-            "rows_per_file": list(reader.rows_per_file),
-        }
-        (Path(folder) / facts.name).write_text(json.dumps(known), encoding="utf-8")
-        shutil.move(part, arrow)
-        shutil.move(Path(folder) / facts.name, facts)
+    with (
+        written_whole(arrow) as part,
+        pa.OSFile(str(part), "wb") as sink,
+        pa.ipc.new_stream(sink, SCHEMA) as writer,
+    ):
+        for records in _batched(reader, ROWS_PER_WRITE):
+            for record in records:
+                queries.update(query_digest(record.query))
+            columns = dict(zip(Record._fields, zip(*records, strict=True), strict=True))
+            arrays = [pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names]
+            writer.write_batch(pa.record_batch(arrays, schema=SCHEMA))
+    known = {
+        "format": reader.format,
+        "ignored_fields": sorted(reader.ignored_fields),
+        "prompts": reader.prompts,
+        "queries_digest": queries.hexdigest(),
+        "rows_per_file": list(reader.rows_per_file),
+    }
+    with written_whole(facts) as part:
+        part.write_text(json.dumps(known), encoding="utf-8")
 
 
 def query_digest(query: str) -> bytes:
@@ -170,10 +195,16 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
     """
 
     def __init__(
-        self, rows: Rows, neg_nums: int = 15, seed: int = 666, teacher: TeacherStore | None = None
+        self,
+        rows: Rows,
+        neg_nums: int = 15,
+        seed: int = 666,
+        teacher: TeacherStore | None = None,
+        tokens: TokenSource | None = None,
     ) -> None:
         """Index the examples of ``rows``."""
         self.rows, self.neg_nums, self.seed, self.teacher = rows, neg_nums, seed, teacher
+        self.tokens = tokens
         self._starts: np.ndarray | None = None
         if rows.format in (Format.PAIR, Format.TRIPLET):
             self._starts = np.concatenate([[0], np.cumsum(rows.list_lengths)])
@@ -181,6 +212,18 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
     def __len__(self) -> int:
         """Return the number of examples in an epoch."""
         return len(self.rows) if self._starts is None else int(self._starts[-1])
+
+    @property
+    def num_texts(self) -> int:
+        """Texts of all examples of an epoch, equal ones counted as often as they occur."""
+        if self._starts is None:
+            return int(self.rows.texts_per_row.sum())
+        negatives = self.neg_nums if self.rows.format == Format.TRIPLET else 0
+        return len(self) * (2 + negatives)
+
+    def with_tokens(self, tokens: TokenSource) -> "ExampleDataset":
+        """Return the same examples, with the token ids of their texts."""
+        return ExampleDataset(self.rows, self.neg_nums, self.seed, self.teacher, tokens)
 
     def __getitem__(self, key: Key) -> Example:
         """Return one example."""
@@ -193,13 +236,13 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
         if self._starts is not None:
             rows = np.searchsorted(self._starts, indices, side="right") - 1
         columns = self.rows.table[rows.tolist()]
-        examples = (
-            self._example(key, int(rows[i]), {name: columns[name][i] for name in columns})
-            for i, key in enumerate(keys)
-        )
-        return [
-            example._replace(spare=key.spare) for key, example in zip(keys, examples, strict=True)
-        ]
+        examples = []
+        for i, (key, row) in enumerate(zip(keys, rows.tolist(), strict=True)):
+            fields = {name: columns[name][i] for name in columns}
+            example = self._example(key, row, fields)
+            tokens = None if self.tokens is None else self.tokens(row, fields, example)
+            examples.append(example._replace(spare=key.spare, tokens=tokens))
+        return examples
 
     def _example(self, key: Key, row: int, fields: dict[str, Any]) -> Example:
         epoch, index = key.epoch, key.example
