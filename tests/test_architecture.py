@@ -12,6 +12,7 @@ LAYERS = [  # a module imports from the layers above its own line, never from it
     "records functional attention loading optim precision teacher_store gather sampler",
     "encoder dataset target",
     "batch projection checkpoint",
+    "tokens",
     "losses datamodule fsdp zero",
     "strategies settle",
     "module",

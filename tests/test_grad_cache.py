@@ -34,7 +34,7 @@ LOSSES = {
 def examples_for(name: str) -> list[Example]:
     if name == "distill":
         generator = torch.Generator().manual_seed(1)
-        teacher = torch.randn(8, 24, generator=generator).numpy()
+        teacher = torch.randn(8, 32, generator=generator).numpy()
         return [Example(e.example_id, e.query, teacher=teacher[i]) for i, e in enumerate(EXAMPLES)]
     return [e._replace(negatives=()) for e in EXAMPLES] if name == "pair" else EXAMPLES
 

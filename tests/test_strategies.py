@@ -49,7 +49,6 @@ SCORED = {
     "cosent": {"rows": "scored", "count": 17, "loss": "cosent"},
 }
 DUPLICATED = {"rows": "duplicated", "count": 8, "data": {"shuffle": False}}
-DROPPED = {"dropout": 0.2}
 OFFLOADED = "zero3_offload"
 ACCUMULATED = {"rows": "scored", "count": 16, "batch": 4, "accumulate": 2}
 LEFT_OVER = {**ACCUMULATED, "count": 20}  # the epoch ends with a single batch
@@ -126,8 +125,9 @@ def two_rank_cases(single: dict[str, dict]) -> list[dict]:
         for base in ("bert-triplet", "bert-distill", "bert-cosent"):
             add(base, name=f"cached-{base}", module={**single[base].get("module", {}), **cached})
         add("half", name="cached-half", module={**single["half"]["module"], "grad_cache": True})
-        add("bert-triplet", name="dropped", module=DROPPED)
-        add("bert-triplet", name="dropped-cached", module={**DROPPED, "grad_cache": True})
+        dropped = {**single["bert-triplet"]["module"], "dropout": 0.2}
+        add("bert-triplet", name="dropped", module=dropped)
+        add("bert-triplet", name="dropped-cached", module={**dropped, "grad_cache": True})
         if strategy == "ddp":
             add("whole", name="onto_two", **{"from": f"whole/{CHECKPOINT}"})
         if strategy in ("ddp", "fsdp"):

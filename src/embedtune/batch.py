@@ -171,9 +171,17 @@ class Collator:
         tokenizer = json.loads(backend.to_str())
         for state in ("truncation", "padding"):  # left over from the last call
             tokenizer.pop(state, None)
-        prompts = [self.encoder.default_prompt(role) for role in ("query", "document")]
-        rules = [tokenizer, prompts, self.query_max_len, self.passage_max_len]
-        return hashlib.blake2b(json.dumps(rules).encode(), digest_size=16).hexdigest()
+        model: Any = self.encoder.model
+        rules = [
+            tokenizer,
+            model.tokenizer.truncation_side,
+            model.tokenizer.chat_template,
+            model[0].get_config_dict() if hasattr(model[0], "get_config_dict") else None,
+            [self.encoder.default_prompt(role) for role in ("query", "document")],
+            self.query_max_len,
+            self.passage_max_len,
+        ]
+        return hashlib.blake2b(json.dumps(rules, default=str).encode(), digest_size=16).hexdigest()
 
     def query(self, example: Example) -> Text:
         """Return a query with its row's prompt, or else the encoder's own."""
@@ -266,7 +274,7 @@ def _rows(
     rows = []
     for text in group:
         if text in known:
-            ids = torch.from_numpy(known[text]).long()
+            ids = torch.tensor(known[text], dtype=torch.int64)
             plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             rows.append({k: plain[k] if k in plain else torch.zeros_like(ids) for k in tensors})
         else:

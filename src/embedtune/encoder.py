@@ -224,12 +224,20 @@ class Encoder(nn.Module):
         }
 
     def _pad(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-        # The tokenizer's own pad, which knows the padding side, token and token type.
-        return dict(
-            self.model.tokenizer.pad(
-                {k: [r[k] for r in rows] for k in rows[0]}, return_tensors="pt"
+        tokenizer = self.model.tokenizer
+        values = {
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+        }
+        return {
+            name: pad_sequence(
+                [row[name] for row in rows],
+                batch_first=True,
+                padding_value=values.get(name, 0),
+                padding_side=tokenizer.padding_side,
             )
-        )
+            for name in rows[0]
+        }
 
     # --- Without padding ----------------------------------------------------------------
 
@@ -290,8 +298,8 @@ class Encoder(nn.Module):
             for module in list(self.model)[1:]:
                 # Sharded strategies hold a projection in half precision. FSDP hides parameters
                 # from ``parameters`` when a chunk is computed again in backward.
-                is_dense = isinstance(module, Dense)
-                weight = module.linear.weight if is_dense else next(module.parameters(), None)
+                weight: Any = next(module.parameters(), None)
+                weight = module.linear.weight if isinstance(module, Dense) else weight
                 if weight is not None and "sentence_embedding" in features:
                     embedding = features["sentence_embedding"].to(weight.dtype)
                     features["sentence_embedding"] = embedding
