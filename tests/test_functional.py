@@ -224,6 +224,10 @@ def test_scored_losses_of_one_pair_are_zero_and_differentiable():
 # --- Distillation ---------------------------------------------------------------------------
 
 
+def rank_hinge(student, teacher, margin):
+    return F.rank_hinge(student, F.pair_order(teacher), margin)
+
+
 def rank_hinge_directly(student, teacher, margin):
     """All m x m differences of pairs, as the reference forms them."""
     b = len(student)
@@ -246,7 +250,7 @@ def test_rank_hinge_equals_the_direct_formula(b, levels):
     if levels:
         student, teacher = ties(student, levels), ties(teacher, levels)
     results = []
-    for hinge in (F.rank_hinge, rank_hinge_directly):
+    for hinge in (rank_hinge, rank_hinge_directly):
         s = student.clone().requires_grad_()
         loss = hinge(s, teacher, MARGIN)
         (3 * loss).backward()
@@ -267,7 +271,7 @@ def test_rank_hinge_counts_agree_in_float32():
     s = ties(student, 64)[rows, columns][teacher[rows, columns].argsort()]
     beaten, beating = F.count_violations(s, s + MARGIN)
     assert beaten.sum() == beating.sum() > 0
-    found = F.rank_hinge(student, teacher, MARGIN).item()
+    found = rank_hinge(student, teacher, MARGIN).item()
     expected = rank_hinge_directly(student.double(), teacher.double(), MARGIN).item()
     assert found == pytest.approx(expected, rel=1e-5)
 
@@ -275,7 +279,7 @@ def test_rank_hinge_counts_agree_in_float32():
 @pytest.mark.parametrize("b", [1, 2])
 def test_rank_hinge_without_two_pairs_is_zero(b):
     student = symmetric(b).requires_grad_()
-    loss = F.rank_hinge(student, symmetric(b, seed=1), MARGIN)
+    loss = rank_hinge(student, symmetric(b, seed=1), MARGIN)
     loss.backward()
     assert loss.item() == 0
     assert student.grad.abs().max() == 0
@@ -286,17 +290,17 @@ def test_rank_hinge_of_a_student_in_the_teachers_order_is_zero():
     rows, columns = torch.triu_indices(6, 6, offset=1)
     student = torch.zeros(6, 6).double()
     student[rows, columns] = 0.1 * teacher[rows, columns].argsort().argsort().double()
-    assert F.rank_hinge(student, teacher, MARGIN).item() == pytest.approx(0, abs=1e-12)
+    assert rank_hinge(student, teacher, MARGIN).item() == pytest.approx(0, abs=1e-12)
 
 
 MEMORY = """
 import resource, sys, torch
-from embedtune.functional import rank_hinge
+from embedtune.functional import pair_order, rank_hinge
 e = torch.nn.functional.normalize(torch.randn(2, int(sys.argv[1]), 16), dim=-1)
 student, teacher = (e @ e.mT).unbind()
 student.requires_grad_()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-rank_hinge(student, teacher, 0.015).backward()
+rank_hinge(student, pair_order(teacher), 0.015).backward()
 sys.stdout.write(str((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
 """
 
@@ -334,7 +338,7 @@ def test_distillation_terms_equal_loops():
             1.0,
         ),
         lambda x: F.kl_over_batch(F.pairwise_cosine(x[:4], x[2:]), randn(4, seed=5), 0.5, 1.0),
-        lambda x: F.rank_hinge(F.cosine_similarity(x, x), symmetric(6, seed=7), MARGIN),
+        lambda x: rank_hinge(F.cosine_similarity(x, x), symmetric(6, seed=7), MARGIN),
     ],
     ids=["info_nce", "cosent", "kl_over_list", "kl_over_batch", "rank_hinge"],
 )

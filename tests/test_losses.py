@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from embedtune import functional
+from embedtune import functional, losses
 from embedtune.errors import InputError
 from embedtune.losses import (
     CoSENT,
@@ -175,6 +177,142 @@ def test_matryoshka_of_the_full_width_alone_is_the_loss():
     loss = InfoNCE()
     wrapped = Matryoshka(loss, [16])(embeddings, Target())["loss"]
     torch.testing.assert_close(wrapped, loss(embeddings, Target())["loss"])
+
+
+# --- Speed and memory -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Blocks of three queries."""
+    monkeypatch.setattr(losses, "BLOCK_ELEMENTS", 1)
+    monkeypatch.setattr(losses, "MIN_BLOCK_ROWS", 3)
+
+
+def retrieval_batch(b=7, m=7, k=2, width=16, dtype=torch.float64):
+    """Return a batch with known positives; of more positives than queries, as one rank has them."""
+    generator = torch.Generator().manual_seed(b + m + k)
+    shapes = [(b, width), (m, width), (m * k, width)][: 3 if k else 2]
+    embeddings = Embeddings(
+        *(torch.randn(s, generator=generator, dtype=dtype).requires_grad_() for s in shapes)
+    )
+    own = torch.randperm(m, generator=generator)[:b] if m > b else torch.arange(b)
+    query_id = torch.arange(m) % (m - 1)  # the last query is the first one again
+    positive_id = 100 + torch.arange(m) % (m - 2)  # the last positives are the first ones again
+    negative_id = 200 + torch.arange(m * k) if k else None
+    known = torch.stack([positive_id[own], 200 + torch.arange(b), torch.zeros(b).long()], dim=1)
+    target = Target(None, None, own, None, query_id[own], positive_id, negative_id, query_id, known)
+    return embeddings, target
+
+
+def info_nce_at_once(loss, embeddings, target):
+    """From whole matrices of similarities and masks."""
+    documents = losses.candidates(embeddings)
+    ids = [i for i in (target.positive_id, target.negative_id) if i is not None]
+    known = functional.known_positive_mask(
+        target.query_id,
+        torch.cat(ids),
+        target.known_positive_id,
+        target.positive_query_id,
+        target.own,
+    )
+    assert known.any()
+    return functional.info_nce(
+        functional.cosine_similarity(embeddings.query, documents),
+        loss.temperature,
+        in_batch_positives=loss.in_batch_positives,
+        own=target.own,
+        num_positives=len(embeddings.positive),
+        known=known,
+        multi_positive=loss.multi_positive,
+    )
+
+
+@pytest.mark.parametrize("multi_positive", [False, True])
+@pytest.mark.parametrize("in_batch_positives", [False, True])
+@pytest.mark.parametrize(("m", "k"), [(7, 0), (7, 2), (11, 0), (11, 2)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+@pytest.mark.usefixtures("in_blocks")
+def test_info_nce_in_blocks_equals_that_of_whole_matrices(
+    m, k, in_batch_positives, multi_positive, dtype, tolerance
+):
+    embeddings, target = retrieval_batch(m=m, k=k, dtype=dtype)
+    loss = InfoNCE(0.1, in_batch_positives, multi_positive)
+    dims = [16, 4, 9]
+    at_once = [info_nce_at_once(loss, embeddings.cut(d), target) for d in dims]
+    found = Matryoshka(loss, dims)(embeddings, target)
+    parts = [found[f"loss/{d}"] for d in dims]
+    torch.testing.assert_close(parts, at_once, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(loss(embeddings, target)["loss"], at_once[0])
+    leaves = [e for e in embeddings if e is not None]
+    gradients = torch.autograd.grad(found["loss"], leaves)
+    expected = torch.autograd.grad(sum(at_once) / 3, leaves)
+    assert min(g.abs().max() for g in expected) > 1e-3
+    torch.testing.assert_close(gradients, expected, rtol=tolerance, atol=tolerance)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        self.elements = max([self.elements, *(t.numel() for t in tensors)])
+        return result
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_no_matrix_of_all_queries_and_documents_is_made():
+    embeddings, target = retrieval_batch(b=100, m=100, k=2, width=4)
+    with Largest() as largest:
+        Matryoshka(InfoNCE(), [2, 4])(embeddings, target)["loss"].backward()
+    assert 3 * 300 <= largest.elements <= 300 * 4  # the documents are the largest
+
+
+def kept_for_backward(loss, embeddings, target):
+    """Return the bytes of the distinct tensors that autograd keeps, beside the embeddings."""
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss(embeddings, target)["loss"]
+    for leaf in embeddings:
+        if leaf is not None:
+            storages.pop(leaf.untyped_storage().data_ptr(), None)
+    value.backward()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+EIGHT = [2, 4, 6, 8, 10, 12, 14, 16]
+
+
+@pytest.mark.parametrize("k", [0, 3])
+@pytest.mark.parametrize("multi_positive", [False, True])
+def test_info_nce_keeps_no_matrix_a_width(k, multi_positive):
+    embeddings, target = retrieval_batch(b=128, m=128, k=k, dtype=torch.float32)
+    loss = Matryoshka(InfoNCE(multi_positive=multi_positive), EIGHT)
+    matrix = 128 * 128 * (1 + k) * 4
+    assert 0 < kept_for_backward(loss, embeddings, target) < 2 * matrix
+
+
+def test_distillation_keeps_half_a_matrix_a_width():
+    student, teacher = torch.randn(2, 128, 16).unbind()
+    embeddings, target = Embeddings(student.requires_grad_()), Target(teacher=teacher)
+    kept = [
+        kept_for_backward(Distillation(dims), embeddings, target) for dims in (EIGHT, EIGHT[-1:])
+    ]
+    matrix = 128 * 128 * 4
+    assert 0 < kept[1] < 2 * matrix  # the teacher's order, 8 bytes a pair, and 4 a pair
+    assert kept[0] - kept[1] < 4 * matrix
+
+
+# --- Mistakes -------------------------------------------------------------------------------
 
 
 def test_wrong_hyper_parameters_are_refused():

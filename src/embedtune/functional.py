@@ -5,6 +5,7 @@ query, ``d`` width. Any float dtype; training uses float32.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -38,31 +39,56 @@ def pairwise_cosine(
 
 
 def nested_cosine_similarities(
-    query: Float[Tensor, "b d"], document: Float[Tensor, "n d"], dims: Sequence[int]
+    query: Float[Tensor, "b d"],
+    document: Float[Tensor, "n d"],
+    dims: Sequence[int],
+    document_norms: Float[Tensor, "w n"] | None = None,
 ) -> list[Float[Tensor, "b n"]]:
     """Return the cosines of the prefixes of every width in ``dims``, in the order given.
 
-    Products and squared norms add up over blocks of columns, so that all widths together cost one
-    full-width product.
+    Products add up over blocks of columns, so that all widths together cost one full-width
+    product.
+
+    Args:
+        query: Embeddings.
+        document: Embeddings.
+        dims: Widths, at most ``d``.
+        document_norms: :func:`inverse_prefix_norms` of the documents, where they are at hand.
 
     >>> q, d = torch.tensor([[1.0, 1.0]]), torch.tensor([[1.0, -1.0]])
     >>> [s.item() for s in nested_cosine_similarities(q, d, [2, 1])]
     [0.0, 1.0]
     """
+    if document_norms is None:
+        document_norms = inverse_prefix_norms(document, dims)
+    norms = zip(inverse_prefix_norms(query, dims), document_norms, strict=True)
+    columns = zip(_columns(query, dims), _columns(document, dims), strict=True)
     product = query.new_zeros(query.shape[0], document.shape[0])
-    query_norm = query.new_zeros(query.shape[0])
-    document_norm = document.new_zeros(document.shape[0])
     cosines: dict[int, Tensor] = {}
-    start = 0
-    for end in sorted(set(dims)):
-        q, d = query[:, start:end], document[:, start:end]
-        product = product + q @ d.T
-        query_norm = query_norm + q.square().sum(dim=-1)
-        document_norm = document_norm + d.square().sum(dim=-1)
-        scale = query_norm.clamp_min(EPSILON).rsqrt()[:, None]
-        cosines[end] = product * scale * document_norm.clamp_min(EPSILON).rsqrt()
-        start = end
+    for width, (q, d), (q_norm, d_norm) in zip(sorted(set(dims)), columns, norms, strict=True):
+        product = torch.addmm(product, q, d.T)
+        cosines[width] = product * q_norm[:, None] * d_norm
     return [cosines[dim] for dim in dims]
+
+
+def inverse_prefix_norms(
+    embedding: Float[Tensor, "n d"], dims: Sequence[int]
+) -> Float[Tensor, "w n"]:
+    """Return one over the norm of the prefixes of every distinct width in ``dims``, ascending.
+
+    >>> inverse_prefix_norms(torch.tensor([[0.6, 0.8]]), [2]).tolist()
+    [[1.0]]
+    """
+    squared = torch.stack([c.square().sum(dim=-1) for c in _columns(embedding, dims)])
+    return squared.cumsum(dim=0).clamp_min(EPSILON).rsqrt()
+
+
+def _columns(embedding: Float[Tensor, "n d"], dims: Sequence[int]) -> Sequence[Tensor]:
+    """Split off the columns by which each distinct width, ascending, exceeds the one before."""
+    # One split, whose backward is one concatenation; a slice's would pad to the full width.
+    ends = sorted(set(dims))
+    sizes = [end - start for start, end in pairwise([0, *ends, embedding.shape[1]])]
+    return embedding.split(sizes, dim=1)[:-1]
 
 
 def info_nce(
@@ -224,56 +250,68 @@ def similarity_mse(
     return F.mse_loss(student_similarity, teacher_similarity)
 
 
+def pair_order(teacher_similarity: Float[Tensor, "b b"]) -> Int[Tensor, " m"]:
+    """Return the ``m = b (b - 1) / 2`` pairs of texts, ascending by the teacher's similarity.
+
+    A pair is its position in the flattened upper triangle; ties stay in the matrix's order.
+
+    >>> pair_order(torch.tensor([[1.0, 0.3, 0.1], [0.3, 1.0, 0.2], [0.1, 0.2, 1.0]])).tolist()
+    [2, 5, 1]
+    """
+    b = len(teacher_similarity)
+    rows, columns = torch.triu_indices(b, b, offset=1, device=teacher_similarity.device)
+    positions = rows * b + columns
+    return positions[teacher_similarity.flatten()[positions].sort(stable=True).indices]
+
+
 def rank_hinge(
-    student_similarity: Float[Tensor, "b b"],
-    teacher_similarity: Float[Tensor, "b b"],
-    margin: float,
+    student_similarity: Float[Tensor, "b b"], order: Int[Tensor, " m"], margin: float
 ) -> Float[Tensor, ""]:
     """Return the hinge on the order of all pairs of pairs of texts, in O(m log^2 m).
 
-    The ``m = b (b - 1) / 2`` pairs of texts are sorted by the teacher's similarity (ascending, ties
-    in the matrix's order). Each pair a before a pair b is asked for ``s_a + margin <= s_b``: the
-    result is the mean over the ``m (m - 1) / 2`` pairs of pairs of ``relu(s_a - s_b + margin)``.
+    Each pair a before a pair b in ``order`` is asked for ``s_a + margin <= s_b``: the result is the
+    mean over the ``m (m - 1) / 2`` pairs of pairs of ``relu(s_a - s_b + margin)``.
 
     Args:
         student_similarity: Its upper triangle is read.
-        teacher_similarity: Gives the order alone.
+        order: The teacher's (:func:`pair_order`).
         margin: By how much the student should tell two pairs apart.
     """
-    b = len(student_similarity)
-    rows, columns = torch.triu_indices(b, b, offset=1, device=student_similarity.device)
-    order = torch.sort(teacher_similarity[rows, columns], stable=True).indices
-    scores = student_similarity[rows, columns][order]
-    m = len(scores)
+    m = len(order)
     if m < 2:
-        return scores.sum() * 0
-    return _OrderedHinge.apply(scores, margin) / (m * (m - 1) / 2)
+        return student_similarity.sum() * 0
+    return _OrderedHinge.apply(student_similarity, order, margin) / (m * (m - 1) / 2)
 
 
 class _OrderedHinge(torch.autograd.Function):
     """The sum over a < b of relu(s_a - s_b + margin), and its gradient, from counts alone."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, margin: float) -> Tensor:
+    def forward(ctx: Any, similarity: Tensor, order: Tensor, margin: float) -> Tensor:
+        scores = similarity.flatten()[order]
         raised = scores + margin
         beaten, beating = count_violations(scores, raised)
-        ctx.save_for_backward(beaten - beating)
+        # Each width keeps half a matrix, in 4 bytes; the order is shared.
+        ctx.save_for_backward(beaten - beating, order)
+        ctx.shape = similarity.shape
         total = (beaten * raised.double()).sum() - (beating * scores.double()).sum()
         return total.to(scores.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (net,) = ctx.saved_tensors
-        return grad_outputs[0] * net.to(grad_outputs[0].dtype), None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        net, order = ctx.saved_tensors
+        gradient = grad_outputs[0].new_zeros(ctx.shape)
+        gradient.view(-1)[order] = grad_outputs[0] * net
+        return gradient, None, None
 
 
 def count_violations(
     scores: Float[Tensor, " m"], raised: Float[Tensor, " m"]
 ) -> tuple[Int[Tensor, " m"], Int[Tensor, " m"]]:
-    """Count the pairs a < b with ``scores[b] < raised[a]``, for each a and for each b.
+    """Count the pairs a < b with ``scores[b] < raised[a]``, for each a and for each b, in int32.
 
     A bottom-up merge: on each level of blocks of doubling length, each left block is compared with
-    the right block beside it by binary search in its sorted values. Both counts come from one
+    the right block beside it by binary search, both of them sorted. Both counts come from one
     predicate on the same rounded values, so they add up to the same total.
     """
     m = len(scores)
@@ -281,15 +319,16 @@ def count_violations(
     # Padding comes last, is below nothing and above nothing.
     s = F.pad(scores, (0, size - m), value=float("inf"))
     t = F.pad(raised, (0, size - m), value=float("-inf"))
-    beaten = torch.zeros(size, dtype=torch.int64, device=scores.device)
+    beaten = torch.zeros(size, dtype=torch.int32, device=scores.device)
     beating = torch.zeros_like(beaten)
     width = 1
     while width < size:
-        left, right = t.view(-1, 2, width)[:, 0], s.view(-1, 2, width)[:, 1]
-        sorted_left, sorted_right = left.sort(dim=-1).values, right.sort(dim=-1).values
-        below = torch.searchsorted(sorted_right, left.contiguous())
-        not_above = torch.searchsorted(sorted_left, right.contiguous(), right=True)
-        beaten.view(-1, 2, width)[:, 0] += below
-        beating.view(-1, 2, width)[:, 1] += width - not_above
+        # Queries in ascending order search a table about twice as fast.
+        left = t.view(-1, 2, width)[:, 0].sort(dim=-1)
+        right = s.view(-1, 2, width)[:, 1].sort(dim=-1)
+        below = torch.searchsorted(right.values, left.values, out_int32=True)
+        not_above = torch.searchsorted(left.values, right.values, right=True, out_int32=True)
+        beaten.view(-1, 2, width)[:, 0].scatter_add_(1, left.indices, below)
+        beating.view(-1, 2, width)[:, 1].scatter_add_(1, right.indices, width - not_above)
         width *= 2
     return beaten[:m], beating[:m]

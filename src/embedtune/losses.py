@@ -5,18 +5,23 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from embedtune import functional
 from embedtune.errors import InputError, require_positive
 from embedtune.records import Format
 from embedtune.target import Embeddings, Scope, Target
 
+BLOCK_ELEMENTS = 2**24  # that a block of queries may take in similarities and what follows them
+MIN_BLOCK_ROWS = 16  # with fewer, a product costs more to read than to compute
+MATRICES_PER_WIDTH = 6  # of similarities, their logits and masks, and the gradients
+
 
 class Loss(nn.Module):
     """What a loss is: a function of embeddings that never sees the model.
 
-    A loss of your own derives from this class and is named in the YAML by its import path. With
-    ``use_mrl`` it is called with the embeddings cut to each width.
+    A loss of your own derives from this class, implements ``forward`` and is named in the YAML by
+    its import path.
 
     Attributes:
         formats: The formats of data it can be trained on; all by default.
@@ -31,12 +36,23 @@ class Loss(nn.Module):
         """Return the scalar "loss", and under other names scalars to log beside it."""
         raise NotImplementedError
 
+    def at_widths(
+        self, embeddings: Embeddings, target: Target, dims: Sequence[int]
+    ) -> list[Tensor]:
+        """Return the loss of the embeddings' prefixes of each width in ``dims``.
+
+        Override it where widths can share work.
+        """
+        return [self(embeddings.cut(dim), target)["loss"] for dim in dims]
+
 
 class InfoNCE(Loss):
     """Cross-entropy of the own positive against negatives (van den Oord et al. 2018).
 
     Candidates that are known positives of a query (see
-    :func:`~embedtune.functional.known_positive_mask`) are never its negatives.
+    :func:`~embedtune.functional.known_positive_mask`) are never its negatives. Similarities are
+    computed a block of queries at a time, and again in the backward pass (Chen et al. 2016), so
+    that memory grows with the texts, not with queries x documents.
     """
 
     formats = frozenset({Format.PAIR, Format.TRIPLET})
@@ -67,33 +83,59 @@ class InfoNCE(Loss):
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the mean over the queries."""
-        similarity = functional.cosine_similarity(embeddings.query, candidates(embeddings))
-        return self.from_similarities(similarity, target)
-
-    def from_similarities(self, similarity: Tensor, target: Target) -> dict[str, Tensor]:
-        """Return the loss of given cosines ``[b, n]`` of queries with :func:`candidates`."""
-        known, num_positives = None, None
-        if target.positive_id is not None:
-            num_positives = len(target.positive_id)
-            ids = [i for i in (target.positive_id, target.negative_id) if i is not None]
-            given: Any = target  # its hashes come together
-            known = functional.known_positive_mask(
-                given.query_id,
-                torch.cat(ids),
-                given.known_positive_id,
-                given.positive_query_id,
-                given.own,
-            )
-        loss = functional.info_nce(
-            similarity,
-            self.temperature,
-            in_batch_positives=self.in_batch_positives,
-            own=target.own,
-            num_positives=num_positives,
-            known=known,
-            multi_positive=self.multi_positive,
-        )
+        (loss,) = self.at_widths(embeddings, target, [embeddings.query.shape[1]])
         return {"loss": loss}
+
+    def at_widths(
+        self, embeddings: Embeddings, target: Target, dims: Sequence[int]
+    ) -> list[Tensor]:
+        """Return the mean over the queries at each width, for the products of the widest."""
+        assert embeddings.positive is not None
+        num_positives, documents = len(embeddings.positive), candidates(embeddings)
+        norms = functional.inverse_prefix_norms(documents, dims)
+        b = len(embeddings.query)
+        own = torch.arange(b, device=documents.device) if target.own is None else target.own
+        matrices = MATRICES_PER_WIDTH * len(dims)
+        rows = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS // (matrices * len(documents)))
+
+        def block_loss(query: Tensor, start: int) -> Tensor:
+            block = slice(start, start + rows)
+            similarities = functional.nested_cosine_similarities(query, documents, dims, norms)
+            known = _known_positives(target, block)
+            losses = [
+                functional.info_nce(
+                    similarity,
+                    self.temperature,
+                    in_batch_positives=self.in_batch_positives,
+                    own=own[block],
+                    num_positives=num_positives,
+                    known=known,
+                    multi_positive=self.multi_positive,
+                )
+                for similarity in similarities
+            ]
+            return torch.stack(losses) * (len(query) / b)
+
+        blocks = [
+            checkpoint(block_loss, query, i * rows, use_reentrant=False, preserve_rng_state=False)
+            for i, query in enumerate(embeddings.query.split(rows))
+        ]
+        return list(torch.stack(blocks).sum(dim=0).unbind())
+
+
+def _known_positives(target: Target, block: slice) -> Tensor | None:
+    """Return the known positives of a block of queries among all candidates, ``[rows, n]``."""
+    if target.positive_id is None:
+        return None
+    ids = [i for i in (target.positive_id, target.negative_id) if i is not None]
+    given: Any = target  # its hashes come together
+    return functional.known_positive_mask(
+        given.query_id[block],
+        torch.cat(ids),
+        given.known_positive_id[block],
+        given.positive_query_id,
+        given.own[block],
+    )
 
 
 def candidates(embeddings: Embeddings) -> Tensor:
@@ -215,9 +257,17 @@ class Distillation(Loss):
         assert teacher is not None
         truth = functional.cosine_similarity(teacher, teacher)
         dims = self.mrl_dims or [student.shape[1]]
-        similarities = functional.nested_cosine_similarities(student, student, dims)
-        squared = [functional.similarity_mse(s, truth) for s in similarities]
-        ranks = [functional.rank_hinge(s, truth, self.margin) for s in similarities]
+
+        def compare(student: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+            similarities = functional.nested_cosine_similarities(student, student, dims)
+            return similarities, [functional.similarity_mse(s, truth) for s in similarities]
+
+        # Computed again in the backward pass: no width's similarities are kept for it.
+        similarities, squared = checkpoint(
+            compare, student, use_reentrant=False, preserve_rng_state=False
+        )
+        order = functional.pair_order(truth)
+        ranks = [functional.rank_hinge(s, order, self.margin) for s in similarities]
         cosine = functional.distill_cosine(student, teacher)
         loss = (
             self.cosine_weight * cosine
@@ -246,8 +296,7 @@ def _float32_mean(terms: Sequence[Tensor]) -> Tensor:
 class Matryoshka(Loss):
     """A loss at every width of one embedding's prefixes (MRL, Kusupati et al. 2022, eq. 1).
 
-    A loss that implements ``from_similarities`` gets the products of all widths for the price of
-    the full one; any other is called with the embeddings cut to each width.
+    A loss is called with the embeddings cut to each width, unless its ``at_widths`` knows better.
     """
 
     def __init__(
@@ -277,14 +326,7 @@ class Matryoshka(Loss):
             raise InputError(
                 f"mrl_dims: expected widths up to the embedding's {width}, found {max(self.dims)}"
             )
-        from_similarities = getattr(self.loss, "from_similarities", None)
-        if from_similarities is not None:
-            similarities = functional.nested_cosine_similarities(
-                embeddings.query, candidates(embeddings), self.dims
-            )
-            losses = [from_similarities(s, target)["loss"] for s in similarities]
-        else:
-            losses = [self.loss(embeddings.cut(dim), target)["loss"] for dim in self.dims]
+        losses = self.loss.at_widths(embeddings, target, self.dims)
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         parts = {f"loss/{dim}": loss for dim, loss in zip(self.dims, losses, strict=True)}
         return {"loss": torch.as_tensor(total) / sum(self.weights), **parts}
