@@ -49,7 +49,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
         test_teacher_path: str | list[str] | None = None,
         teacher_embedding_dim: int | None = None,
         shuffle: bool = True,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         tokens_per_chunk: int | None = None,
         seed: int = 666,
     ) -> None:
@@ -74,7 +74,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
             teacher_embedding_dim: Width of all of ``teacher_path`` together; the default takes it
                 from the files' sizes.
             shuffle: False trains in the files' order.
-            num_workers: Processes that make batches ahead; 0 makes them in the training process.
+            num_workers: Processes of each rank that make batches ahead; 0 makes them in the
+                training process. The default is 0 on a CPU, whose cores the model needs, else 4.
             tokens_per_chunk: Tokens, padding included, that are encoded at once; the default is
                 2,048 on a CPU, whose caches they fill, and 16,384 elsewhere.
             seed: Seed of the order and of the negatives.
@@ -105,7 +106,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
         self.shuffle, self.seed = shuffle, seed
         self._query_max_len, self.passage_max_len = query_max_len, passage_max_len
         self.teacher_embedding_dim = teacher_embedding_dim
-        self.num_workers, self._tokens_per_chunk = num_workers, tokens_per_chunk
+        self._num_workers, self._tokens_per_chunk = num_workers, tokens_per_chunk
         self.datasets: dict[DataSet, ExampleDataset] = {}
         self._tokens: TokenTable | None = None
         self._resumed: dict[str, int] = {}
@@ -204,7 +205,18 @@ class EmbeddingDataModule(pl.LightningDataModule):
         """Tokens that are encoded at once."""
         if self._tokens_per_chunk is not None:
             return self._tokens_per_chunk
-        return 2048 if self.trainer.strategy.root_device.type == "cpu" else 16384
+        return 2048 if self._is_on_cpu else 16384
+
+    @property
+    def num_workers(self) -> int:
+        """Processes of each rank that make batches ahead."""
+        if self._num_workers is not None:
+            return self._num_workers
+        return 0 if self._is_on_cpu else 4
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self.trainer.strategy.root_device.type == "cpu"
 
     @property
     def max_len(self) -> int:
