@@ -11,7 +11,6 @@ pipeline. Further arguments are flags of `embedtune fit`.
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,12 @@ WARMUP_STEPS = 2
 TEMPERATURE = 0.02
 
 
+def memory_mb(name: str) -> float:
+    """Return a field of /proc/self/status; a peak of ``getrusage`` would be that of the parent."""
+    status = Path("/proc/self/status").read_text("utf-8")
+    return int(status.split(f"{name}:")[1].split()[0]) / 1024
+
+
 class StepClock:
     """Collects the times at which steps end; the first steps warm up."""
 
@@ -51,8 +56,7 @@ class StepClock:
         """Note that the first batch is there."""
         if self.first_batch is None:
             self.first_batch = time.perf_counter() - STARTED
-            status = Path("/proc/self/status").read_text().split("RssAnon:")[1]
-            self.anonymous_mb = int(status.split()[0]) / 1024
+            self.anonymous_mb = memory_mb("RssAnon")
 
     def tick(self) -> None:
         """Note that a step has ended."""
@@ -222,7 +226,7 @@ def main() -> None:
         "step_s": statistics.median(seconds) if seconds else None,
         "first_batch_s": CLOCK.first_batch,
         "anonymous_mb": CLOCK.anonymous_mb,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": memory_mb("VmHWM"),
         "gigaflops": gigaflops(args) if seconds and args.side == "embedtune" else None,
         "logged": LOGGED,
     }

@@ -23,11 +23,11 @@ TEACHER_WIDTH = 24
 class Unmasked(InfoNCE):
     """InfoNCE that takes every other document for a negative."""
 
-    def from_similarities(self, similarity, target):
+    def at_widths(self, embeddings, target, dims):
         all_differ = torch.arange(len(target.positive_id))
         none_known = torch.zeros_like(target.known_positive_id)
         unaware = target._replace(positive_id=all_differ, known_positive_id=none_known)
-        return super().from_similarities(similarity, unaware)
+        return super().at_widths(embeddings, unaware, dims)
 
 
 LOSSES = {
