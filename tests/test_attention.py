@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from embedtune import InputError
-from embedtune.attention import VARLEN, dropout_mask, varlen_attention
+from embedtune.attention import VARLEN, FastDropout, dropout_mask, varlen_attention
 from embedtune.batch import Text, cut_packed, cut_padded, make_chunks
 from embedtune.encoder import Encoder, EncoderSpec
 from embedtune.export import export_encoder
@@ -198,6 +198,23 @@ def test_attention_dropout_follows_torch_s_generator_and_is_right_on_average():
     assert not torch.equal(attend(1), attend(2))
     mean = torch.stack([attend(seed) for seed in range(1, 3000)]).mean(dim=0)
     torch.testing.assert_close(mean, attend(None), rtol=0, atol=0.1)
+
+
+def test_dropout_between_layers_draws_as_fast_and_the_same_again(tiny_bert):
+    encoder = Encoder(EncoderSpec(str(tiny_bert), dropout=0.4))
+    encoder.pack(CPU)
+    layer = encoder.model[0].auto_model.encoder.layer[0].output
+    assert isinstance(layer.dropout, FastDropout)
+    given = torch.ones(300, 301, requires_grad=True)
+    torch.manual_seed(1)
+    dropped = layer.dropout.train()(given)
+    torch.manual_seed(1)
+    assert torch.equal(layer.dropout(given), dropped)
+    assert sorted(dropped.unique().tolist()) == pytest.approx([0.0, 1 / 0.6], rel=1e-4)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+    dropped.sum().backward()
+    assert torch.equal(given.grad, dropped)
+    assert torch.equal(layer.dropout.eval()(given), given)
 
 
 def test_dropout_settings_reach_the_model_and_are_exported(tiny_bert, tmp_path):

@@ -1,13 +1,14 @@
 """Attention over texts that lie one after another, without padding between them, on a CPU.
 
-Flash attention's variable-length kernels do this on GPUs. Here each text is attended to by itself,
-texts of one length together, so that neither the linear layers nor attention compute any padding.
+Flash attention's variable-length kernels do this on GPUs. Here texts of about one length are
+attended to together, so that the layers around attention, nearly all of the work, compute no
+padding, and attention hardly any.
 """
 
 import math
 from collections.abc import Sequence
-from itertools import groupby
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,10 @@ from transformers.masking_utils import sdpa_mask
 
 VARLEN = "embedtune_varlen"
 """The name under which transformers finds this attention; padded inputs go to its own ``sdpa``."""
+
+SLACK = 16
+"""Tokens by which texts that attention pads to one length may differ: a run for each length of
+short texts would cost more than the padding."""
 
 LEVELS = 1 << 16
 """Dropout compares 16 random bits: four times as many masks a second as with one draw each."""
@@ -70,27 +75,125 @@ def varlen_attention(
             **kwargs,
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    lengths = cu_seq_lens_q.diff().tolist()
-    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
-    sizes = [length * count for length, count in runs]
-    # One split and one concatenation: the gradient of each slice would be as large as the whole.
-    parts = [states[0].transpose(0, 1).split(sizes) for states in (query, key, value)]
+    runs = divide(tuple(cu_seq_lens_q.diff().tolist()))
+    # Moved once, and split: the gradient of each slice would be as large as the whole.
+    parts = [_spread(states[0].transpose(0, 1), runs) for states in (query, key, value)]
     attended = []
-    for (length, count), *states in zip(runs, *parts, strict=True):
-        q, k, v = (s.reshape(count, length, *s.shape[1:]).transpose(1, 2) for s in states)
-        mask = _window_mask(length, sliding_window, causal)
+    for run, *states in zip(runs.shapes, *parts, strict=True):
+        q, k, v = (s.unflatten(0, run.shape).transpose(1, 2) for s in states)
+        mask = _mask(run, sliding_window, causal)
         output = _attend(q, k, v, mask, dropout, scaling, causal and mask is None)
         attended.append(output.transpose(1, 2).flatten(0, 1))
-    return torch.cat(attended)[None], None
+    return _gather_back(torch.cat(attended), runs)[None], None
 
 
-def _window_mask(length: int, window: int | None, causal: bool) -> Tensor | None:
+class Run(NamedTuple):
+    """Neighbouring texts of about one length, which attention pads to the longest of them.
+
+    Attributes:
+        shape: Texts, and the length of the longest.
+        real: bool ``[texts, 1, 1, length]``: which tokens are no padding; None if all are.
+    """
+
+    shape: tuple[int, int]
+    real: Tensor | None
+
+
+class Runs(NamedTuple):
+    """How the tokens of a chunk are laid out for attention.
+
+    Attributes:
+        shapes: The runs.
+        source: int64 ``[padded]``: the token that comes to each place; any one where it is padding.
+        place: int64 ``[tokens]``: the place that each token comes to.
+    """
+
+    shapes: list[Run]
+    source: Tensor
+    place: Tensor
+
+
+@lru_cache(maxsize=8)  # every layer asks again
+def divide(lengths: tuple[int, ...]) -> Runs:
+    """Divide the texts of a chunk, the longest first, into runs of up to ``SLACK`` tokens less.
+
+    >>> [run.shape for run in divide((40, 39, 7, 7)).shapes]
+    [(2, 40), (2, 7)]
+    """
+    shapes: list[Run] = []
+    places: list[Tensor] = []
+    start, padded = 0, 0
+    while start < len(lengths):
+        longest = lengths[start]
+        end = start
+        while end < len(lengths) and 0 <= longest - lengths[end] <= SLACK:
+            end += 1
+        run = torch.tensor(lengths[start:end])
+        real = torch.arange(longest) < run[:, None]
+        places.append(padded + real.flatten().nonzero().flatten())
+        shapes.append(Run((len(run), longest), None if real.all() else real[:, None, None]))
+        padded += real.numel()
+        start = end
+    place = torch.cat(places)
+    source = torch.zeros(padded, dtype=torch.int64).index_copy(0, place, torch.arange(len(place)))
+    return Runs(shapes, source, place)
+
+
+def _spread(states: Tensor, runs: Runs) -> tuple[Tensor, ...]:
+    """Return the states of each run, ``[texts x length, heads, width]``."""
+    if len(runs.source) > len(runs.place):
+        states = _Spread.apply(states, runs.source, runs.place)
+    return states.split([texts * length for texts, length in (run.shape for run in runs.shapes)])
+
+
+def _gather_back(states: Tensor, runs: Runs) -> Tensor:
+    if len(runs.source) == len(runs.place):
+        return states
+    return _GatherBack.apply(states, runs.source, runs.place)
+
+
+class _Spread(torch.autograd.Function):
+    """Lay out tokens with padding. Nothing depends on what is there, so it has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return states.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, place), None, None
+
+
+class _GatherBack(torch.autograd.Function):
+    """Take the tokens out of the padded layout."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.padded = len(source)
+        return states.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (place,), gradient = ctx.saved_tensors, grad_outputs[0]
+        padded = gradient.new_zeros(ctx.padded, *gradient.shape[1:])
+        return padded.index_copy_(0, place, gradient), None, None
+
+
+def _mask(run: Run, window: int | None, causal: bool) -> Tensor | None:
+    """Return which tokens see which, bool, or None where ``causal`` says all of it."""
+    length = run.shape[1]
     if window is None or length <= window:
-        return None
+        # Padding comes last: no token sees it that sees only those before it.
+        return None if causal else run.real
     positions = torch.arange(length)
     distance = positions[:, None] - positions
     near = distance.abs() < window
-    return near & (distance >= 0) if causal else near
+    if causal:
+        return near & (distance >= 0)
+    return near if run.real is None else near & run.real
 
 
 def _attend(
@@ -102,15 +205,17 @@ def _attend(
     scaling: float | None,
     causal: bool,
 ) -> Tensor:
-    """Attend within texts of one length, ``[texts, heads, length, width]``."""
+    """Attend within texts of one padded length, ``[texts, heads, length, width]``."""
     if dropout and not causal and query.shape[1] == key.shape[1]:
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-        scores = (query * scale) @ key.transpose(2, 3)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf"))
-        probabilities = scores.softmax(dim=-1)
-        dropped, kept_share = dropout_mask(probabilities.shape, dropout)
-        return (probabilities.masked_fill(dropped, 0.0) @ value) / kept_share
+        # Autocast would make four float32 copies; softmax sums in float32 in any case.
+        with torch.autocast("cpu", enabled=False):
+            scores = (query * scale) @ key.transpose(2, 3)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            probabilities = scores.softmax(dim=-1)
+            dropped, kept_share = dropout_mask(probabilities.shape, dropout)
+            return (probabilities.masked_fill(dropped, 0.0) @ value) / kept_share
     kind = query.dtype
     if kind == torch.bfloat16:
         # torch's fused backward for bfloat16 takes several times as long as that for float32.
@@ -140,6 +245,25 @@ def dropout_mask(shape: Sequence[int], dropout: float) -> tuple[Tensor, float]:
     dropped_levels = round(dropout * LEVELS)
     levels = bits.view(torch.int16)[:count].view(*shape)
     return levels < dropped_levels - LEVELS // 2, 1 - dropped_levels / LEVELS
+
+
+class FastDropout(torch.nn.Dropout):
+    """Dropout with masks of :func:`dropout_mask`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Drop elements in training."""
+        if not self.training or self.p == 0:
+            return input
+        dropped, kept_share = dropout_mask(input.shape, self.p)
+        return input.masked_fill(dropped, 0.0) / kept_share
+
+
+def use_fast_dropout(model: torch.nn.Module) -> None:
+    """Replace every plain dropout below ``model``."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is torch.nn.Dropout and not child.inplace:
+                setattr(module, name, FastDropout(child.p).train(child.training))
 
 
 AttentionInterface.register(VARLEN, varlen_attention)
