@@ -174,7 +174,8 @@ def test_attention_stays_within_a_text(is_causal, key_heads, kind):
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    dropped, kept_share = dropout_mask((400, 501), 0.3)
+    kept, kept_share = dropout_mask((400, 501), 0.3)
+    dropped = ~kept
     assert dropped.dtype == torch.bool
     assert kept_share == pytest.approx(0.7, abs=1e-5)
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.005)

@@ -214,8 +214,8 @@ def _attend(
             if mask is not None:
                 scores = scores.masked_fill(~mask, float("-inf"))
             probabilities = scores.softmax(dim=-1)
-            dropped, kept_share = dropout_mask(probabilities.shape, dropout)
-            return (probabilities.masked_fill(dropped, 0.0) @ value) / kept_share
+            kept, kept_share = dropout_mask(probabilities.shape, dropout)
+            return ((probabilities * kept) @ value) / kept_share
     kind = query.dtype
     if kind == torch.bfloat16:
         # torch's fused backward for bfloat16 takes several times as long as that for float32.
@@ -233,7 +233,7 @@ def _attend(
 
 
 def dropout_mask(shape: Sequence[int], dropout: float) -> tuple[Tensor, float]:
-    """Draw which elements dropout zeroes from torch's CPU generator.
+    """Draw which elements dropout keeps from torch's CPU generator.
 
     torch draws them one by one in one thread, which takes longer than attention itself.
 
@@ -244,7 +244,7 @@ def dropout_mask(shape: Sequence[int], dropout: float) -> tuple[Tensor, float]:
     bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
     dropped_levels = round(dropout * LEVELS)
     levels = bits.view(torch.int16)[:count].view(*shape)
-    return levels < dropped_levels - LEVELS // 2, 1 - dropped_levels / LEVELS
+    return levels >= dropped_levels - LEVELS // 2, 1 - dropped_levels / LEVELS
 
 
 class FastDropout(torch.nn.Dropout):
@@ -254,8 +254,8 @@ class FastDropout(torch.nn.Dropout):
         """Drop elements in training."""
         if not self.training or self.p == 0:
             return input
-        dropped, kept_share = dropout_mask(input.shape, self.p)
-        return input.masked_fill(dropped, 0.0) / kept_share
+        kept, kept_share = dropout_mask(input.shape, self.p)
+        return input * kept / kept_share
 
 
 def use_fast_dropout(model: torch.nn.Module) -> None:
