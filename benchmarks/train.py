@@ -182,7 +182,7 @@ def _pad_to_max_length(run: SentenceTransformerTrainer, args: argparse.Namespace
 
 
 def gigaflops(args: argparse.Namespace) -> float:
-    """Return what the steps after the warm-up need: each distinct text once, without padding.
+    """Return what a step after the warm-up needs: each distinct text once, without padding.
 
     ``6 N`` a token for ``N`` parameters other than embeddings, and 12 times layers, width and
     length for attention.
@@ -223,7 +223,7 @@ def main() -> None:
     found = {
         "whole_s": time.perf_counter() - STARTED,
         "seconds": seconds,
-        "step_s": statistics.median(seconds) if seconds else None,
+        "step_s": statistics.mean(seconds) if seconds else None,
         "first_batch_s": CLOCK.first_batch,
         "anonymous_mb": CLOCK.anonymous_mb,
         "peak_mb": memory_mb("VmHWM"),
