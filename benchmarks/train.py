@@ -5,7 +5,8 @@ Run by benchmarks/bench.py, a process a measurement; the last line of stdout is 
 Both trainers get the same model with the same dropout and attention, the same examples in the same
 order, the same loss (InfoNCE over all positives and negatives of the batch), AdamW, clipping and
 precision. A step is timed from the end of the step before, so that it holds its share of the input
-pipeline. Further arguments are flags of `embedtune fit`.
+pipeline. Queries longer than query_max_len are cut by embedtune alone. Further arguments are flags
+of `embedtune fit`.
 """
 
 import argparse

@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from embedtune import InputError
 from embedtune.attention import VARLEN, FastDropout, dropout_mask, varlen_attention
 from embedtune.batch import Text, cut_packed, cut_padded, make_chunks
+from embedtune.cli import main
 from embedtune.encoder import Encoder, EncoderSpec
 from embedtune.export import export_encoder
 
@@ -94,6 +95,35 @@ def test_an_architecture_is_encoded_as_sentence_transformers_does(name, tiny_tra
     torch.testing.assert_close(encode(encoder, TEXTS).detach(), expected, rtol=0, atol=2e-6)
 
 
+@pytest.mark.parametrize("name", [n for n, (_, _, packs) in ARCHITECTURES.items() if packs])
+def test_an_architecture_has_the_same_gradient_without_padding(name, tiny_transformer, tmp_path):
+    path = save(name, tiny_transformer, tmp_path)
+    gradients = []
+    for packs in (False, True):
+        encoder = Encoder(EncoderSpec(path, "mean")).eval()
+        if packs:
+            encoder.pack(CPU)
+        weights = torch.arange(32.0).cos()
+        (encode(encoder, TEXTS, 1000) @ weights).square().sum().backward()
+        found = {n: p.grad for n, p in encoder.named_parameters() if p.grad is not None}
+        gradients.append(found)
+    padded, packed = gradients
+    assert padded.keys() == packed.keys()
+    largest = max(gradient.abs().max() for gradient in padded.values())
+    for parameter, gradient in padded.items():
+        difference = (packed[parameter] - gradient).abs().max()
+        assert difference < 1e-5 * largest, parameter
+
+
+def test_runs_that_validation_asked_for_first_serve_training():
+    ends = torch.tensor([0, 5, 8])
+    given = [states(2, 8) for _ in range(3)]
+    with torch.inference_mode():
+        varlen_attention(Layer(False), *given, None, cu_seq_lens_q=ends)
+    varlen_attention(Layer(False), *given, None, cu_seq_lens_q=ends)[0].sum().backward()
+    assert given[2].grad.abs().sum() > 0
+
+
 def test_packed_chunks_hold_no_padding(tiny_bert):
     encoder = Encoder(EncoderSpec(str(tiny_bert)))
     encoder.pack(CPU)
@@ -128,6 +158,26 @@ def test_the_exported_model_does_not_know_how_it_was_trained(tiny_bert, tmp_path
     export_encoder(encoder, tmp_path / "model")
     assert VARLEN not in "".join(p.read_text() for p in (tmp_path / "model").rglob("*.json"))
     exported = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert exported[0].auto_model.config._attn_implementation == "sdpa"
+
+
+def test_a_fit_with_a_given_attention_is_exported_for_any(tiny_bert, tmp_path):
+    rows = [{"query": f"query {i}", "pos": [f"document {i} {'w ' * i}"]} for i in range(4)]
+    data, run = tmp_path / "train.jsonl", tmp_path / "run"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {
+        "model.model_name_or_path": tiny_bert,
+        "model.attn_implementation": "eager",
+        "model.grad_cache": True,
+        "data.train_path": data,
+        "trainer.max_steps": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.default_root_dir": run,
+        "trainer.enable_progress_bar": False,
+    }
+    main(["fit", *(f"--{name}={value}" for name, value in flags.items())])
+    assert not (run / "model" / "UNVERIFIED").exists()
+    exported = SentenceTransformer(str(run / "model"), device="cpu")
     assert exported[0].auto_model.config._attn_implementation == "sdpa"
 
 

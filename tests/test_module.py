@@ -1,15 +1,21 @@
 """What the module settles from its data, and what it computes in a step."""
 
 import json
+import time
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, InputError
+from embedtune.batch import Collator
+from embedtune.encoder import Encoder, EncoderSpec
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL, Matryoshka
 from embedtune.optim import build_optimizer, build_schedule
+from embedtune.progress import Throughput
 from embedtune.settle import sample_embeddings
 from embedtune.teacher_store import TeacherWriter
 
@@ -170,6 +176,40 @@ def test_pca_starts_from_the_training_texts(tmp_path, tiny_bert):
     embeddings = sample_embeddings(module.encoder, module.data, module.device)
     energy = embeddings.square().mean(dim=0)
     assert energy[:8].sum() > 0.5 * energy.sum()
+
+
+def test_flash_attention_in_float32_is_an_error(tmp_path, tiny_bert):
+    class Flash(EmbeddingModule):
+        def setup(self, stage):
+            self.encoder.attn_implementation = "flash_attention_2"
+            super().setup(stage)
+
+    with pytest.raises(
+        InputError, match=r"trainer.precision: .*flash_attention_2 needs bf16"
+    ):
+        fit(tmp_path, tiny_bert, "pair", kind=Flash)
+
+
+def test_the_time_of_a_validation_is_not_waited_for(tmp_path, tiny_bert):
+    class SlowValidation(pl.Callback):
+        def on_validation_start(self, trainer, module):
+            time.sleep(1)
+
+    callbacks = [SlowValidation(), Throughput()]
+    settings = {"callbacks": callbacks, "val_check_interval": 1, "max_epochs": 1}
+    validated = {"val_path": write(tmp_path, "pair")}
+    module, _ = fit(tmp_path, tiny_bert, "pair", validated, trainer_kwargs=settings)
+    logged = module.trainer.callback_metrics
+    assert logged["train/input_wait"] < 0.5
+    assert logged["train/padding_efficiency"] == 1
+
+
+def test_a_router_s_texts_are_not_tokenised_ahead(tiny_bert, tmp_path):
+    routes = [list(SentenceTransformer(str(tiny_bert), device="cpu")) for _ in range(2)]
+    router = Router.for_query_document(query_modules=routes[0], document_modules=routes[1])
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path))
+    assert Collator(Encoder(EncoderSpec(str(tmp_path))), 8, 8, 64).tokens_key is None
+    assert Collator(Encoder(EncoderSpec(str(tiny_bert))), 8, 8, 64).tokens_key is not None
 
 
 def test_the_encoder_trains_with_dropout(tmp_path, tiny_bert):

@@ -20,6 +20,9 @@ from transformers.masking_utils import sdpa_mask
 VARLEN = "embedtune_varlen"
 """The name under which transformers finds this attention; padded inputs go to its own ``sdpa``."""
 
+PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What tells attention where each text of a packed chunk starts, by transformers' names."""
+
 SLACK = 16
 """Tokens by which texts that attention pads to one length may differ: a run for each length of
 short texts would cost more than the padding."""
@@ -114,6 +117,7 @@ class Runs(NamedTuple):
 
 
 @lru_cache(maxsize=8)  # every layer asks again
+@torch.inference_mode(False)  # what validation asks for first, training may need too
 def divide(lengths: tuple[int, ...]) -> Runs:
     """Divide the texts of a chunk, the longest first, into runs of up to ``SLACK`` tokens less.
 
@@ -193,7 +197,10 @@ def _mask(run: Run, window: int | None, causal: bool) -> Tensor | None:
     near = distance.abs() < window
     if causal:
         return near & (distance >= 0)
-    return near if run.real is None else near & run.real
+    if run.real is None:
+        return near
+    # Padding far from every token sees itself: its output is not used, but must be a number.
+    return near & (run.real | (distance == 0))
 
 
 def _attend(
@@ -216,20 +223,18 @@ def _attend(
             probabilities = scores.softmax(dim=-1)
             kept, kept_share = dropout_mask(probabilities.shape, dropout)
             return ((probabilities * kept) @ value) / kept_share
-    kind = query.dtype
-    if kind == torch.bfloat16:
-        # torch's fused backward for bfloat16 takes several times as long as that for float32.
-        query, key, value = query.float(), key.float(), value.float()
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    ).to(kind)
+    # torch's fused backward for bfloat16 takes several times as long as that for float32.
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(
+            query.float(),
+            key.float(),
+            value.float(),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        ).to(query.dtype)
 
 
 def dropout_mask(shape: Sequence[int], dropout: float) -> tuple[Tensor, float]:
@@ -252,8 +257,8 @@ class FastDropout(torch.nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements in training."""
-        if not self.training or self.p == 0:
-            return input
+        if not self.training or self.p == 0 or input.device.type != "cpu":
+            return super().forward(input)
         kept, kept_share = dropout_mask(input.shape, self.p)
         return input * kept / kept_share
 
@@ -264,6 +269,21 @@ def use_fast_dropout(model: torch.nn.Module) -> None:
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Dropout and not child.inplace:
                 setattr(module, name, FastDropout(child.p).train(child.training))
+
+
+def unpack(features: dict[str, Any]) -> dict[str, Any]:
+    """Pad what a packed chunk became, for the modules after the transformer."""
+    lengths = features["cu_seq_lens_q"].diff()
+    kept = {k: v for k, v in features.items() if k not in (*PACKED_INPUTS, "position_ids")}
+    real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    place = real.flatten().nonzero().flatten()
+    for name in ("input_ids", "token_embeddings"):
+        packed = features[name][0]
+        # Moved at once: text by text, the gradient of each would be as large as the whole.
+        padded = packed.new_zeros(real.numel(), *packed.shape[1:]).index_copy(0, place, packed)
+        kept[name] = padded.unflatten(0, real.shape)
+    kept["attention_mask"] = real.long()
+    return kept
 
 
 AttentionInterface.register(VARLEN, varlen_attention)

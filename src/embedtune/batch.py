@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     Attributes:
         example_id: int64 ``[b]``, the numbers of the examples in their data set; empty for a spare
             share, whose one example does not count.
-        chunks: Padded token features; the texts of a chunk are of about equal length.
+        chunks: Token features, packed or padded; the texts of a chunk are of about equal length.
         query: int64 ``[b]``.
         positive: int64 ``[m]``, empty for distill.
         negative: int64 ``[b * k]``, query-major, empty without hard negatives.
@@ -161,6 +161,8 @@ class Collator:
 
         None where ids do not tell all of a text, or where no digest can tell the tokenizer.
         """
+        if self.encoder.routes:  # each route has a tokenizer of its own
+            return None
         backend = getattr(self.encoder.model.tokenizer, "backend_tokenizer", None)
         features = self.encoder.tokenize([PROBE], "document", None, self.passage_max_len)
         tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}

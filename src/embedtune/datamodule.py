@@ -1,5 +1,6 @@
 """The LightningDataModule: files in, batches out."""
 
+import multiprocessing
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -75,7 +76,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
                 from the files' sizes.
             shuffle: False trains in the files' order.
             num_workers: Processes of each rank that make batches ahead; 0 makes them in the
-                training process. The default is 0 on a CPU, whose cores the model needs, else 4.
+                training process. The default is 0 on a CPU, whose cores the model needs, and where
+                processes cannot be forked, else 4.
             tokens_per_chunk: Tokens, padding included, that are encoded at once; the default is
                 2,048 on a CPU, whose caches they fill, and 16,384 elsewhere.
             seed: Seed of the order and of the negatives.
@@ -212,7 +214,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
         """Processes of each rank that make batches ahead."""
         if self._num_workers is not None:
             return self._num_workers
-        return 0 if self._is_on_cpu else 4
+        # Started otherwise than by fork, each would be sent a copy of the encoder.
+        return 4 if multiprocessing.get_start_method() == "fork" and not self._is_on_cpu else 0
 
     @property
     def _is_on_cpu(self) -> bool:

@@ -80,7 +80,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part = Path(folder) / path.name
         yield part
-        part.replace(path)
+        if not path.exists():  # another node may have mapped what it has written meanwhile
+            part.replace(path)
 
 
 class Rows:

@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from embedtune.attention import VARLEN, use_fast_dropout
+from embedtune.attention import PACKED_INPUTS, VARLEN, unpack, use_fast_dropout
 from embedtune.errors import InputError
 from embedtune.loading import (
     UNLIMITED,
@@ -43,8 +43,6 @@ class EncoderSpec(NamedTuple):
 
 LONGEST_WINDOW = 1024
 """Tokens of the widest sliding window that packing is tried with: the trial is longer than it."""
-PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-"""What tells attention where each text of a packed chunk starts, by transformers' names."""
 
 
 class Encoder(nn.Module):
@@ -178,6 +176,11 @@ class Encoder(nn.Module):
         largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
         return {type(largest[0])}
 
+    @property
+    def routes(self) -> bool:
+        """Whether queries and documents take different ways through the model."""
+        return any(isinstance(module, Router) for module in self.model)
+
     # --- Text to features ---------------------------------------------------------------
 
     def default_prompt(self, role: Role) -> str | None:
@@ -196,7 +199,7 @@ class Encoder(nn.Module):
             max_len: Longest input in tokens, prompt and special tokens included.
         """
         features = self.model.preprocess(list(texts), prompt=prompt, max_length=max_len, task=role)
-        if any(isinstance(module, Router) for module in self.model):
+        if self.routes:
             features["task"] = role
         if all(module.include_prompt for module in self.model if isinstance(module, Pooling)):
             features.pop("prompt_length", None)
@@ -226,15 +229,15 @@ class Encoder(nn.Module):
     def _pad(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
         tokenizer = self.model.tokenizer
         values = {
-            "input_ids": tokenizer.pad_token_id,
-            "token_type_ids": tokenizer.pad_token_type_id,
+            "input_ids": getattr(tokenizer, "pad_token_id", 0),
+            "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
         }
         return {
             name: pad_sequence(
                 [row[name] for row in rows],
                 batch_first=True,
                 padding_value=values.get(name, 0),
-                padding_side=tokenizer.padding_side,
+                padding_side=getattr(tokenizer, "padding_side", "right"),
             )
             for name in rows[0]
         }
@@ -251,9 +254,13 @@ class Encoder(nn.Module):
         transformer: Any = self.model[0]
         if device.type == "cpu":
             use_fast_dropout(self.model)
-        if self.packs or self.attn_implementation not in (None, VARLEN):
-            self.packs = self.packs or self._flash_packs
-        elif device.type == "cpu" and _has_plain_attention(transformer):
+        if self.attn_implementation is not None:
+            self.packs = self._flash_packs
+        elif device.type != "cpu" and self.packs:
+            # The module was trained on a CPU before.
+            transformer.model.set_attn_implementation("sdpa")
+            self.packs = False
+        elif device.type == "cpu" and not self.packs and _has_plain_attention(transformer):
             before = transformer.config._attn_implementation
             transformer.model.set_attn_implementation(VARLEN)
             self.packs = True
@@ -266,8 +273,8 @@ class Encoder(nn.Module):
     def _packs_exactly(self) -> bool:
         # One text longer than a window.
         longest = 8 + (_window(self.model[0]) or 0)
-        texts = ["one", " ".join(["two"] * longest), "one two three"]
-        features = self.tokenize(texts, "document", None, 2 * longest)
+        texts = ["one", " ".join(map(str, range(longest))), "one two three"]
+        features = self.tokenize(texts, "document", None, 4 * longest)
         tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
         if "attention_mask" not in tensors:
             return False
@@ -291,7 +298,7 @@ class Encoder(nn.Module):
         """Return the embeddings ``[b, width]``, float32, not normalised."""
         features = self.model[0](dict(features))
         if "cu_seq_lens_q" in features:
-            features = _unpack(features)
+            features = unpack(features)
         for name in ("token_embeddings", "sentence_embedding"):
             if name in features:
                 features[name] = features[name].float()
@@ -326,18 +333,3 @@ def _window(transformer: nn.Module) -> int | None:
     config: Any = transformer.config
     has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     return config.sliding_window if has_window else None
-
-
-def _unpack(features: Features) -> Features:
-    """Pad what a packed chunk became, for the modules after the transformer."""
-    lengths = features["cu_seq_lens_q"].diff()
-    kept = {k: v for k, v in features.items() if k not in (*PACKED_INPUTS, "position_ids")}
-    real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-    place = real.flatten().nonzero().flatten()
-    for name in ("input_ids", "token_embeddings"):
-        packed = features[name][0]
-        # Moved at once: text by text, the gradient of each would be as large as the whole.
-        padded = packed.new_zeros(real.numel(), *packed.shape[1:]).index_copy(0, place, packed)
-        kept[name] = padded.unflatten(0, real.shape)
-    kept["attention_mask"] = real.long()
-    return kept

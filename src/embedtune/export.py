@@ -28,7 +28,7 @@ TOLERANCE = 1e-5
 """Largest difference allowed, relative to the largest absolute value of the embeddings."""
 
 LOOSE_TOLERANCE = 0.1
-"""The same for a sharded model that computes in half precision or on another device: it tells
+"""The same for a model in training that computes in half precision or on another device: it tells
 missing, misplaced or stale weights from rounding."""
 
 PROBES = (
@@ -184,8 +184,9 @@ def export_running(trainer: pl.Trainer, module: EmbeddingModule, folder: Path) -
     """Export the model of a running fit; all ranks must call it."""
     strategy, encoder = trainer.strategy, module.encoder
     training = encoder.training
-    if isinstance(strategy, FSDP | ZeRO):
-        trained = _embed_probes_sharded(trainer, module)
+    # Attention that was asked for may be one that a CPU does not have.
+    if isinstance(strategy, FSDP | ZeRO) or encoder.attn_implementation is not None:
+        trained = _embed_probes_in_training(trainer, module)
         weights = whole_weights(strategy, encoder)
         if trainer.is_global_zero:
             exact = strategy.root_device.type == "cpu" and trainer.precision == "32-true"
@@ -202,12 +203,12 @@ def export_running(trainer: pl.Trainer, module: EmbeddingModule, folder: Path) -
     strategy.barrier()
 
 
-def _embed_probes_sharded(trainer: pl.Trainer, module: EmbeddingModule) -> Tensor:
+def _embed_probes_in_training(trainer: pl.Trainer, module: EmbeddingModule) -> Tensor:
     strategy = trainer.strategy
 
     def forward(chunks: list[Features]) -> Tensor:
         batch = module.transfer_batch_to_device(chunks, strategy.root_device, 0)
-        # Through the wrapper, which gathers the parameters of every layer.
+        # Through the wrapper, which gathers the parameters of every layer where they are sharded.
         with trainer.precision_plugin.val_step_context():
             return cast(Any, strategy.model)(batch)
 

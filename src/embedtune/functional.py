@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-DIRECT_PAIRS = 32
+DIRECT_PAIRS = 16
 """Values of a block that the rank hinge compares one by one: below it, sorting takes longer."""
 EPSILON = 1e-12  # below it a squared norm counts as this: a zero prefix has zero similarities
 
@@ -323,7 +323,7 @@ def count_violations(
     s = F.pad(scores, (0, size - m), value=float("inf"))
     t = F.pad(raised, (0, size - m), value=float("-inf"))
     width = min(size, DIRECT_PAIRS)
-    violated = (s.view(-1, 1, width) < t.view(-1, width, 1)).triu(diagonal=1)  # [block, a, b]
+    violated = (s.view(-1, 1, width) < t.view(-1, width, 1)).triu_(diagonal=1)  # [block, a, b]
     beaten = violated.sum(dim=2, dtype=torch.int32).flatten()
     beating = violated.sum(dim=1, dtype=torch.int32).flatten()
     while width < size:

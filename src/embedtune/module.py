@@ -125,6 +125,12 @@ class EmbeddingModule(pl.LightningModule):
         refuse_unsupported(self.trainer)
         strategy: Any = self.trainer.strategy
         device = strategy.root_device
+        attention = self.encoder.attn_implementation or ""
+        if "flash" in attention and str(self.trainer.precision) == "32-true":
+            raise InputError(
+                f"trainer.precision: model.attn_implementation {attention} needs bf16-mixed or "
+                "16-mixed, found 32-true"
+            )
         self.encoder.pack(device)
         if stage == "predict":
             return

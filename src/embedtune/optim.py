@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -69,6 +70,11 @@ def restore_settings(
     """Let ``settings`` win over those that a checkpoint brought, at the step where it goes on."""
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         group.update(wanted)
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if "step" in state:  # a fused optimiser reads it where the parameter is
+                step = torch.as_tensor(state["step"], dtype=torch.float32)
+                state["step"] = step.to(parameter.device)
     schedule.base_lrs = [wanted["initial_lr"] for wanted in settings]
     rates = [
         base * share(schedule.last_epoch)

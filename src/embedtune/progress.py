@@ -148,6 +148,12 @@ class Throughput(pl.Callback):
         """Leave the time between epochs (validation, export) out of the count."""
         self._restart()
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave a validation in the middle of an epoch out as well."""
+        now = time.perf_counter()
+        self._since += now - self._ended
+        self._ended = now
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:

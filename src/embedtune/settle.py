@@ -116,5 +116,7 @@ def sample_embeddings(encoder: Encoder, data: EmbeddingDataModule, device: torch
     ]
     # One batch, whatever the batch size and the ranks: its chunks are as small as any.
     chunks = move_data_to_device(collate(examples).chunks, device)
-    with torch.no_grad():
+    # Flash attention takes half precision alone.
+    needs_half = "flash" in (encoder.attn_implementation or "")
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=needs_half):
         return torch.cat([encoder(features) for features in chunks]).cpu()

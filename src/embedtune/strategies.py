@@ -1,7 +1,7 @@
 """Which strategy a name stands for, and which checkpoints it takes."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
@@ -111,4 +111,6 @@ def whole_weights(strategy: Strategy, encoder: nn.Module) -> dict[str, Tensor]:
     """
     if isinstance(strategy, FSDP | ZeRO):
         return strategy.whole_weights(encoder)
+    if not cast(Any, strategy).is_global_zero:
+        return {}
     return {name: tensor.cpu() for name, tensor in encoder.state_dict().items()}

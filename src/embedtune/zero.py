@@ -97,8 +97,8 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
         self.deepspeed_engine._config.load_universal_checkpoint = True
         facts = super().load_checkpoint(path)
         # DeepSpeed 0.19 gives all groups of stage 3 one counter, which each of them would raise.
-        for state in self.deepspeed_engine.optimizer.optimizer.state.values():
-            state["step"] = deepcopy(state["step"])
+        for parameter, state in self.deepspeed_engine.optimizer.optimizer.state.items():
+            state["step"] = deepcopy(state["step"]).to(parameter.device)
         return facts
 
     def _load_weights(self, module: pl.LightningModule, path: Path) -> None:
