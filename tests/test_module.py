@@ -184,9 +184,7 @@ def test_flash_attention_in_float32_is_an_error(tmp_path, tiny_bert):
             self.encoder.attn_implementation = "flash_attention_2"
             super().setup(stage)
 
-    with pytest.raises(
-        InputError, match=r"trainer.precision: .*flash_attention_2 needs bf16"
-    ):
+    with pytest.raises(InputError, match=r"trainer.precision: .*flash_attention_2 needs bf16"):
         fit(tmp_path, tiny_bert, "pair", kind=Flash)
 
 
