@@ -63,7 +63,7 @@ class Bench:
             self._command(["-m", "embedtune", "demo-data", "--out", str(self.work / "demo")])
             self.data = str(self.work)
 
-    def _command(self, arguments: list[str]) -> str:
+    def _command(self, arguments: list[str], **more: str) -> str:
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} {' '.join(arguments)[:200]}\n")
         environment = {
             **os.environ,
@@ -71,6 +71,7 @@ class Bench:
             "OMP_WAIT_POLICY": "passive",
             "TOKENIZERS_PARALLELISM": "false",
             "EMBEDTUNE_CACHE": str(self.work / "cache"),
+            **more,
         }
         done = subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, env=environment
@@ -80,8 +81,8 @@ class Bench:
         return done.stdout
 
     def script(self, name: str) -> str:
-        """Return what another script of this folder prints."""
-        return self._command([str(HERE / name)])
+        """Return what another script of this folder prints, with one thread."""
+        return self._command([str(HERE / name)], OMP_NUM_THREADS="1")
 
     def train(self, side: str, rows: Path, flags: list[str]) -> dict[str, Any]:
         """Run benchmarks/train.py and return what it measured."""
@@ -182,17 +183,18 @@ _BOTH = (True, False)  # with the gradient cache, and without
 
 def memory(bench: Bench) -> str:
     """Measure peak memory against the batch, with the gradient cache and without."""
-    name = "banking77" if "banking77" in bench.workloads else "docstrings"
-    lines = []
-    for batch, caches in ((64, _BOTH), (256, _BOTH), (2048, (True,))):
-        lines.append(_cached(bench, name, batch, caches))
+    name = next(iter(bench.workloads))
+    lines = [
+        _cached(bench, name, batch, caches, steps)
+        for batch, caches, steps in ((64, _BOTH, 4), (256, _BOTH, 4), (2048, (True,), 2))
+    ]
     header = ["pairs a batch", "peak memory, grad_cache", "without", "step, grad_cache", "without"]
     return table([*header, "time ratio"], lines)
 
 
-def _cached(bench: Bench, name: str, batch: int, caches: tuple[bool, ...]) -> list[str]:
-    steps = 6 if len(caches) > 1 else 3
-    workload = bench.workloads[name]._replace(batch_size=batch, negatives=0, steps=steps)
+def _cached(bench: Bench, name: str, batch: int, caches: tuple[bool, ...], steps: int) -> list[str]:
+    workload = bench.workloads[name]
+    workload = workload._replace(batch_size=batch, negatives=0, passage_max_len=64, steps=steps)
     rows = bench.rows(f"{name}-pairs", workload, 0, steps * batch)
     found: dict[bool, list[dict[str, Any]]] = {cache: [] for cache in caches}
     for _ in range(bench.rounds if len(caches) > 1 else 1):
@@ -200,9 +202,12 @@ def _cached(bench: Bench, name: str, batch: int, caches: tuple[bool, ...]) -> li
             flags = ["--precision=bf16", f"--model.grad_cache={str(cache).lower()}"]
             found[cache].append(bench.train("embedtune", rows, [*workload.flags, *flags]))
     peaks = [f"{max(r['peak_mb'] for r in found[c]):,.0f} MB" if c in found else "" for c in _BOTH]
-    seconds = {c: statistics.median(r["step_s"] for r in runs) for c, runs in found.items()}
+    timed = steps > 2  # the first two warm up
+    seconds = {
+        c: statistics.median(r["step_s"] for r in runs) for c, runs in found.items() if timed
+    }
     times = [f"{seconds[c]:.2f} s" if c in seconds else "" for c in _BOTH]
-    ratio = f"{seconds[True] / seconds[False]:.2f}x" if len(caches) > 1 else ""
+    ratio = f"{seconds[True] / seconds[False]:.2f}x" if len(seconds) > 1 else ""
     return [f"{batch:,}", *peaks, *times, ratio]
 
 
