@@ -1,6 +1,8 @@
 """The LightningModule: encoder, projection and loss."""
 
+import ctypes
 import math
+import os
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -203,6 +205,8 @@ class EmbeddingModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
         self.train()
+        if self.grad_cache and self.device.type == "cpu":
+            _return_freed_memory()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss, weighted so that its mean over ranks is that over all queries."""
@@ -319,3 +323,13 @@ class EmbeddingModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what rebuilds the encoder's structure beside its weights."""
         checkpoint["encoder_spec"] = self.encoder.spec._asdict()
+
+
+def _return_freed_memory() -> None:
+    """Let glibc return freed blocks from 64 KB on to the system.
+
+    Chunks of many shapes would fragment its heap, which then grows with the batch.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
