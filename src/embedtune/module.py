@@ -162,8 +162,13 @@ class EmbeddingModule(pl.LightningModule):
         if not self.grad_cache or not torch.is_grad_enabled():
             return torch.cat([self.encoder(features) for features in chunks])
         # Backward starts with the last chunk, so its activations are gone before any others come.
-        encoded = [checkpoint(self.encoder, features, use_reentrant=False) for features in cached]
-        return torch.cat([*encoded, self.encoder(last)])
+        encoded = [checkpoint(self._encode, features, use_reentrant=False) for features in cached]
+        return torch.cat([*encoded, self._encode(last)])
+
+    def _encode(self, features: Features) -> Tensor:
+        if features["input_ids"].device.type == "cpu":
+            _return_freed_memory()
+        return self.encoder(features)
 
     def embeddings(self, batch: Batch, shares: Shares) -> Embeddings:
         """Encode this rank's share and sort the embeddings by their part in the loss."""
@@ -205,8 +210,6 @@ class EmbeddingModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
         self.train()
-        if self.grad_cache and self.device.type == "cpu":
-            _return_freed_memory()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss, weighted so that its mean over ranks is that over all queries."""
@@ -326,10 +329,7 @@ class EmbeddingModule(pl.LightningModule):
 
 
 def _return_freed_memory() -> None:
-    """Let glibc return freed blocks from 64 KB on to the system.
-
-    Chunks of many shapes would fragment its heap, which then grows with the batch.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD
+    """Let glibc return what is free in its heap, which chunks of many shapes fragment."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
