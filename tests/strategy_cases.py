@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, gather
+from embedtune.baseline import Baseline
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL
 from embedtune.strategies import named_strategy, whole_weights
 from embedtune.teacher_store import TeacherWriter
@@ -145,15 +146,17 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
     )
     module.adamw, module.seen, module.losses = case.get("adamw", False), [], []
     module.precisions = set()
+    validated = str(data_path) if case.get("validate") else None
     data = EmbeddingDataModule(
         str(data_path),
-        val_path=str(data_path) if case.get("validate") else None,
+        val_path=evaluated_paths(folder, data_path) if case.get("evaluate") else validated,
         batch_size=case["batch"] // ranks,
         tokens_per_chunk=64,
         **settings,
     )
     keep = KeepWeights()
-    trainer = make_trainer(case, folder, ranks, [keep])
+    baseline = [Baseline()] if case.get("evaluate") else []
+    trainer = make_trainer(case, folder, ranks, [*baseline, keep])
     checkpoint = folder / case["from"] if "from" in case else None
     if case.get("validate"):
         return trainer.validate(module, data, ckpt_path=checkpoint, verbose=False)[0]
@@ -165,8 +168,15 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
         "logged": keep.logged,
         "losses": module.losses,
         "precisions": module.precisions,
+        "base": module.base_metrics,
+        "metrics": module.metrics,
         "seen": module.seen,
     }
+
+
+def evaluated_paths(folder: Path, data_path: Path) -> dict[str, str]:
+    scored = folder / "data" / "scored-pairs.jsonl"
+    return {"docs": str(folder / "data" / "docs"), "pairs": str(scored), "loss": str(data_path)}
 
 
 def make_trainer(case: dict, folder: Path, ranks: int, callbacks: list) -> pl.Trainer:
@@ -204,8 +214,27 @@ def strategy_of(case: dict):
     return strategy
 
 
+def write_testsets(folder: Path) -> None:
+    """Write a retrieval set with grades, where documents occur twice, and scored pairs."""
+    found = rows("triplet", 37)
+    documents = [text for row in found for text in (*row["pos"], row["neg"][0])] + found[3]["pos"]
+    lines = {
+        "corpus.jsonl": [{"_id": f"d{i}", "text": text} for i, text in enumerate(documents)],
+        "queries.jsonl": [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(found)],
+    }
+    (folder / "docs" / "qrels").mkdir(parents=True)
+    for name, made in lines.items():
+        (folder / "docs" / name).write_text("".join(json.dumps(line) + "\n" for line in made))
+    grades = [f"q{i}\td{j}\t{1 + j % 3}\n" for i in range(37) for j in (2 * i, (5 * i) % 74)]
+    header = "query-id\tcorpus-id\tscore\n"
+    (folder / "docs" / "qrels" / "dev.tsv").write_text(header + "".join(dict.fromkeys(grades)))
+    scored = "".join(json.dumps(row) + "\n" for row in rows("scored", 13))
+    (folder / "scored-pairs.jsonl").write_text(scored)
+
+
 def write_data(folder: Path, cases: list[dict]) -> None:
     (folder / "data").mkdir()
+    write_testsets(folder / "data")
     for name, count in {(case["rows"], case["count"]) for case in cases}:
         path = folder / "data" / f"{name}-{count}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows(name, count)))

@@ -116,9 +116,9 @@ def test_the_share_of_truncated_texts_is_told(tiny_bert, caplog):
 def test_a_validation_set_is_named_and_its_loss_logged(tiny_bert, caplog):
     with caplog.at_level("INFO", logger="embedtune"):
         fit(tiny_bert, "--data.val_path", write("val.jsonl", PAIRS[:6]))
-    assert "validation      6 examples of val.jsonl" in caplog.text
+    assert "val/val         6 examples (loss)" in caplog.text
     rows = list(csv.DictReader(Path("run/metrics.csv").read_text().splitlines()))
-    assert sum(bool(row["val/loss"]) for row in rows) == 2
+    assert sum(bool(row["val/val/loss"]) for row in rows) == 3  # the base model is the first
 
 
 def test_a_run_may_go_without_checkpoints(tiny_bert):
@@ -308,7 +308,7 @@ def test_test_reports_spearman_of_a_finished_model(tiny_bert, capsys):
             *("--data.test_path", write("test.jsonl", rows), "--trainer.accelerator", "cpu"),
         ]
     )
-    assert "test/spearman" in capsys.readouterr().out
+    assert "test/test/spearman" in capsys.readouterr().out
     assert not Path("run").exists()
 
 
@@ -322,7 +322,7 @@ def test_validate_takes_a_checkpoint_with_its_projection(tiny_bert, capsys):
             *("--trainer.accelerator", "cpu"),
         ]
     )
-    assert "val/loss/48" in capsys.readouterr().out
+    assert "val/train/loss/48" in capsys.readouterr().out
 
 
 def test_help_lists_every_command(capsys):

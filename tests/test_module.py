@@ -354,7 +354,7 @@ def test_validation_logs_loss_and_spearman(tmp_path, tiny_bert):
     metrics = run.validate(module, EmbeddingDataModule(val_path=path, batch_size=4), verbose=False)[
         0
     ]
-    assert set(metrics) == {"val/loss", "val/spearman"}
+    assert set(metrics) == {"val/val/loss", "val/val/spearman"}
 
     from scipy.stats import spearmanr
 
@@ -365,7 +365,7 @@ def test_validation_logs_loss_and_spearman(tmp_path, tiny_bert):
     ]
     cosine = torch.nn.functional.cosine_similarity(*embeddings)
     expected = spearmanr(cosine, [row["scores"][0] for row in rows]).statistic
-    assert metrics["val/spearman"] == pytest.approx(expected, abs=1e-5)
+    assert metrics["val/val/spearman"] == pytest.approx(expected, abs=1e-5)
 
 
 def test_one_data_module_serves_fit_validate_and_predict(tmp_path, tiny_bert):

@@ -98,6 +98,7 @@ def single_cases(models: dict[str, dict]) -> dict[str, dict]:
     single["whole"] = {**bert, **RESUMED}
     # A number of rows that neither ranks nor batches divide.
     single["validated"] = {**bert, **RESUMED, "count": 19, "validate": True}
+    single["evaluated"] = {**bert, **TASKS["triplet"], "evaluate": True}
     single["validated_scored"] = {**bert, **SCORED["scored"], "count": 19, "validate": True}
     return {name: {**case, "name": name, "strategy": "auto"} for name, case in single.items()}
 
@@ -435,19 +436,30 @@ def test_a_run_of_one_process_goes_on_on_two(runs):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_checkpoint_is_validated_on_any_number_of_ranks(onto_one, strategy):
-    expected = onto_one.alone("validated", **{"from": f"ddp-whole/{CHECKPOINT}"})["val/loss"]
-    assert expected != pytest.approx(onto_one.alone("validated")["val/loss"], rel=0.01)
+    loss = "val/pair-19/loss"
+    expected = onto_one.alone("validated", **{"from": f"ddp-whole/{CHECKPOINT}"})[loss]
+    assert expected != pytest.approx(onto_one.alone("validated")[loss], rel=0.01)
     names = ["validated", "validated_by_one"] if strategy in SHARDED else ["validated"]
     for name in names:
-        found = onto_one.on_ranks(f"{strategy}-{name}")["val/loss"]
+        found = onto_one.on_ranks(f"{strategy}-{name}")[loss]
         assert found == pytest.approx(expected, rel=1e-5), name
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_ranks_validate_scored_rows_together(runs, strategy):
     found, expected = runs.on_ranks(f"{strategy}-validated_scored"), runs.alone("validated_scored")
-    for name in ("val/loss", "val/spearman"):
+    for name in ("val/scored-19/loss", "val/scored-19/spearman"):
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_ranks_evaluate_test_sets_together(runs, strategy):
+    found, expected = runs.on_ranks(f"{strategy}-evaluated"), runs.alone("evaluated")
+    assert {"val/docs/ndcg@10", "val/docs/map@100/8", "val/pairs/spearman/8"} < set(found["base"])
+    for moment in ("base", "metrics"):
+        assert found[moment].keys() == expected[moment].keys()
+        assert found[moment] == pytest.approx(expected[moment], rel=1e-6), moment
+    assert found["metrics"]["val/docs/ndcg@10"] != pytest.approx(found["base"]["val/docs/ndcg@10"])
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

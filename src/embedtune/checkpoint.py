@@ -53,6 +53,18 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
+def best_checkpoint(folder: Path) -> Path | None:
+    """Return the best checkpoint of a fit's folder by ``checkpoint.monitor``, None without one."""
+    last = last_checkpoint(folder)
+    states = {} if last is None else read_facts(last).get("callbacks", {})
+    for name, state in states.items():
+        if name.startswith("ModelCheckpoint") and state.get("monitor"):
+            # By its name in the folder, which may have been moved.
+            path = Path(folder) / Path(state["best_model_path"]).name
+            return path if state["best_model_path"] and path.exists() else None
+    return None
+
+
 def kind_of(path: Path) -> Kind:
     """Tell what kind of checkpoint a path is.
 

@@ -1,28 +1,40 @@
 """The LightningDataModule: files in, batches out."""
 
 import multiprocessing
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from embedtune.batch import Collator
-from embedtune.dataset import ExampleDataset, Rows, resolve_paths
+from embedtune.dataset import ExampleDataset, Rows, open_teacher, resolve_paths
 from embedtune.encoder import Encoder
 from embedtune.errors import InputError, require_positive
-from embedtune.records import Format
-from embedtune.sampler import Cursor, GlobalBatchSampler
-from embedtune.teacher_store import TeacherStore
+from embedtune.records import Format, read_lines
+from embedtune.sampler import GlobalBatchSampler, Place
+from embedtune.testsets import is_beir, read_beir
 from embedtune.tokens import TokenTable
+from embedtune.validation import (
+    TEXTS_PER_BATCH,
+    TextCollator,
+    TextDataset,
+    name_sets,
+    scored_pairs,
+)
 
-DataSet = Literal["train", "val", "test", "predict"]
-NEEDED: dict[str, tuple[DataSet, ...]] = {
+Part = Literal["train", "val", "test", "predict"]
+Evaluated = str | list[str] | dict[str, str | list[str]] | None
+NEEDED: dict[str, tuple[Part, ...]] = {
     "fit": ("train", "val"),
     "validate": ("val",),
     "test": ("test",),
     "predict": ("predict",),
 }
-"""The data sets that each Trainer function reads; the first of them is required."""
+"""The parts of the data that each Trainer function reads; the first of them is required."""
+SPLITS = {"val": ("dev", "val", "test"), "test": ("test",)}
+"""The qrels that are looked for in a BEIR folder, in this order."""
 
 
 class EmbeddingDataModule(pl.LightningDataModule):
@@ -37,8 +49,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
     def __init__(
         self,
         train_path: str | list[str] | None = None,
-        val_path: str | list[str] | None = None,
-        test_path: str | list[str] | None = None,
+        val_path: Evaluated = None,
+        test_path: Evaluated = None,
         predict_path: str | None = None,
         format: Literal["auto", "pair", "triplet", "scored", "distill"] = "auto",
         batch_size: int = 32,
@@ -58,7 +70,9 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
         Args:
             train_path: A jsonl file (plain, .gz or .zst), a glob, or a list of these.
-            val_path: The same, for the loss (scored: and Spearman correlation) after each epoch.
+            val_path: What a fit is measured on, before the first step and after each epoch: a BEIR
+                folder or one of its qrels files (nDCG@10 and more), scored rows (Spearman
+                correlation), or rows of the training format (loss); several as a list, or by name.
             test_path: The same, for ``embedtune test``.
             predict_path: A jsonl file with ``query`` fields, or a text file with a text a line.
             format: Format of the rows; auto takes it from the fields, over all rows.
@@ -92,26 +106,20 @@ class EmbeddingDataModule(pl.LightningDataModule):
         }.items():
             if value is not None:
                 require_positive(f"data.{key}", value)
-        self.paths: dict[DataSet, str | list[str] | None] = {
-            "train": train_path,
-            "val": val_path,
-            "test": test_path,
-            "predict": predict_path,
-        }
-        self.teacher_paths: dict[DataSet, str | list[str] | None] = {
-            "train": teacher_path,
-            "val": val_teacher_path,
-            "test": test_teacher_path,
-        }
+        paths = {"train": train_path, "val": val_path, "test": test_path, "predict": predict_path}
+        self.paths: dict[str, Any] = paths
+        teachers = {"train": teacher_path, "val": val_teacher_path, "test": test_teacher_path}
+        self.teacher_paths = teachers
         self.declared = None if format == "auto" else Format(format)
         self.batch_size, self.neg_nums = batch_size, neg_nums
         self.shuffle, self.seed = shuffle, seed
         self._query_max_len, self.passage_max_len = query_max_len, passage_max_len
         self.teacher_embedding_dim = teacher_embedding_dim
         self._num_workers, self._tokens_per_chunk = num_workers, tokens_per_chunk
-        self.datasets: dict[DataSet, ExampleDataset] = {}
+        self.datasets: dict[str, ExampleDataset] = {}
+        self.testsets: dict[str, TextDataset] = {}
         self._tokens: TokenTable | None = None
-        self._resumed: dict[str, int] = {}
+        self._place = Place()
 
     # --- Reading ------------------------------------------------------------------------
 
@@ -125,15 +133,41 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def _open_all(self) -> None:
         needed = self._needed()
-        for name in needed:
-            if name not in self.datasets:
-                self.datasets[name] = self._open(name)
-        formats = self._formats()
-        if len(set(formats.values())) > 1:
-            found = ", ".join(f"{name}: {row_format}" for name, row_format in formats.items())
-            raise InputError(f"data: expected one format in all data sets, found {found}")
+        for part in needed:
+            key = f"data.{part}_path"
+            if part == "val" or part == "test":
+                for name, paths in name_sets(self.paths[part], key).items():
+                    if not {f"{part}/{name}"} & {*self.datasets, *self.testsets}:
+                        self._open_evaluated(part, f"{part}/{name}", paths)
+            elif part not in self.datasets:
+                # Queries alone are what predict takes from rows of any format.
+                declared = Format.DISTILL if part == "predict" else self.declared
+                rows = Rows(resolve_paths(self.paths[part], key), declared)
+                self.datasets[part] = self._examples(part, rows)
         # Anew in each run, whose model may be another.
         self._tokens = self._open_tokens() if "train" in needed else None
+
+    def _open_evaluated(self, part: Part, name: str, given: list[str]) -> None:
+        """Open one set of ``val_path`` or ``test_path`` for what can be measured on it."""
+        if is_beir(Path(given[0])):
+            self.testsets[name] = TextDataset(read_beir(Path(given[0]), SPLITS[part]))
+            return
+        paths = resolve_paths(given, f"data.{part}_path")
+        is_scored = any("scores" in line.fields for line in islice(read_lines(paths), 1))
+        rows = Rows(paths, None if is_scored else self.declared)
+        if rows.format == Format.SCORED:
+            self.testsets[name] = TextDataset(scored_pairs(rows))
+            # Sentence pairs have no default loss; nobody asked for one to be validated.
+            has_loss = "train" in self.datasets or self.trainer.lightning_module.loss is not None
+            if not has_loss and rows.list_lengths.min() < 2:
+                return
+        if self.format in (None, rows.format):
+            self.datasets[name] = self._examples(part, rows)
+        elif rows.format != Format.SCORED:
+            raise InputError(
+                f"data.{part}_path: {given[0]}: expected {self.format} rows as those of training, "
+                f"scored rows or a BEIR folder, found {rows.format} rows"
+            )
 
     def _open_tokens(self) -> TokenTable | None:
         """Open the token ids of the training rows, which are tokenised where there are none yet.
@@ -150,42 +184,17 @@ class EmbeddingDataModule(pl.LightningDataModule):
         key = collator.tokens_key
         return None if key is None else TokenTable(data.rows, collator, key)
 
-    def _formats(self) -> dict[DataSet, Format]:
-        # Of what has a loss: predict takes the queries of any format.
-        opened = {name: data.rows.format for name, data in self.datasets.items()}
-        return {name: row_format for name, row_format in opened.items() if name != "predict"}
+    def _needed(self) -> list[Part]:
+        parts = NEEDED[str(self.trainer.state.fn.value)]
+        if not self.paths[parts[0]]:
+            raise InputError(f"data.{parts[0]}_path: expected a file, found nothing")
+        return [part for part in parts if self.paths[part]]
 
-    def _needed(self) -> list[DataSet]:
-        names = NEEDED[str(self.trainer.state.fn.value)]
-        if self.paths[names[0]] is None:
-            raise InputError(f"data.{names[0]}_path: expected a file, found nothing")
-        return [name for name in names if self.paths[name] is not None]
-
-    def _read(self, name: DataSet) -> Rows:
-        # Queries alone are what predict takes from rows of any format.
-        declared = Format.DISTILL if name == "predict" else self.declared
-        return Rows(resolve_paths(self.paths[name] or [], f"data.{name}_path"), declared)
-
-    def _open(self, name: DataSet) -> ExampleDataset:
-        rows = self._read(name)
-        paths = self.teacher_paths.get(name)
-        key = "data.teacher_path" if name == "train" else f"data.{name}_teacher_path"
-        teacher = None
-        if rows.format == Format.DISTILL and name != "predict":
-            if paths is None:
-                raise InputError(
-                    f"{key}: expected the teacher's memory map for distill data, found nothing"
-                )
-            teacher = TeacherStore(
-                [paths] if isinstance(paths, str) else paths,
-                len(rows),
-                self.teacher_embedding_dim,
-                rows.queries_digest,
-            )
-        elif paths is not None:
-            raise InputError(
-                f"{key}: expected distill data (rows of 'query' alone), found {rows.format} rows"
-            )
+    def _examples(self, part: Part, rows: Rows) -> ExampleDataset:
+        key = "data.teacher_path" if part == "train" else f"data.{part}_teacher_path"
+        if part == "predict":
+            return ExampleDataset(rows)
+        teacher = open_teacher(rows, self.teacher_paths[part], self.teacher_embedding_dim, key)
         return ExampleDataset(rows, self.neg_nums, self.seed, teacher)
 
     # --- Facts that others ask for ------------------------------------------------------
@@ -193,7 +202,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
     @property
     def format(self) -> Format | None:
         """Format of the opened data; None when there is none (predict)."""
-        return next(iter(self._formats().values()), None)
+        formats = (data.rows.format for part, data in self.datasets.items() if part != "predict")
+        return next(formats, None)
 
     @property
     def query_max_len(self) -> int:
@@ -234,33 +244,27 @@ class EmbeddingDataModule(pl.LightningDataModule):
         stores = [data.teacher for data in self.datasets.values() if data.teacher is not None]
         return stores[0].width if stores else None
 
-    def sampler(self, name: DataSet) -> GlobalBatchSampler:
+    def evaluated(self, part: Literal["val", "test"]) -> list[str]:
+        """Return the names of the sets, such as ``val/dev``, whose batches a step gets.
+
+        In the order of the loaders; scored rows that have a loss as well are in it twice.
+        """
+        names = (*self.datasets, *self.testsets)
+        return [name for name in names if name.startswith(f"{part}/")]
+
+    def sampler(self, name: str) -> GlobalBatchSampler:
         """Return the order of one data set's batches on this rank."""
-        return GlobalBatchSampler(
+        is_train = name == "train"
+        return self._order(
             len(self.datasets[name]),
             self.batch_size,
-            seed=self.seed,
-            shuffle=self.shuffle and name == "train",
-            rank=self.trainer.global_rank,
-            num_ranks=self.trainer.world_size,
-            cursor=self._cursor if name == "train" else lambda: (0, 0),
+            shuffle=self.shuffle and is_train,
+            cursor=lambda: self._place.cursor(self.trainer) if is_train else (0, 0),
         )
 
-    def _cursor(self) -> Cursor:
-        # Asked at the start of each epoch, and once after a resume in the middle of one.
-        epoch, batches = self.trainer.current_epoch, self._batches_trained
-        if self._ended_with_an_epoch:
-            # Loader workers ask before Lightning has turned to the next epoch.
-            epoch, batches = self.trainer.fit_loop.epoch_progress.current.ready, 0
-        return epoch, batches
-
-    @property
-    def _batches_trained(self) -> int:
-        return self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-    @property
-    def _ended_with_an_epoch(self) -> bool:
-        return bool(self._resumed) and self._batches_trained >= self._resumed["batches"]
+    def _order(self, count: int, batch_size: int, **more: Any) -> GlobalBatchSampler:
+        ranks = {"rank": self.trainer.global_rank, "num_ranks": self.trainer.world_size}
+        return GlobalBatchSampler(count, batch_size, seed=self.seed, **ranks, **more)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -283,27 +287,9 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Take over the state of a checkpoint."""
-        self._resumed = state_dict
+        self._place.saved = state_dict
 
-    def _refuse_another_order(self) -> None:
-        if not self._resumed or not self._batches_trained or self._ended_with_an_epoch:
-            return
-        saved, now = self._resumed, self.state_dict()
-        if saved["examples"] != now["examples"]:
-            raise InputError(
-                "ckpt_path: it was saved in the middle of an epoch: expected the same data, "
-                f"{saved['examples']:,} examples, found {now['examples']:,}"
-            )
-        if saved["global_batch"] != now["global_batch"]:
-            ranks = self.trainer.world_size
-            raise InputError(
-                "ckpt_path: it was saved in the middle of an epoch: expected its global batch of "
-                f"{saved['global_batch']}, found data.batch_size {self.batch_size} x {ranks} "
-                f"rank(s) = {now['global_batch']}; give data.batch_size "
-                f"{saved['global_batch'] / ranks:g}"
-            )
-
-    def collator(self, encoder: Encoder, name: DataSet = "train") -> Collator:
+    def collator(self, encoder: Encoder, name: str = "train") -> Collator:
         """Return what makes batches of a data set for ``encoder``."""
         query_max_len = self.query_max_len
         if name == "predict" and self._query_max_len is None:
@@ -314,30 +300,50 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, in the order of :class:`GlobalBatchSampler`."""
-        self._refuse_another_order()
+        self._place.refuse_another_order(self.state_dict(), self.batch_size, self.trainer)
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader | list:
-        """Return the validation batches in the files' order, none without ``val_path``."""
-        return self._loader("val") if "val" in self.datasets else []
+    def val_dataloader(self) -> list[DataLoader]:
+        """Return the batches of each set of ``val_path``, none without it."""
+        return self._evaluated_loaders("val")
 
-    def test_dataloader(self) -> DataLoader:
-        """Return the test batches in the files' order."""
-        return self._loader("test")
+    def test_dataloader(self) -> list[DataLoader]:
+        """Return the batches of each set of ``test_path``."""
+        return self._evaluated_loaders("test")
 
     def predict_dataloader(self) -> DataLoader:
         """Return batches of queries alone, in the file's order."""
         return self._loader("predict")
 
-    def _loader(self, name: DataSet) -> DataLoader:
+    def _evaluated_loaders(self, part: Literal["val", "test"]) -> list[DataLoader]:
+        names = self.evaluated(part)
+        with_loss = [name for name in self.datasets if name in names]
+        return [
+            *(self._loader(name) for name in with_loss),
+            *(self.text_loader(name) for name in names[len(with_loss) :]),
+        ]
+
+    def text_loader(self, name: str) -> DataLoader:
+        """Return batches of the texts of a test set, as the encoder now encodes them."""
+        texts = self.testsets[name]
+        collate = TextCollator(self.trainer.lightning_module.encoder, self.tokens_per_chunk)
+        return self._batches(
+            texts, self._order(len(texts), TEXTS_PER_BATCH, shuffle=False), collate
+        )
+
+    def _loader(self, name: str) -> DataLoader:
         data = self.datasets[name]
         if name == "train" and self._tokens is not None:
             # Here alone: who else reads the examples may have other limits.
             data = data.with_tokens(self._tokens.find)
+        collate = self.collator(self.trainer.lightning_module.encoder, name)
+        return self._batches(data, self.sampler(name), collate)
+
+    def _batches(self, data: Any, sampler: GlobalBatchSampler, collate: Any) -> DataLoader:
         return DataLoader(
             data,
-            batch_sampler=self.sampler(name),
-            collate_fn=self.collator(self.trainer.lightning_module.encoder, name),
+            batch_sampler=sampler,
+            collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",

@@ -59,7 +59,10 @@ def resolve_paths(spec: str | Sequence[str], key: str) -> list[Path]:
             raise InputError(f"{key}: expected a jsonl file or a glob, found nothing at {pattern}")
         for path in map(Path, found):
             if path.is_dir():
-                raise InputError(f"{key}: expected a jsonl file, found the folder {path}")
+                expected = "a jsonl file"
+                if key in ("data.val_path", "data.test_path"):
+                    expected += " or a BEIR folder"
+                raise InputError(f"{key}: expected {expected}, found the folder {path}")
             paths.append(path)
     return paths
 
@@ -185,6 +188,35 @@ def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
     iterator = iter(records)
     while batch := list(islice(iterator, size)):
         yield batch
+
+
+def open_teacher(
+    rows: Rows, paths: str | Sequence[str] | None, width: int | None, key: str
+) -> TeacherStore | None:
+    """Open the teacher's embeddings of ``rows``, None for rows that have no teacher.
+
+    Args:
+        rows: The rows; row i of the store is for row i of these.
+        paths: Memory maps; several are concatenated along the width.
+        width: Of all of them together, None takes it from the files' sizes.
+        key: The YAML key that ``paths`` were given under, for messages.
+
+    Raises:
+        InputError: Distill rows have no teacher, others have one, or the store is not of the rows.
+    """
+    is_distill = rows.format == Format.DISTILL
+    if is_distill and paths is None:
+        raise InputError(
+            f"{key}: expected the teacher's memory map for distill data, found nothing"
+        )
+    if paths is not None and not is_distill:
+        raise InputError(
+            f"{key}: expected distill data (rows of 'query' alone), found {rows.format} rows"
+        )
+    if paths is None:
+        return None
+    stores = [paths] if isinstance(paths, str) else list(paths)
+    return TeacherStore(stores, len(rows), width, rows.queries_digest)
 
 
 class ExampleDataset(torch.utils.data.Dataset[Example]):

@@ -8,14 +8,16 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 
 from embedtune.batch import Text, make_chunks
-from embedtune.checkpoint import read_checkpoint
+from embedtune.checkpoint import read_checkpoint, read_facts
 from embedtune.encoder import Encoder, EncoderSpec, Features, Role
 from embedtune.errors import InputError
 from embedtune.loading import UNLIMITED, load_sentence_transformer
+from embedtune.model_card import TrainingFacts, training_facts, write_model_card
 from embedtune.module import EmbeddingModule
 from embedtune.strategies import FSDP, ZeRO, whole_weights
 
@@ -47,7 +49,11 @@ class ExportError(RuntimeError):
 
 
 def export_encoder(
-    encoder: Encoder, folder: Path, trained: Tensor | None = None, tolerance: float = TOLERANCE
+    encoder: Encoder,
+    folder: Path,
+    trained: Tensor | None = None,
+    tolerance: float = TOLERANCE,
+    facts: TrainingFacts | None = None,
 ) -> float:
     """Write ``encoder`` to ``folder`` and compare what the reloaded folder computes.
 
@@ -57,6 +63,7 @@ def export_encoder(
         trained: What :func:`embed_probes` found in the training graph that ``encoder`` was rebuilt
             from; the default takes ``encoder`` itself for it.
         tolerance: Of the comparison with ``trained``.
+        facts: What the model card tells of the training; None leaves that out.
 
     Returns:
         The largest difference, relative to the largest absolute value.
@@ -78,10 +85,11 @@ def export_encoder(
     if encoder.normalizes:
         model.append(Normalize())
     try:
-        model.save_pretrained(str(folder), safe_serialization=True)
+        model.save_pretrained(str(folder), safe_serialization=True, create_model_card=False)
     finally:
         if encoder.normalizes:
             del model[-1]
+    write_model_card(folder, encoder, facts)
     exported = embed_exported(folder, encoder.spec.trust_remote_code)
     rebuilt = embed_probes(encoder, lambda chunks: torch.cat([encoder(c) for c in chunks]))
     difference = largest_difference(exported, rebuilt)
@@ -177,13 +185,15 @@ def export_checkpoint(checkpoint: Path, folder: Path) -> float:
         InputError: Not a checkpoint of embedtune, or its weights are incomplete.
     """
     spec, weights = read_checkpoint(Path(checkpoint))
-    return export_encoder(rebuild(spec, weights, str(checkpoint)), folder)
+    found = read_facts(Path(checkpoint)).get("training_facts")  # older checkpoints have none
+    facts = TrainingFacts(**found) if found else None
+    return export_encoder(rebuild(spec, weights, str(checkpoint)), folder, facts=facts)
 
 
 def export_running(trainer: pl.Trainer, module: EmbeddingModule, folder: Path) -> None:
     """Export the model of a running fit; all ranks must call it."""
     strategy, encoder = trainer.strategy, module.encoder
-    training = encoder.training
+    training, facts = encoder.training, training_facts(trainer, module)
     # Attention that was asked for may be one that a CPU does not have.
     if isinstance(strategy, FSDP | ZeRO) or encoder.attn_implementation is not None:
         trained = _embed_probes_in_training(trainer, module)
@@ -192,10 +202,10 @@ def export_running(trainer: pl.Trainer, module: EmbeddingModule, folder: Path) -
             exact = strategy.root_device.type == "cpu" and trainer.precision == "32-true"
             tolerance = TOLERANCE if exact else LOOSE_TOLERANCE
             whole = rebuild(encoder.spec, weights, "the weights of all ranks")
-            difference = export_encoder(whole, folder, trained, tolerance)
+            difference = export_encoder(whole, folder, trained, tolerance, facts)
     elif trainer.is_global_zero:
         device = module.device
-        difference = export_encoder(encoder, folder)
+        difference = export_encoder(encoder, folder, facts=facts)
         encoder.to(device)
     module.train(training)
     if trainer.is_global_zero:
@@ -216,11 +226,33 @@ def _embed_probes_in_training(trainer: pl.Trainer, module: EmbeddingModule) -> T
     return embed_probes(module.encoder, forward)
 
 
+def best_keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
+    """Return the callback that has kept the best checkpoint by a metric, if there is one."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint) and callback.monitor and callback.best_model_path:
+            return callback
+    return None
+
+
+def describe_choice(trainer: pl.Trainer) -> str:
+    """Return a sentence that says which model ``model/`` is."""
+    keeper = best_keeper(trainer)
+    if keeper is None:
+        return (
+            f"model/ is the model of the last step, {trainer.global_step:,}; checkpoint.monitor "
+            "makes it the best by a metric of data.val_path"
+        )
+    step = read_facts(Path(keeper.best_model_path))["global_step"]
+    score = float(cast(Tensor, keeper.best_model_score))
+    return f"model/ is the model of step {step:,}, the best by {keeper.monitor} ({score:.4f})"
+
+
 class ExportModel(pl.Callback):
     """Export at the end of every epoch and of the fit.
 
-    ``<default_root_dir>/model`` is the final model; ``checkpoints/epoch-1``, ``epoch-2``, .. are
-    those of the epochs.
+    ``<default_root_dir>/model`` is the best checkpoint where ``checkpoint.monitor`` tells which is,
+    else the model of the last step; ``checkpoints/epoch-1``, ``epoch-2``, .. are those of the
+    epochs.
     """
 
     def __init__(self, save_on_epoch_end: bool = True, num_max_checkpoints: int = 5) -> None:
@@ -248,7 +280,17 @@ class ExportModel(pl.Callback):
             shutil.rmtree(epochs / f"epoch-{oldest}", ignore_errors=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export the final model, while the strategy still holds it."""
-        if not cast(Any, trainer).fast_dev_run:
-            folder = Path(trainer.default_root_dir) / "model"
+        """Export the final model: the best checkpoint, or what the strategy still holds."""
+        if cast(Any, trainer).fast_dev_run:
+            return
+        folder = Path(trainer.default_root_dir) / "model"
+        keeper = best_keeper(trainer)
+        if keeper is None:
             export_running(trainer, cast(EmbeddingModule, pl_module), folder)
+        else:
+            if trainer.is_global_zero:
+                difference = export_checkpoint(Path(keeper.best_model_path), folder)
+                log.info("exported and verified %s (largest difference %.1e)", folder, difference)
+            trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            log.info(describe_choice(trainer))

@@ -3,6 +3,7 @@
 import ctypes
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -10,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
-from torchmetrics import SpearmanCorrCoef
 
 from embedtune import gather
 from embedtune.batch import Batch
@@ -24,6 +24,7 @@ from embedtune.sampler import step_seed
 from embedtune.settle import settle_loss, settle_projection
 from embedtune.strategies import refuse_unsupported, shards_parameters
 from embedtune.target import Embeddings, Shares, Target, in_scope
+from embedtune.validation import Evaluation, TextBatch
 
 
 class EmbeddingModule(pl.LightningModule):
@@ -102,9 +103,10 @@ class EmbeddingModule(pl.LightningModule):
         self._has_projection_settled = self._has_loss_settled = False
         self._schedule: LambdaLR | None = None
         self._settings: list[dict[str, Any]] = []
-        self._totals: Tensor | None = None
-        self._parts: list[str] = []
-        self.spearman = SpearmanCorrCoef()
+        self.evaluation = Evaluation()
+        self.base_metrics: dict[str, float] = {}
+        self._metrics: dict[str, float] = {}
+        self._measured_at = -1
         self.grad_cache = grad_cache
         spec = EncoderSpec(
             model_name_or_path,
@@ -146,7 +148,7 @@ class EmbeddingModule(pl.LightningModule):
             prompt = self.data.datasets["train"].rows.prompt
             if prompt is not None:
                 self.encoder.set_query_prompt(prompt)
-        if not self._has_loss_settled:
+        if not self._has_loss_settled and self.data.format is not None:
             self._has_loss_settled = True
             self.loss = settle_loss(self.loss, self.temperature, mrl_dims, self.data)
 
@@ -170,14 +172,17 @@ class EmbeddingModule(pl.LightningModule):
             _return_freed_memory()
         return self.encoder(features)
 
-    def embeddings(self, batch: Batch, shares: Shares) -> Embeddings:
-        """Encode this rank's share and sort the embeddings by their part in the loss."""
-        chunks = batch.chunks
+    def _encode_in_step(self, chunks: list[Features], by_rank: Sequence[int]) -> Tensor:
+        """Encode this rank's chunks, of which each rank has so many."""
         if shards_parameters(self.trainer.strategy):
             # Every forward gathers parameters, hence all ranks must run as many: the last chunk
             # once more, and nobody looks at the result.
-            chunks = chunks + chunks[-1:] * (max(shares.chunks) - len(chunks))
-        encoded = self(chunks)
+            chunks = chunks + chunks[-1:] * (max(by_rank) - len(chunks))
+        return self(chunks)
+
+    def embeddings(self, batch: Batch, shares: Shares) -> Embeddings:
+        """Encode this rank's share and sort the embeddings by their part in the loss."""
+        encoded = self._encode_in_step(batch.chunks, shares.chunks)
         return Embeddings(
             query=encoded[batch.query],
             positive=encoded[batch.positive] if len(batch.positive) else None,
@@ -224,6 +229,18 @@ class EmbeddingModule(pl.LightningModule):
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
         return parts["loss"] if weight == 1 else parts["loss"] * weight
 
+    # --- Evaluation ---------------------------------------------------------------------
+
+    @property
+    def widths(self) -> list[int]:
+        """Matryoshka widths, which are measured beside the full width."""
+        return list(self.mrl_dims) if self.use_mrl else []
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the last validation logged, if nothing was trained since."""
+        return self._metrics if self._measured_at == self.trainer.global_step else {}
+
     def on_validation_start(self) -> None:
         """Check the widths, which a checkpoint may have brought."""
         widest = max(self.mrl_dims)
@@ -232,31 +249,28 @@ class EmbeddingModule(pl.LightningModule):
                 f"model.mrl_dims: expected widths up to the model's {self.encoder.width}, "
                 f"found {widest}"
             )
+        self.evaluation.restart()
 
     def on_test_start(self) -> None:
         """Check the same before a test."""
         self.on_validation_start()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Log the loss, and for scored data gather what Spearman correlation needs."""
-        self._evaluation_step("val", batch)
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the means of a loss, or to the texts of a test set."""
+        self._evaluation_step(self.data.evaluated("val")[dataloader_idx], batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Do the same for the test set."""
-        self._evaluation_step("test", batch)
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Do the same for the sets of ``data.test_path``."""
+        self._evaluation_step(self.data.evaluated("test")[dataloader_idx], batch)
 
-    def _evaluation_step(self, prefix: str, batch: Batch) -> None:
-        embeddings, parts, _ = self._compute_loss(batch)
-        queries, positives, *_ = batch.counts
-        weighed = self._stack({**parts, "queries": 1.0}) * queries
-        self._totals = weighed if self._totals is None else self._totals + weighed
-        self._parts = [f"{prefix}/{name}" for name in parts]
-        if batch.scores is not None and embeddings.positive is not None:
-            cosine = torch.nn.functional.cosine_similarity(
-                embeddings.query[batch.list_index], embeddings.positive
-            )
-            self.spearman.update(cosine[:positives], batch.scores[:positives])
-            self.log(f"{prefix}/spearman", self.spearman, on_epoch=True, batch_size=queries)
+    def _evaluation_step(self, name: str, batch: Batch | TextBatch) -> None:
+        if isinstance(batch, TextBatch):
+            counts = gather.gather_counts([len(batch.chunks)], self.device)
+            encoded = self._encode_in_step(batch.chunks, [chunks for (chunks,) in counts])
+            self.evaluation.add_texts(name, self.data.testsets[name], batch, encoded)
+        else:
+            _, parts, _ = self._compute_loss(batch)
+            self.evaluation.add_loss(name, list(parts), self._stack(parts), batch.counts[0])
 
     def _stack(self, parts: dict[str, Any]) -> Tensor:
         """Return scalars of any type, float32 ``[n]``, without gradient."""
@@ -264,16 +278,16 @@ class EmbeddingModule(pl.LightningModule):
         return torch.stack([value.detach().float() for value in values])
 
     def on_validation_epoch_end(self) -> None:
-        """Log the means over all queries of all ranks."""
-        if self._totals is None:
+        """Log the means over all queries of all ranks, and the metrics of the test sets."""
+        if self.trainer.sanity_checking:
             return
-        *totals, queries = gather.sum_over_ranks(self._totals)
-        for name, total in zip(self._parts, totals, strict=True):
-            self.log(name, total / queries, prog_bar=name.endswith("/loss"), batch_size=1)
-        self._totals = None
+        self._metrics = self.evaluation.collect(self.widths, self.device)
+        self._measured_at = self.trainer.global_step
+        for name, value in self._metrics.items():
+            self.log(name, value, prog_bar=name.endswith("/loss"), batch_size=1)
 
     def on_test_epoch_end(self) -> None:
-        """Log the same for the test set."""
+        """Log the same for the test sets."""
         self.on_validation_epoch_end()
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:

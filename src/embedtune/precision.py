@@ -25,3 +25,9 @@ def default_precision(accelerator: str) -> Literal["bf16-mixed", "32-true"]:
     else:
         has_bfloat16 = False
     return "bf16-mixed" if has_bfloat16 else "32-true"
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Return what a Trainer's precision multiplies in, None where that is float32."""
+    kinds = {"bf16": torch.bfloat16, "16": torch.float16}
+    return kinds.get(precision.split("-")[0])

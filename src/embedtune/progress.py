@@ -1,20 +1,21 @@
 """Say before training what was understood, and while training how fast it goes."""
 
-import inspect
 import logging
 import time
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 
 from embedtune.batch import Text
 from embedtune.datamodule import EmbeddingDataModule
+from embedtune.model_card import describe_loss
 from embedtune.module import EmbeddingModule
 from embedtune.records import Example, Format
 from embedtune.sampler import Key
 from embedtune.strategies import describe
+from embedtune.testsets import RetrievalSet
+from embedtune.validation import main_metric
 
 log = logging.getLogger("embedtune")
 
@@ -60,19 +61,36 @@ def _data_facts(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str,
         f"{sampler.global_batch_size} = {sampler.batch_size} x {sampler.num_ranks} rank(s)"
     )
     facts["truncated"] = _truncation(data, module)
-    if "val" in data.datasets:
-        val = data.datasets["val"]
-        facts["validation"] = f"{len(val):,} examples of {', '.join(map(str, val.rows.paths[:3]))}"
+    for name in dict.fromkeys(data.evaluated("val")):
+        facts[name] = _describe_set(data, name)
     return facts
+
+
+def _describe_set(data: EmbeddingDataModule, name: str) -> str:
+    """Return what a set of ``data.val_path`` holds, and what is measured on it."""
+    told = []
+    if name in data.datasets:
+        told.append(f"{len(data.datasets[name]):,} examples (loss)")
+    if name in data.testsets:
+        testset = data.testsets[name].testset
+        if isinstance(testset, RetrievalSet):
+            told.append(
+                f"{len(testset.queries):,} queries, {len(testset.corpus):,} documents, qrels "
+                f"{testset.split} ({main_metric(testset)})"
+            )
+        else:
+            told.append(f"{len(testset.scores):,} scored pairs ({main_metric(testset)})")
+    return ", ".join(told)
 
 
 def _run_facts(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
     epochs = f"{trainer.max_epochs} epochs" if (trainer.max_epochs or -1) >= 0 else "max_steps"
     accumulated = trainer.accumulate_grad_batches
+    assert module.loss is not None
     facts = {
         "steps": f"{module.num_steps:,} ({epochs}"
         + (f", each of {accumulated} accumulated batches)" if accumulated > 1 else ")"),
-        "loss": _describe_loss(module),
+        "loss": describe_loss(module.loss),
         "embedding": f"width {module.encoder.width}",
         "device": f"{trainer.strategy.root_device.type}, {trainer.world_size} rank(s), "
         + describe(trainer.strategy),
@@ -87,18 +105,6 @@ def _run_facts(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
     if module.use_mrl:
         facts["embedding"] += f", trained at {', '.join(map(str, module.mrl_dims))}"
     return facts
-
-
-def _describe_loss(module: EmbeddingModule) -> str:
-    def describe_module(loss: torch.nn.Module) -> str:
-        given = inspect.signature(type(loss).__init__).parameters
-        values = {k: v for k, v in vars(loss).items() if isinstance(v, bool | int | float | str)}
-        shown = ", ".join(f"{k}={v}" for k, v in values.items() if k in given)
-        inner = [describe_module(child) for child in loss.children()]
-        return f"{type(loss).__name__}({', '.join(inner + ([shown] if shown else []))})"
-
-    assert module.loss is not None
-    return describe_module(module.loss)
 
 
 def _truncation(data: EmbeddingDataModule, module: EmbeddingModule) -> str:

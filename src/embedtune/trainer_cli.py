@@ -11,15 +11,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from embedtune import gather
-from embedtune.checkpoint import SavesFolders, WholeFiles, last_checkpoint, read_spec
+from embedtune.baseline import Baseline
+from embedtune.checkpoint import (
+    SavesFolders,
+    WholeFiles,
+    best_checkpoint,
+    last_checkpoint,
+    read_spec,
+)
 from embedtune.datamodule import EmbeddingDataModule
-from embedtune.errors import InputError
+from embedtune.errors import InputError, require_positive
 from embedtune.export import ExportModel
 from embedtune.module import EmbeddingModule
 from embedtune.parser import Parser
@@ -44,8 +51,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
-CHECKPOINT_NAMES = ("last", "hpc", "registry")
-"""Values of ``ckpt_path`` that are no paths; all but the first are resolved by Lightning."""
+CHECKPOINT_NAMES = ("last", "best", "hpc", "registry")
+"""Values of ``ckpt_path`` that are no paths; the last two are resolved by Lightning."""
 
 
 class SaveConfig(SaveConfigCallback):
@@ -87,6 +94,18 @@ class TrainerCLI(LightningCLI):
             default=None,
             help="Loggers; csv and tensorboard by default. trainer.logger wins over it.",
         )
+        parser.add_argument(
+            "--early_stopping_patience",
+            type=int | None,
+            default=None,
+            help="Validations without a better checkpoint.monitor after which a fit ends.",
+        )
+        parser.add_argument(
+            "--anchors",
+            type=dict[str, float] | None,
+            default=None,
+            help="By how much sets of data.val_path may fall below the base model, by name.",
+        )
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -115,6 +134,8 @@ class TrainerCLI(LightningCLI):
             )
         if not isinstance(config.seed_everything, bool):
             config.data.seed = config.seed_everything
+        if self.subcommand == "fit" and config.checkpoint.monitor:
+            _keep_the_best(config.checkpoint)
 
     def instantiate_classes(self) -> None:
         """Build module, data module and Trainer.
@@ -145,17 +166,25 @@ class TrainerCLI(LightningCLI):
         if saves_files and config.trainer.plugins is None:
             kwargs["plugins"] = [WholeFiles()]
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
+        latest: list[ModelCheckpoint] = []
         if config.trainer.enable_checkpointing is False:
             self._parser(self.subcommand).callback_keys.remove("checkpoint")
+        elif is_fit and config.checkpoint.monitor and config.checkpoint.save_last:
+            # Beside the best, of which alone last.ckpt would be: a run goes on from the latest.
+            asked = self.config[self.subcommand].checkpoint
+            latest = [_keep_the_latest(asked, str(config.checkpoint.dirpath))]
+            config.checkpoint.save_last = False
         callbacks = list(config.trainer.callbacks or [])
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar())
         if is_fit:
-            callbacks += [RunSummary(), Throughput()]
+            callbacks += [Baseline(config.anchors), RunSummary(), Throughput()]
+            callbacks += _early_stopping(config)
             callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
         elif self.subcommand == "predict":
             callbacks += [WriteEmbeddings()]
         trainer: Any = super().instantiate_trainer(callbacks=callbacks, **kwargs)
+        trainer.callbacks += latest  # last, so that it also saves which is the best
         # After the checkpoint: an export that fails must not cost the epoch. Throughput comes last,
         # so that what the others do after a step is not taken for waiting.
         order = {ExportModel: 1, Throughput: 2}
@@ -180,11 +209,14 @@ class TrainerCLI(LightningCLI):
 
     def _run(self, command: str, ckpt_path: str | None = None, **kwargs: Any) -> None:
         path: Path | str | None = ckpt_path
-        if ckpt_path == "last":
+        if ckpt_path in ("last", "best"):
             folder = Path(self.config_init[self.subcommand].checkpoint.dirpath)
-            path = last_checkpoint(folder)
-            if path is None and command != "fit":
-                raise InputError(f"ckpt_path: last: expected a checkpoint in {folder}, found none")
+            path = last_checkpoint(folder) if ckpt_path == "last" else best_checkpoint(folder)
+            if path is None and (command != "fit" or ckpt_path == "best"):
+                kept = "" if ckpt_path == "last" else " that checkpoint.monitor has kept"
+                raise InputError(
+                    f"ckpt_path: {ckpt_path}: expected a checkpoint{kept} in {folder}, found none"
+                )
             if path is None:
                 log.info("ckpt_path: last: there is no checkpoint yet")
         if path is not None and str(path) not in CHECKPOINT_NAMES:
@@ -192,6 +224,39 @@ class TrainerCLI(LightningCLI):
             if command != "fit":
                 self.model.match(read_spec(Path(path)))
         getattr(self.trainer, command)(ckpt_path=path, **kwargs)
+
+
+def _keep_the_best(checkpoint: Any) -> None:
+    """Settle what follows from ``checkpoint.monitor``."""
+    metric = checkpoint.monitor.split("/")
+    if metric[0] in ("train", "val"):
+        checkpoint.mode = "min" if "loss" in metric else "max"
+    checkpoint.filename = checkpoint.filename or "best-{epoch}-{step}"
+
+
+def _keep_the_latest(asked: Any, folder: str) -> ModelCheckpoint:
+    """Return what saves the latest checkpoint as often as ``asked`` looks for the best."""
+    return ModelCheckpoint(
+        folder,
+        save_last=asked.save_last,
+        enable_version_counter=False,
+        every_n_train_steps=asked.every_n_train_steps,
+        every_n_epochs=asked.every_n_epochs,
+        train_time_interval=asked.train_time_interval,
+        save_on_train_epoch_end=asked.save_on_train_epoch_end,
+    )
+
+
+def _early_stopping(config: Any) -> list[EarlyStopping]:
+    patience, monitor = config.early_stopping_patience, config.checkpoint.monitor
+    if patience is None:
+        return []
+    if monitor is None:
+        raise InputError(
+            "early_stopping_patience: expected checkpoint.monitor to name the metric, found null"
+        )
+    require_positive("early_stopping_patience", patience)
+    return [EarlyStopping(monitor, patience=patience, mode=config.checkpoint.mode)]
 
 
 def _data_seed(seed_everything: bool | int) -> int:
