@@ -18,6 +18,7 @@ LAYERS = [  # a module imports from the layers above its own line, never from it
     "module",
     "export evaluate teach demo embedding parser predict progress baseline",
     "report",
+    "run_report",
     "trainer_cli",
     "cli",
     "__init__",

@@ -3,12 +3,22 @@
 import json
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from embedtune import Embedding, InputError, export
+from embedtune import (
+    Embedding,
+    EmbeddingDataModule,
+    EmbeddingModule,
+    ExportModel,
+    InputError,
+    export,
+)
 from embedtune.cli import main
 from embedtune.encoder import Encoder, EncoderSpec
 from embedtune.export import TOLERANCE, UNVERIFIED, ExportError, export_checkpoint, export_encoder
@@ -157,6 +167,76 @@ def test_longer_training_texts_lengthen_the_exported_input(tiny_bert, tmp_path):
         export_encoder(encoder, tmp_path / "model")
         exported = SentenceTransformer(str(tmp_path / "model"), device="cpu")
         assert exported.max_seq_length == expected
+
+
+# --- Model card -----------------------------------------------------------------------------
+
+
+def fit(folder: Path, model: Path, ckpt_path: Path | None = None, **settings) -> None:
+    """Fit two epochs of three steps, each of them validated, checkpointed and exported."""
+    folder.mkdir()
+    train = [{"query": f"query {i}", "pos": [f"text {i}"], "neg": [f"{i}"]} for i in range(12)]
+    dev = [{"query": f"query {i}", "pos": [f"text {i}"], "scores": [i % 5]} for i in range(12)]
+    for name, rows in (("train", train), ("dev", dev)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = EmbeddingDataModule(str(folder / "train.jsonl"), str(folder / "dev.jsonl"), batch_size=4)
+    module = EmbeddingModule(str(model), use_mrl=True, mrl_dims="32,8")
+    module.base_metrics = {"val/dev/spearman": 0.25, "val/dev/spearman/8": 0.125}
+    keep = ModelCheckpoint(folder / "kept", "{epoch}-{step}", save_top_k=-1, **settings)
+    pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=str(folder),
+        callbacks=[keep, ExportModel()],
+    ).fit(module, datamodule=data, ckpt_path=ckpt_path)
+
+
+def read_card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_exported_checkpoint_has_the_card_of_the_running_export(tiny_bert, tmp_path):
+    fit(tmp_path / "run", tiny_bert)
+    first, last = sorted((tmp_path / "run" / "kept").glob("*.ckpt"))
+    exports = tmp_path / "run" / "checkpoints"
+    for number, checkpoint in ((1, first), (2, last)):
+        export_checkpoint(checkpoint, tmp_path / "model")
+        assert read_card(tmp_path / "model") == read_card(exports / f"epoch-{number}")
+        assert f"after step {3 * number}, in epoch {number}" in read_card(tmp_path / "model")
+    assert read_card(tmp_path / "model") == read_card(tmp_path / "run" / "model")
+    facts = torch.load(last, weights_only=True)["training_facts"]
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["data"] | {"rows": 12, "examples": 12} == facts["data"]
+    assert facts["configuration"] | {"steps": 6, "batch size": 4} == facts["configuration"]
+    assert (facts["mrl_dims"], facts["data"]["files"]) == ([32, 8], ["train.jsonl"])
+    rows = [row for row in read_card(tmp_path / "model").splitlines() if "| Spearman" in row]
+    assert [row.split(" | ")[2:4] for row in rows] == [["full", "0.2500"], ["8", "0.1250"]]
+    assert str(tmp_path) not in read_card(tmp_path / "model")
+    assert "matryoshka" in ModelCard.load(tmp_path / "model" / "README.md").data.tags
+
+
+def test_a_run_that_goes_on_counts_on(tiny_bert, tmp_path):
+    fit(tmp_path / "run", tiny_bert, every_n_train_steps=2)
+    (middle,) = (tmp_path / "run" / "kept").glob("*step=4.ckpt")
+    export_checkpoint(middle, tmp_path / "model")
+    assert "after step 4, in epoch 2" in read_card(tmp_path / "model")
+    fit(tmp_path / "again", tiny_bert, middle)
+    assert read_card(tmp_path / "again" / "model") == read_card(tmp_path / "run" / "model")
+
+
+def test_a_checkpoint_without_facts_has_a_card_without_them(encoder, tmp_path):
+    checkpoint = {
+        "encoder_spec": encoder.spec._asdict(),
+        "state_dict": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
+    }
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    export_checkpoint(tmp_path / "old.ckpt", tmp_path / "model")
+    assert "## Training" not in read_card(tmp_path / "model")
+    assert "matryoshka" not in ModelCard.load(tmp_path / "model" / "README.md").data.tags
 
 
 # --- Embedding ------------------------------------------------------------------------------

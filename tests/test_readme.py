@@ -1,10 +1,12 @@
 """What the README says about keys, files and Python is true."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
+from test_validation import write_beir
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, losses
 from embedtune.cli import COMMANDS, TRAINER_COMMANDS, main
@@ -65,6 +67,28 @@ def test_files_that_are_named_exist():
         assert (ROOT / path).is_file(), path
     for path in re.findall(r"configs/\w+\.yaml", README):
         assert (ROOT / path).is_file(), path
+
+
+def test_the_readmes_sets_are_measured(tiny_bert, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    write_rows()
+    write_beir(Path("data/search"))
+    rows = [{"query": f"a {i}", "pos": [f"b {i}"], "scores": [i / 4]} for i in range(5)]
+    Path("data/sts-dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("data/dev.jsonl").write_text(Path("train.jsonl").read_text())
+    section = README[README.index("## Did it get better?") :]
+    Path("run.yaml").write_text(re.search(r"```yaml\n(.*?)```", section, re.DOTALL)[1])
+    with caplog.at_level("INFO", logger="embedtune"):
+        main(
+            [
+                *("fit", "--config", "run.yaml", "--model.model_name_or_path", str(tiny_bert)),
+                *("--data.train_path", "train.jsonl", "--trainer.accelerator", "cpu"),
+                *("--model.use_mrl", "true", "--model.mrl_dims", "32,128"),
+            ]
+        )
+    assert "the best by val/search/ndcg@10/128" in caplog.text
+    report = Path("run/report.html").read_text()
+    assert all(name in report for name in ("search", "sts", "pairs"))
 
 
 def test_the_readmes_own_loss_trains_by_its_import_path(tiny_bert, tmp_path, monkeypatch):

@@ -15,6 +15,8 @@ from sentence_transformers.sentence_transformer.evaluation import (
 
 from embedtune import InputError
 from embedtune.cli import main
+from embedtune.metrics import retrieval_metrics
+from embedtune.report import write_report
 from embedtune.testsets import read_beir, read_scored
 from embedtune.validation import name_sets
 
@@ -43,17 +45,21 @@ def write_beir(folder: Path, split: str = "dev") -> str:
 
 @pytest.fixture
 def data(tmp_path, monkeypatch) -> dict[str, str]:
-    """Return paths of a retrieval set, of scored pairs and of training rows."""
     monkeypatch.chdir(tmp_path)
+    return write_data(tmp_path)
+
+
+def write_data(folder: Path) -> dict[str, str]:
+    """Write a retrieval set, scored pairs and training rows; return their paths."""
     pairs = [{"query": f"{d.split()[1]} {d.split()[0]}", "pos": [d]} for d in DOCUMENTS[1::4]]
     scored = [
         {"query": DOCUMENTS[i], "pos": [DOCUMENTS[3 * i]], "scores": [(i * 7 % 11) / 11]}
         for i in range(30)
     ]
     return {
-        "docs": write_beir(tmp_path / "docs"),
-        "sts": lines(tmp_path / "sts.jsonl", scored),
-        "train": lines(tmp_path / "train.jsonl", pairs),
+        "docs": write_beir(folder / "docs"),
+        "sts": lines(folder / "sts.jsonl", scored),
+        "train": lines(folder / "train.jsonl", pairs),
     }
 
 
@@ -95,25 +101,26 @@ def reference(model: str, data: dict[str, str], width: int | None) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize("width", [None, *WIDTHS])
-def test_curves_are_what_sentence_transformers_measures_of_base_and_exports(tiny_bert, data, width):
-    rows = fit(tiny_bert, data)
+def test_curves_are_what_sentence_transformers_measures_of_base_and_exports(
+    tiny_bert, data, caplog
+):
+    with caplog.at_level(logging.INFO, logger="embedtune"):
+        rows = fit(tiny_bert, data)
     models = [tiny_bert, "run/checkpoints/epoch-1", "run/checkpoints/epoch-2"]
-    expected = [reference(model, data, width) for model in models]
-    suffix = "" if width is None else f"/{width}"
-    for name in expected[0]:
-        found = curve(rows, f"val/{name}{suffix}")
-        assert found == pytest.approx([metrics[name] for metrics in expected], abs=1e-6), name
-    assert expected[0] != pytest.approx(expected[2], abs=0.01), "training must show"
-
-
-def test_the_first_row_is_the_base_and_a_loss_has_one_too(tiny_bert, data):
-    rows = fit(tiny_bert, data)
+    for width in (None, *WIDTHS):
+        expected = [reference(model, data, width) for model in models]
+        suffix = "" if width is None else f"/{width}"
+        for name in expected[0]:
+            found = curve(rows, f"val/{name}{suffix}")
+            assert found == pytest.approx([metrics[name] for metrics in expected], abs=1e-6), name
+        assert expected[0] != pytest.approx(expected[2], abs=0.01), "training must show"
+    # The base is the first row, of a loss too.
     assert rows[0]["step"] == "0"
     assert float(rows[0]["val/docs/ndcg@10"]) > 0
     losses = curve(rows, "val/pairs/loss")
     assert len(losses) == 3
     assert losses[0] > losses[2]
+    assert "model/ is the model of the last step, 8; checkpoint.monitor" in caplog.text
 
 
 def test_the_base_has_its_own_prompt_width_and_longest_input(tiny_bert, data, tmp_path):
@@ -136,36 +143,54 @@ def test_the_base_has_its_own_prompt_width_and_longest_input(tiny_bert, data, tm
     assert len(curve(found, "val/docs/ndcg@10/48")) == 2  # the base is narrower
 
 
-def test_the_model_is_the_best_checkpoint_and_says_so(tiny_bert, data, caplog):
-    # So high a rate that later epochs are worse.
-    flags = ("--trainer.max_epochs", "4", "--model.lr", "0.05", "--model.lr_schedule", "constant")
+LATER_IS_WORSE = ("--model.lr", "0.05", "--model.lr_schedule", "constant")
+
+
+def test_the_model_is_the_best_checkpoint_and_says_so(tiny_bert, data, caplog, monkeypatch):
+    written = []
+
+    def write(*args, **given):
+        written.append(given)
+        return write_report(*args, **given)
+
+    monkeypatch.setattr("embedtune.run_report.write_report", write)
     metric = "val/docs/ndcg@10/16"
+    flags = ("--trainer.max_epochs", "4", *LATER_IS_WORSE, "--checkpoint.monitor", metric)
     with caplog.at_level(logging.INFO, logger="embedtune"):
-        rows = fit(tiny_bert, data, *flags, "--checkpoint.monitor", metric)
+        rows = fit(tiny_bert, data, *flags)
     trained = curve(rows, metric)[1:]
     best = max(range(4), key=lambda epoch: trained[epoch])
     assert best < 3, "the last epoch must not be the best, or the test shows nothing"
     probes = ["red house", "small river of stone"]
-    models = [f"run/checkpoints/epoch-{best + 1}", "run/checkpoints/epoch-4"]
+    models = ["run/model", f"run/checkpoints/epoch-{best + 1}", "run/checkpoints/epoch-4"]
     found, expected, last = (
-        torch.as_tensor(SentenceTransformer(path, device="cpu").encode(probes))
-        for path in ("run/model", *models)
+        torch.as_tensor(SentenceTransformer(path, device="cpu").encode(probes)) for path in models
     )
     torch.testing.assert_close(found, expected)
     assert (found - last).abs().max() > 0.01
-    told = (
-        f"model/ is the model of step {4 * (best + 1)}, the best by {metric} ({trained[best]:.4f})"
-    )
+    told = f"the model of step {4 * (best + 1)}, the best by {metric} ({trained[best]:.4f})"
     assert told in caplog.text
+    state = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 16, "a run goes on from the last"
+    # The report and the card are of the same model.
+    report, card = (Path("run", name).read_text() for name in ("report.html", "model/README.md"))
+    assert told in report
+    for text, digits in ((report, 3), (card, 4)):
+        for value in (curve(rows, metric)[0], trained[best]):
+            assert f"{value:.{digits}f}".removeprefix("0") in text
+    assert f"{trained[-1]:.4f}" not in card
+    *_, last_validation, end = written
+    mrr = [curve(rows, "val/docs/mrr@10")[i] for i in (0, best + 1, 4)]
+    relevant = read_beir(Path(data["docs"]), ("dev",)).relevant
+    rankings = [end["comparisons"][0].base, end["comparisons"][0].trained]
+    rankings.append(last_validation["comparisons"][0].trained)
+    for ranking, value in zip(rankings, mrr, strict=True):
+        assert retrieval_metrics(ranking, relevant)["mrr@10"] == pytest.approx(value)
+    assert last_validation["model_note"] == "The fit is running: step 16 of 16"
 
-    last_file, kept = Path("run/checkpoints/last.ckpt"), torch.load
-    assert kept(last_file, weights_only=True)["global_step"] == 16, "a run goes on from the last"
-
-
-def test_without_a_monitor_the_model_is_the_last_and_says_so(tiny_bert, data, caplog):
-    with caplog.at_level(logging.INFO, logger="embedtune"):
-        fit(tiny_bert, data)
-    assert "model/ is the model of the last step, 8; checkpoint.monitor" in caplog.text
+    # A fit that goes on from the best does what this one did.
+    again = fit(tiny_bert, data, *flags, "--ckpt_path", "best")
+    assert curve(again, metric) == trained[best + 1 :]
 
 
 def test_the_best_checkpoint_is_found_by_its_name(tiny_bert, data, capsys):
@@ -185,7 +210,7 @@ def test_the_best_checkpoint_is_found_by_its_name(tiny_bert, data, capsys):
 
 
 def test_a_fit_ends_when_it_gets_no_better(tiny_bert, data):
-    flags = ("--trainer.max_epochs", "9", "--model.lr", "0.05", "--model.lr_schedule", "constant")
+    flags = ("--trainer.max_epochs", "9", *LATER_IS_WORSE)
     stopping = ("--checkpoint.monitor", "val/docs/mrr@10", "--early_stopping_patience", "1")
     values = curve(fit(tiny_bert, data, *flags, *stopping), "val/docs/mrr@10")[1:]
     assert len(values) < 9

@@ -13,7 +13,7 @@ import re
 import sysconfig
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ MIN_DOCUMENT_CHARACTERS = 120  # less rarely tells what a summary is about
 MAX_DOCUMENT_CHARACTERS = 400  # about 90 tokens
 TEST_PAIRS, DEV_PAIRS = 250, 200
 CORPUS_DOCUMENTS = 1000  # two cores encode them in half a minute
+DEV_DOCUMENTS = 500  # encoded before the first step and after each epoch
 MAX_HELD_OUT_MODULE = 40  # a larger module always trains, so that none dominates a small split
 
 
@@ -66,37 +67,48 @@ class DemoCounts(NamedTuple):
 
 
 def harvest(out: Path) -> DemoCounts:
-    """Write ``OUT/train.jsonl``, ``OUT/dev.jsonl`` and the BEIR folder ``OUT/test``.
+    """Write ``OUT/train.jsonl``, ``OUT/dev.jsonl`` and the BEIR folders ``OUT/dev``, ``OUT/test``.
 
-    The test set's corpus holds the documents of its own queries among others of all splits.
+    A corpus holds the documents of its own queries among others, of training for ``dev`` and of
+    all splits for ``test``.
 
     Raises:
         InputError: ``out`` is a file, or lies below one.
     """
     out = Path(out)
-    test = out / "test"
     try:
-        (test / "qrels").mkdir(parents=True, exist_ok=True)
+        for name in ("dev", "test"):
+            (out / name / "qrels").mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{out}: expected a folder to write to, found a file") from None
     splits = split_pairs(list(collect_pairs(docstrings())))
     for name in ("train", "dev"):
         rows = ({"query": pair.query, "pos": [pair.document]} for pair in splits[name])
         _write_jsonl(out / f"{name}.jsonl", rows)
-    others = sorted(splits["train"] + splits["dev"], key=lambda pair: _hash(pair.name))
-    corpus = sorted(splits["test"] + others[: CORPUS_DOCUMENTS - len(splits["test"])])
+    _write_beir(out, "dev", splits["dev"], splits["train"], DEV_DOCUMENTS)
+    others = splits["train"] + splits["dev"]
+    corpus = _write_beir(out, "test", splits["test"], others, CORPUS_DOCUMENTS)
+    train, dev, test = (len(splits[name]) for name in ("train", "dev", "test"))
+    return DemoCounts(train=train, dev=dev, test=test, corpus=corpus)
+
+
+def _write_beir(
+    out: Path, split: str, pairs: Sequence[Pair], others: Sequence[Pair], documents: int
+) -> int:
+    """Write the BEIR folder of a split, and return how many documents it has."""
+    folder, others = out / split, sorted(others, key=lambda pair: _hash(pair.name))
+    corpus = sorted([*pairs, *others[: documents - len(pairs)]])
     _write_jsonl(
-        test / "corpus.jsonl",
+        folder / "corpus.jsonl",
         ({"_id": pair.name, "title": "", "text": pair.document} for pair in corpus),
     )
-    queries = [(f"query-{number:03}", pair) for number, pair in enumerate(splits["test"], start=1)]
+    queries = [(f"query-{number:03}", pair) for number, pair in enumerate(pairs, start=1)]
     _write_jsonl(
-        test / "queries.jsonl", ({"_id": name, "text": pair.query} for name, pair in queries)
+        folder / "queries.jsonl", ({"_id": name, "text": pair.query} for name, pair in queries)
     )
     qrels = "".join(f"{name}\t{pair.name}\t1\n" for name, pair in queries)
-    _write(test / "qrels" / "test.tsv", "query-id\tcorpus-id\tscore\n" + qrels)
-    train, dev = len(splits["train"]), len(splits["dev"])
-    return DemoCounts(train=train, dev=dev, test=len(queries), corpus=len(corpus))
+    _write(folder / "qrels" / f"{split}.tsv", "query-id\tcorpus-id\tscore\n" + qrels)
+    return len(corpus)
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:

@@ -18,6 +18,7 @@ from embedtune.checkpoint import reopen_epoch
 from embedtune.encoder import Encoder, EncoderSpec, Features, PoolingMode
 from embedtune.errors import InputError, require_positive
 from embedtune.losses import Loss
+from embedtune.model_card import training_facts
 from embedtune.optim import build_optimizer, build_schedule, restore_settings, settings_of
 from embedtune.projection import ProjectionInit, parse_dims
 from embedtune.sampler import step_seed
@@ -105,8 +106,7 @@ class EmbeddingModule(pl.LightningModule):
         self._settings: list[dict[str, Any]] = []
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
-        self._metrics: dict[str, float] = {}
-        self._measured_at = -1
+        self._measured: tuple[int, dict[str, float]] = (-1, {})
         self.grad_cache = grad_cache
         spec = EncoderSpec(
             model_name_or_path,
@@ -239,7 +239,8 @@ class EmbeddingModule(pl.LightningModule):
     @property
     def metrics(self) -> dict[str, float]:
         """What the last validation logged, if nothing was trained since."""
-        return self._metrics if self._measured_at == self.trainer.global_step else {}
+        step, metrics = self._measured
+        return metrics if step == self.trainer.global_step else {}
 
     def on_validation_start(self) -> None:
         """Check the widths, which a checkpoint may have brought."""
@@ -251,9 +252,7 @@ class EmbeddingModule(pl.LightningModule):
             )
         self.evaluation.restart()
 
-    def on_test_start(self) -> None:
-        """Check the same before a test."""
-        self.on_validation_start()
+    on_test_start = on_validation_start
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add a batch to the means of a loss, or to the texts of a test set."""
@@ -281,14 +280,12 @@ class EmbeddingModule(pl.LightningModule):
         """Log the means over all queries of all ranks, and the metrics of the test sets."""
         if self.trainer.sanity_checking:
             return
-        self._metrics = self.evaluation.collect(self.widths, self.device)
-        self._measured_at = self.trainer.global_step
-        for name, value in self._metrics.items():
+        metrics = self.evaluation.collect(self.widths, self.device)
+        self._measured = self.trainer.global_step, metrics
+        for name, value in metrics.items():
             self.log(name, value, prog_bar=name.endswith("/loss"), batch_size=1)
 
-    def on_test_epoch_end(self) -> None:
-        """Log the same for the test sets."""
-        self.on_validation_epoch_end()
+    on_test_epoch_end = on_validation_epoch_end
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the embeddings of the queries as the exported model gives them, ``[b, d]``."""
@@ -338,8 +335,9 @@ class EmbeddingModule(pl.LightningModule):
             reopen_epoch(checkpoint)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what rebuilds the encoder's structure beside its weights."""
+        """Keep beside the weights what rebuilds the encoder, and what its model card tells."""
         checkpoint["encoder_spec"] = self.encoder.spec._asdict()
+        checkpoint["training_facts"] = training_facts(self.trainer, self)._asdict()
 
 
 def _return_freed_memory() -> None:

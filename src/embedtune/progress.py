@@ -23,16 +23,24 @@ TRUNCATION_SAMPLE = 500
 
 
 class RunSummary(pl.Callback):
-    """Log what the run understood, before its first step."""
+    """Log what the run understood, before its first step.
+
+    Attributes:
+        facts: That, a text a label.
+    """
+
+    def __init__(self) -> None:
+        """Start without facts."""
+        self.facts: dict[str, str] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the summary, a line a fact."""
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, EmbeddingModule)
-        facts = {**_data_facts(pl_module.data, pl_module), **_run_facts(trainer, pl_module)}
-        width = max(map(len, facts))
-        lines = [f"  {name.ljust(width)}  {fact}" for name, fact in facts.items()]
+        self.facts = {**_data_facts(pl_module.data, pl_module), **_run_facts(trainer, pl_module)}
+        width = max(map(len, self.facts))
+        lines = [f"  {name.ljust(width)}  {fact}" for name, fact in self.facts.items()]
         log.info("this run:\n%s", "\n".join(lines))
 
 

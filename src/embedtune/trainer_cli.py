@@ -33,6 +33,7 @@ from embedtune.parser import Parser
 from embedtune.precision import default_precision
 from embedtune.predict import WriteEmbeddings
 from embedtune.progress import RunSummary, Throughput
+from embedtune.run_report import RunReport
 from embedtune.strategies import named_strategy, refuse_checkpoint
 
 log = logging.getLogger("embedtune")
@@ -178,8 +179,9 @@ class TrainerCLI(LightningCLI):
         if config.trainer.enable_progress_bar is not False:
             callbacks.append(TQDMProgressBar())
         if is_fit:
-            callbacks += [Baseline(config.anchors), RunSummary(), Throughput()]
-            callbacks += _early_stopping(config)
+            baseline, summary = Baseline(config.anchors), RunSummary()
+            callbacks += [baseline, summary, Throughput(), *_early_stopping(config)]
+            callbacks += [RunReport(summary, baseline)]
             callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
         elif self.subcommand == "predict":
             callbacks += [WriteEmbeddings()]
@@ -187,7 +189,7 @@ class TrainerCLI(LightningCLI):
         trainer.callbacks += latest  # last, so that it also saves which is the best
         # After the checkpoint: an export that fails must not cost the epoch. Throughput comes last,
         # so that what the others do after a step is not taken for waiting.
-        order = {ExportModel: 1, Throughput: 2}
+        order = {ExportModel: 1, RunReport: 2, Throughput: 3}
         trainer.callbacks.sort(key=lambda callback: order.get(type(callback), 0))
         return trainer
 
@@ -231,6 +233,8 @@ def _keep_the_best(checkpoint: Any) -> None:
     metric = checkpoint.monitor.split("/")
     if metric[0] in ("train", "val"):
         checkpoint.mode = "min" if "loss" in metric else "max"
+    if metric[0] == "val" and checkpoint.save_on_train_epoch_end is None:
+        checkpoint.save_on_train_epoch_end = False  # but with the validation, before any export
     checkpoint.filename = checkpoint.filename or "best-{epoch}-{step}"
 
 
@@ -243,7 +247,6 @@ def _keep_the_latest(asked: Any, folder: str) -> ModelCheckpoint:
         every_n_train_steps=asked.every_n_train_steps,
         every_n_epochs=asked.every_n_epochs,
         train_time_interval=asked.train_time_interval,
-        save_on_train_epoch_end=asked.save_on_train_epoch_end,
     )
 
 

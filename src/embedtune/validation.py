@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch.utils.data
 from torch import Tensor
-from torch.nn import functional as F
 
 from embedtune import gather
 from embedtune.batch import Text, make_chunks
 from embedtune.dataset import Rows
 from embedtune.encoder import Encoder, Features, Role
 from embedtune.errors import InputError
+from embedtune.functional import pairwise_cosine
 from embedtune.loading import UNLIMITED
 from embedtune.metrics import DEPTH, RETRIEVAL_METRICS, retrieval_metrics, spearman
 from embedtune.sampler import Key
@@ -275,7 +275,7 @@ def _measure_pairs(
     first: Tensor, second: Tensor, testset: ScoredPairs, widths: dict[str, int]
 ) -> Measured:
     scores = torch.tensor(testset.scores, dtype=torch.float64)
-    cosines = {k: F.cosine_similarity(first[:, :w], second[:, :w]) for k, w in widths.items()}
+    cosines = {k: pairwise_cosine(first[:, :w], second[:, :w]) for k, w in widths.items()}
     return Measured({f"spearman{k}": spearman(c, scores) for k, c in cosines.items()}, None)
 
 
