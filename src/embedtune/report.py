@@ -112,7 +112,9 @@ def write_report(
         number=number,
         quote=shlex.quote,
     )
-    (path := folder / "report.html").write_text(page, encoding="utf-8")
+    part, path = folder / "report.html.part", folder / "report.html"
+    part.write_text(page, encoding="utf-8")
+    part.replace(path)  # at once, for a browser may open it
     return path
 
 
