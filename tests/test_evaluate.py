@@ -1,31 +1,27 @@
-"""Evaluation on a retrieval test set, against an independent loop over the same texts."""
+"""Evaluation of models, against independent loops over the same texts and encoding anew."""
 
 import json
 import logging
 import math
-import random
 import sys
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.util import quantize_embeddings
+from test_testsets import WORDS, write_beir
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
+from embedtune.cli import main
 from embedtune.errors import InputError
-from embedtune.evaluate import (
-    METRICS,
-    Result,
-    evaluate_models,
-    format_table,
-    read_beir,
-    write_results,
-)
+from embedtune.evaluate import Result, as_stored, evaluate_models, format_table, write_results
+from embedtune.metrics import RETRIEVAL_METRICS
+from embedtune.testsets import ScoredPairs, read_beir
 
-VERBS = ["sees", "hears", "eats", "finds", "likes"]
-WORDS = ["red", "green", "blue", "cat", "dog", "bird", "a", "the", "and", "big", "old", *VERBS]
 PROMPTS = {"query": "the big ", "document": "a red old "}
 WIDTHS = [32, 16, 8]
 
@@ -62,148 +58,126 @@ def narrow(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("narrow"), 16, {})
 
 
-def write_beir(folder, corpus=None, queries=None, qrels=None):
-    """Write a test set of random words; any file may be given as its text instead."""
-    rng = random.Random(0)
-    texts = [" ".join(rng.choices(WORDS, k=6)) for _ in range(150)]
-    documents = [{"_id": f"d{i}", "title": "", "text": text} for i, text in enumerate(texts)]
-    documents[3]["title"] = "big dog"
-    asked = [{"_id": f"q{i}", "text": texts[i][: 12 + i]} for i in range(12)]
-    judged = [(f"q{i}", f"d{i + 50 * j}") for i in range(10) for j in range(i % 3 + 1)]
-    rows = "".join(f"{query}\t{document}\t1\n" for query, document in judged)
-    (folder / "qrels").mkdir(parents=True, exist_ok=True)
-    defaults = {
-        "corpus.jsonl": (corpus, "".join(json.dumps(row) + "\n" for row in documents)),
-        "queries.jsonl": (queries, "".join(json.dumps(row) + "\n" for row in asked)),
-        "qrels/test.tsv": (qrels, "query-id\tcorpus-id\tscore\n" + rows),
-    }
-    for name, (given, default) in defaults.items():
-        (folder / name).write_text(default if given is None else given, encoding="utf-8")
-    return folder
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_beir(tmp_path_factory.mktemp("beir"))
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return read_beir(write_beir(tmp_path_factory.mktemp("beir")))
+def data(folder):
+    return read_beir(folder)
 
 
-# --- Reading --------------------------------------------------------------------------------------
-
-
-def test_beir_folder_is_read(data):
-    assert list(data.queries) == [f"q{i}" for i in range(10)]  # q10 and q11 are not judged
-    assert len(data.corpus) == 150
-    assert data.corpus["d3"].startswith("big dog ")
-    assert data.corpus["d4"] == data.corpus["d4"].strip()
-    assert [len(documents) for documents in data.relevant.values()] == [1, 2, 3] * 3 + [1]
-
-
-def test_grades_headers_line_ends_and_splits(tmp_path):
-    write_beir(tmp_path)
-    rows = "q_id\td_id\trelevance\r\nq1\td1\t2\r\n\r\nq1\td2\t0\r\nq2\td3\t0\r\n"
-    (tmp_path / "qrels" / "dev.tsv").write_text(rows, newline="")
-    data = read_beir(tmp_path, "dev")
-    assert data.relevant == {"q1": {"d1": 2}}
-    assert list(data.queries) == ["q1"]
-    (tmp_path / "qrels" / "bare.tsv").write_text("q1\td1\t1\n")
-    assert read_beir(tmp_path, "bare").relevant == {"q1": {"d1": 1}}
-
-
-HEADER = "query-id\tcorpus-id\tscore\n"
-ROW = '{"_id": "d1", "text": "cat"}\n'
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({"corpus": ROW + "{"}, r"corpus\.jsonl:2: "),
-        ({"corpus": ROW + "[1]"}, r"corpus\.jsonl:2: "),
-        ({"corpus": ""}, r"corpus\.jsonl: .*empty"),
-        ({"corpus": ROW + '{"text": "a"}'}, r"corpus\.jsonl:2: _id: .*string.*no such field"),
-        ({"corpus": ROW + '{"_id": 7, "text": "a"}'}, r"corpus\.jsonl:2: _id: .*string.*found 7"),
-        ({"corpus": '{"_id": "a", "text": null}'}, r"corpus\.jsonl:1: text: .*string.*found null"),
-        ({"corpus": '{"_id": "a", "text": "b", "title": 3}'}, r":1: title: .*string.*found 3"),
-        ({"corpus": ROW + ROW}, r"corpus\.jsonl:2: _id: .*once.*'d1' of line 1"),
-        ({"queries": '{"_id": "q1"}'}, r"queries\.jsonl:1: text: .*no such field"),
-        ({"qrels": HEADER + "q1\td1\t1\nq1\tno\t1"}, r"test\.tsv:3: .*corpus\.jsonl, found 'no'"),
-        ({"qrels": HEADER + "no\td1\t1"}, r"test\.tsv:2: .*queries\.jsonl, found 'no'"),
-        ({"qrels": HEADER + "q1 d1 1"}, r"test\.tsv:2: .*tabs, found 1 column"),
-        ({"qrels": "q1\t0\td1\t1"}, r"test\.tsv:1: .*tabs, found 4 column"),
-        ({"qrels": HEADER + "q1\td1\t0.5"}, r"test\.tsv:2: .*whole score, found '0\.5'"),
-        ({"qrels": HEADER}, r"test\.tsv: expected relevant documents .* found none"),
-        ({"qrels": ""}, r"test\.tsv: expected relevant documents .* found none"),
-        ({"qrels": HEADER + "q1\td1\t0"}, r"test\.tsv: expected relevant documents .* found none"),
-    ],
-)
-def test_bad_input_is_named(tmp_path, files, message):
-    with pytest.raises(InputError, match=message):
-        read_beir(write_beir(tmp_path, **files))
-
-
-@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"])
-def test_a_missing_file_is_named(tmp_path, name):
-    (write_beir(tmp_path) / name).unlink()
-    with pytest.raises(InputError, match=f"{name}: expected a file of a BEIR test set"):
-        read_beir(tmp_path)
-
-
-def test_qrels_that_are_not_text(tmp_path):
-    (write_beir(tmp_path) / "qrels" / "test.tsv").write_bytes(b"q1\td1\xff\t1\n")
-    with pytest.raises(InputError, match=r"test\.tsv: expected UTF-8"):
-        read_beir(tmp_path)
+@pytest.fixture(scope="module")
+def pairs(data):
+    scores = [i % 4 / 4 for i in range(60)]
+    return ScoredPairs(data.corpus[:60], data.corpus[40:100], scores)
 
 
 # --- Measuring ------------------------------------------------------------------------------------
 
 
-def loop_metrics(path, data, width):
-    """Rank every document for every query in plain Python."""
+def embed(path, role, texts, width):
     model = SentenceTransformer(path, device="cpu")
+    rows = model.encode([PROMPTS[role] + text for text in texts], prompt="")
+    rows = rows[:, :width].astype(np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
-    def embed(role, texts):
-        rows = model.encode([PROMPTS[role] + text for text in texts.values()], prompt="")
-        return dict(zip(texts, rows[:, :width].astype(np.float64), strict=True))
 
-    documents, queries = embed("document", data.corpus), embed("query", data.queries)
-    sums = dict.fromkeys(METRICS, 0.0)
-    for name, relevant in data.relevant.items():
-        query = queries[name]
-        score = {
-            key: query @ value / np.linalg.norm(query) / np.linalg.norm(value)
-            for key, value in documents.items()
-        }
-        ranking = sorted(documents, key=lambda key: (-score[key], key))
-        gains = [1 / math.log2(i + 2) for i, key in enumerate(ranking[:10]) if key in relevant]
-        sums["ndcg@10"] += sum(gains) / sum(1 / math.log2(i + 2) for i in range(len(relevant)))
-        first = min(ranking.index(key) for key in relevant)
-        sums["mrr@10"] += 1 / (first + 1) if first < 10 else 0
-        sums["recall@100"] += sum(key in relevant for key in ranking[:100]) / len(relevant)
+def in_codes(documents, precision):
+    """Return what the codes of sentence-transformers say of documents of length 1."""
+    if precision == "float32":
+        return documents
+    if precision == "binary":
+        values = np.unpackbits(quantize_embeddings(documents, "ubinary"), axis=1) * 2.0 - 1
+    else:
+        low, high = documents.min(axis=0), documents.max(axis=0)
+        codes = quantize_embeddings(documents.astype(np.float32), "int8")
+        values = low + (codes + 128.5) * (high - low) / 255
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def loop_metrics(path, data, width, precision="float32"):
+    """Rank every document for every query in plain Python."""
+    documents = in_codes(embed(path, "document", data.corpus, width), precision)
+    queries = embed(path, "query", data.queries, width)
+    sums = dict.fromkeys(RETRIEVAL_METRICS, 0.0)
+    discounts = [1 / math.log2(i + 2) for i in range(10)]
+    for query, grades in zip(queries, data.relevant, strict=True):
+        scores = (documents @ query).round(7)  # equal codes must tie
+        ranking = sorted(range(len(documents)), key=lambda row: (-scores[row], row))
+        best = sorted(grades.values(), reverse=True)
+        gain = sum(grades.get(row, 0) * d for row, d in zip(ranking, discounts, strict=False))
+        sums["ndcg@10"] += gain / sum(g * d for g, d in zip(best, discounts, strict=False))
+        ranks = sorted(ranking.index(row) + 1 for row in grades)
+        reached = [(i + 1) / rank for i, rank in enumerate(ranks) if rank <= 100]
+        sums["mrr@10"] += 1 / ranks[0] if ranks[0] <= 10 else 0
+        sums["map@100"] += sum(reached) / len(ranks)
+        sums["recall@100"] += len(reached) / len(ranks)
     return {metric: value / len(data.relevant) for metric, value in sums.items()}
 
 
 def test_metrics_equal_a_loop_over_all_documents(model, data):
-    results = evaluate_models([model], data, WIDTHS)
-    assert [(result.model, result.width) for result in results] == [(model, w) for w in WIDTHS]
+    results = evaluate_models([model], {"words": data}, WIDTHS)
+    assert [(r.model, r.data, r.width) for r in results] == [(model, "words", w) for w in WIDTHS]
     for result in results:
-        assert result.metrics == pytest.approx(loop_metrics(model, data, result.width))
+        expected = loop_metrics(model, data, result.width)
+        for precision in ("int8", "binary"):
+            stored = loop_metrics(model, data, result.width, precision)
+            expected[f"ndcg@10/{precision}"] = stored["ndcg@10"]
+        assert result.metrics == pytest.approx(expected)
     assert len({result.metrics["ndcg@10"] for result in results}) == 3
 
 
 def test_metrics_equal_encoding_again_at_every_width(model, data):
-    for result in evaluate_models([model], data, WIDTHS):
+    binary = data._replace(relevant=[dict.fromkeys(grades, 1) for grades in data.relevant])
+    ids = [f"{row:03}" for row in range(len(data.corpus))]
+    for result in evaluate_models([model], {"words": binary}, WIDTHS):
         reference = InformationRetrievalEvaluator(
-            queries=data.queries,
-            corpus=data.corpus,
-            relevant_docs={query: set(found) for query, found in data.relevant.items()},
+            queries=dict(zip(data.query_ids, data.queries, strict=True)),
+            corpus=dict(zip(ids, data.corpus, strict=True)),
+            relevant_docs={
+                query: {ids[row] for row in grades}
+                for query, grades in zip(data.query_ids, data.relevant, strict=True)
+            },
             precision_recall_at_k=[100],
             truncate_dim=result.width,
             write_csv=False,
         )
         found = reference(SentenceTransformer(model, device="cpu"))
-        assert result.metrics == pytest.approx({key: found[f"cosine_{key}"] for key in METRICS})
+        for metric in RETRIEVAL_METRICS:
+            assert result.metrics[metric] == pytest.approx(found[f"cosine_{metric}"], abs=1e-6)
 
 
-def test_texts_are_encoded_once_for_all_widths(model, data, monkeypatch):
+def test_scored_pairs_are_compared_by_role_and_rank(model, pairs):
+    for result in evaluate_models([model], {"sts": pairs}, WIDTHS):
+        first = embed(model, "query", pairs.first, result.width)
+        second = embed(model, "document", pairs.second, result.width)
+        for precision in ("float32", "int8", "binary"):
+            cosines = (first * in_codes(second, precision)).sum(axis=1)
+            expected = spearmanr(cosines, pairs.scores).statistic
+            assert result.quality(precision) == pytest.approx(expected, abs=1e-6)
+        assert sorted(result.metrics) == ["spearman", "spearman/binary", "spearman/int8"]
+
+
+def test_codes_are_those_of_sentence_transformers():
+    documents = torch.randn(9000, 20) * torch.linspace(0.1, 3, 20)  # more than a block
+    documents[:, 5] = 0
+    unit = torch.nn.functional.normalize(documents, dim=-1).numpy()
+    ranges = np.stack([unit.min(axis=0), unit.max(axis=0)])
+    step = (ranges[1] - ranges[0]) / 255
+    stored = as_stored(documents, "int8").numpy()
+    inside = unit < ranges[1]  # the highest value has the code of a step of its own
+    assert (np.abs(stored - unit) <= 0.501 * step + 1e-7)[inside].all()
+    codes = quantize_embeddings(unit, "int8")
+    np.testing.assert_allclose(stored, ranges[0] + (codes + 128.5) * step, atol=1e-6)
+    signs = as_stored(documents, "binary").numpy()
+    assert set(np.unique(signs)) == {-1, 1}
+    packed = np.packbits(signs > 0, axis=1)
+    np.testing.assert_array_equal(packed, quantize_embeddings(unit, "ubinary"))
+
+
+def test_texts_are_encoded_once_for_all_widths(model, data, pairs, monkeypatch):
     encoded = []
     for role in ("encode_query", "encode_document"):
         original = getattr(SentenceTransformer, role)
@@ -213,15 +187,22 @@ def test_texts_are_encoded_once_for_all_widths(model, data, monkeypatch):
             return original(self, texts, *args, **kwargs)
 
         monkeypatch.setattr(SentenceTransformer, role, counted)
-    evaluate_models([model, model], data, WIDTHS)
-    assert encoded == [10, 150]
+    doubled = pairs._replace(
+        first=pairs.first * 2, second=pairs.second * 2, scores=pairs.scores * 2
+    )
+    sets = {"words": data, "sts": pairs, "doubled": doubled}
+    results = evaluate_models([model, model], sets, WIDTHS)
+    assert encoded == [10, 150, 60, 60, 60, 60]
+    for once, twice in zip(results[3:6], results[6:], strict=True):
+        assert once.metrics == pytest.approx(twice.metrics)
 
 
 def test_widths_default_to_the_model_and_larger_ones_are_left_out(model, narrow, data, caplog):
-    own = evaluate_models([model, narrow], data)
+    sets = {"words": data}
+    own = evaluate_models([model, narrow], sets)
     assert [(result.model, result.width) for result in own] == [(model, 32), (narrow, 16)]
     with caplog.at_level(logging.WARNING, "embedtune"):
-        results = evaluate_models([model, narrow], data, [8, 32, 64, 8])
+        results = evaluate_models([model, narrow], sets, [8, 32, 64, 8])
     assert [(r.model, r.width) for r in results] == [(model, 32), (model, 8), (narrow, 8)]
     assert [message.rpartition("/")[2] for message in caplog.messages] == [
         "model has width 32: left out at 64",
@@ -232,19 +213,21 @@ def test_widths_default_to_the_model_and_larger_ones_are_left_out(model, narrow,
 @pytest.mark.parametrize("dims", [[], [0, 8], [-1], [512]])
 def test_impossible_widths(model, data, dims):
     with pytest.raises(InputError, match="dims: expected"):
-        evaluate_models([model], data, dims)
+        evaluate_models([model], {"words": data}, dims)
 
 
 def test_a_model_that_is_not_there(data, tmp_path):
     with pytest.raises(InputError, match="found no folder"):
-        evaluate_models([str(tmp_path / "none")], data)
+        evaluate_models([str(tmp_path / "none")], {"words": data})
 
 
 # --- Reporting ------------------------------------------------------------------------------------
 
 
-def result(model, width, ndcg):
-    return Result(model, width, {"ndcg@10": ndcg, "mrr@10": 0.5, "recall@100": 1.0})
+def result(model, width, quality, data="sets/words", main="ndcg@10"):
+    others = {"mrr@10": 0.5} if main == "ndcg@10" else {}
+    quantised = {f"{main}/int8": quality - 0.01, f"{main}/binary": quality / 2}
+    return Result(model, data, width, {main: quality} | others | quantised)
 
 
 RESULTS = [
@@ -252,17 +235,33 @@ RESULTS = [
     result("/runs/one/model", 32, 0.31),
     result("/runs/two/model", 32, 1.0),
 ]
+PAIRS = [
+    result("/runs/one/model", 32, 0.8, "sts/test.jsonl", "spearman"),
+    result("/runs/two/model", 32, -0.05, "sts/test.jsonl", "spearman"),
+]
 
 
 def test_table_has_a_row_a_model_and_a_column_a_width():
     assert format_table(RESULTS).splitlines() == [
-        "nDCG@10      384      32",
-        "one/model  .5731   .3100",
-        "two/model      -  1.0000",
+        "words, nDCG@10     384      32",
+        "one/model        .5731   .3100",
+        "two/model            -  1.0000",
     ]
 
 
-def test_models_are_named_by_what_tells_them_apart():
+def test_table_has_a_part_for_each_test_set():
+    assert format_table(RESULTS[:1] + PAIRS).splitlines() == [
+        "words, nDCG@10     384      32",
+        "one/model        .5731       -",
+        "two/model            -       -",
+        "",
+        "test, Spearman     384      32",
+        "one/model            -   .8000",
+        "two/model            -  -.0500",
+    ]
+
+
+def test_models_and_sets_are_named_by_what_tells_them_apart():
     names = ["/a/x/m/last", "/a/y/m/last", "org/name"]
     table = format_table([result(name, 8, 0.5) for name in names])
     assert [row.split()[0] for row in table.splitlines()[1:]] == [
@@ -270,19 +269,35 @@ def test_models_are_named_by_what_tells_them_apart():
         "y/m/last",
         "org/name",
     ]
+    splits = ["sets/words", "sets/words/qrels/dev.tsv"]
+    table = format_table([result("m", 8, 0.5, data) for data in splits])
+    assert [row.partition(",")[0] for row in table.splitlines()[::3]] == splits
+
+
+def test_a_long_name_takes_lines_of_its_own():
+    long = "sentence-transformers/paraphrase-multilingual-mpnet-base-v2"
+    assert format_table([result(long, 8, 0.5), result("b", 8, 0.25)]).splitlines() == [
+        "words, nDCG@10                         8",
+        "sentence-transformers/paraphrase-",
+        "multilingual-mpnet-base-v2         .5000",
+        "b                                  .2500",
+    ]
 
 
 def test_results_are_written(tmp_path):
-    write_results(RESULTS, tmp_path / "new" / "folder")
+    write_results(RESULTS + PAIRS, tmp_path / "new" / "folder")
     rows = json.loads((tmp_path / "new" / "folder" / "evaluation.json").read_text())
     assert rows[0] == {
         "model": "/runs/one/model",
+        "data": "sets/words",
         "width": 384,
         "ndcg@10": 0.5731,
         "mrr@10": 0.5,
-        "recall@100": 1.0,
+        "ndcg@10/int8": pytest.approx(0.5631),
+        "ndcg@10/binary": 0.5731 / 2,
+        "mb_per_million": {"float32": 1536, "int8": 384, "binary": 48},
     }
-    assert len(rows) == 3
+    assert len(rows) == 5
     assert (tmp_path / "new" / "folder" / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -297,3 +312,19 @@ def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="expected a folder to write to, found a file"):
         write_results(RESULTS, tmp_path / "taken")
+
+
+def test_the_command_compares_several_models_and_sets(model, narrow, folder, tmp_path, capsys):
+    rows = [{"query": f"cat {word}", "pos": [word], "scores": [len(word)]} for word in WORDS]
+    pairs = tmp_path / "sts.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = [str(folder), str(folder / "qrels" / "test.tsv"), str(pairs)]
+    out = tmp_path / "out"
+    main(["evaluate", model, narrow, "--data", *sets, "--dims", "16,8", "--out", str(out)])
+    table = capsys.readouterr().out
+    assert table.count("nDCG@10") == 2
+    assert table.count("Spearman") == 1
+    found = json.loads((out / "evaluation.json").read_text())
+    keys = [(row["model"], row["data"], row["width"]) for row in found]
+    assert keys == [(m, d, w) for m in (model, narrow) for d in sets for w in (16, 8)]
+    assert found[0]["ndcg@10"] == found[2]["ndcg@10"]  # the same test set, named in two ways

@@ -30,7 +30,7 @@ Fine-tune text-embedding models: jsonl files in, a sentence-transformers folder 
   predict    embeddings of the queries of data.predict_path, as .npy
   export     a training checkpoint as a sentence-transformers folder
   teach      a teacher's embeddings of a data set, for distillation
-  evaluate   nDCG@10 of models at several widths on a retrieval test set
+  evaluate   nDCG@10 or Spearman correlation of models on test sets, at several widths
   demo-data  training and test data from the docstrings of installed packages
 
 embedtune COMMAND --help tells the options of a command.
@@ -58,19 +58,27 @@ def teach_command(argv: Sequence[str]) -> None:
 
 
 def evaluate_command(argv: Sequence[str]) -> None:
-    """Run ``embedtune evaluate MODEL.. --data FOLDER``."""
-    from embedtune.evaluate import evaluate_models, format_table, read_beir, write_results
+    """Run ``embedtune evaluate MODEL.. --data D..``."""
+    from embedtune.evaluate import evaluate_models, format_table, write_results
+    from embedtune.testsets import open_testset
 
-    parser = Parser(prog="embedtune evaluate", description="Compare models on a BEIR folder.")
+    parser = Parser(prog="embedtune evaluate", description="Compare models on test sets.")
     parser.add_argument("models", type=str, nargs="+", help="hub names or folders")
-    parser.add_argument("--data", type=str, required=True, help="folder of the test set")
+    parser.add_argument(
+        "--data",
+        type=str,
+        nargs="+",
+        required=True,
+        help="test sets: BEIR folders (split test), their qrels/SPLIT.tsv, scored jsonl files",
+    )
     parser.add_argument("--dims", type=str, default=None, help="widths, such as 384,128,64")
     parser.add_argument(
         "--out", type=str, default=None, help="folder for evaluation.json and a chart"
     )
     args = parser.parse_args(argv)
     dims = None if args.dims is None else parse_dims(args.dims, "dims")
-    results = evaluate_models(args.models, read_beir(Path(args.data)), dims)
+    data = {path: open_testset(Path(path)) for path in args.data}
+    results = evaluate_models(args.models, data, dims)
     sys.stdout.write(format_table(results) + "\n")
     if args.out is not None:
         write_results(results, Path(args.out))
@@ -117,7 +125,7 @@ def quiet_libraries() -> None:
     disable_progress_bar()  # of loading and saving weights
     for message in (
         ".*does not have many workers",  # num_workers is documented where it is set
-        ".*SpearmanCorrcoef. will save all targets",
+        ".*It is recommended to use `self.log.'val/.*sync_dist=True",  # every rank has the whole
         ".*Total length of `list` across ranks is zero",  # no validation set
         ".*custom batch sampler .GlobalBatchSampler. for prediction",  # it returns all
         ".*isinstance.treespec, LeafSpec.",  # Lightning with a newer torch
