@@ -66,10 +66,8 @@ def test_equal_cosines_come_in_the_order_of_their_numbers():
     documents = torch.ones(100, 4)
     rows = torch.arange(100).flip(0)
     assert search(torch.ones(1, 4), documents, rows, 10).rows.tolist() == [list(range(10))]
-    # 0 and -0 are one cosine.
-    zeros = torch.tensor([[0.0, 1.0], [0.0, -1.0], [0.0, 2.0]])
-    found = search(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), zeros, torch.arange(3), 3)
-    assert found.rows.tolist() == [[0, 1, 2]] * 2
+    zeros = searching._keys(torch.tensor([-0.0, 0.0, -0.0]), torch.arange(3))
+    assert zeros.diff().tolist() == [-1, -1]  # 0 and -0 are one cosine
 
 
 def test_any_scale_and_precision_and_under_autocast():
@@ -103,7 +101,8 @@ def test_one_process_gets_back_what_it_gives():
 
 # --- Two ranks ------------------------------------------------------------------------------------
 
-K = 12
+DEPTHS = 12, 60
+"""Fewer and more than the 50 documents there are."""
 SHARES = {  # the documents of rank 0; rank 1 has the others
     "in turns": range(0, 50, 2),
     "fewer than k": range(5),
@@ -121,17 +120,19 @@ def search_a_share(rank, folder):
     for name, first in SHARES.items():
         mine = [row for row in range(50) if (row in first) == (rank == 0)]
         rows = torch.tensor(mine, dtype=torch.int64)
-        found[name] = tuple(merge(search(q, d[rows], rows, K), K))
+        found[name] = [tuple(merge(search(q, d[rows], rows, k), k)) for k in DEPTHS]
     torch.save(found, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
 
 def test_two_ranks_find_what_one_process_finds(tmp_path):
     multiprocessing.spawn(search_a_share, (str(tmp_path),), nprocs=2)
-    expected = search(vertices(6, seed=1), vertices(50, seed=2), torch.arange(50), K)
-    assert (expected.scores[:, 1:] == expected.scores[:, :-1]).any()  # ties across ranks
+    q, d = vertices(6, seed=1), vertices(50, seed=2)
+    expected = [search(q, d, torch.arange(50), k) for k in DEPTHS]
+    assert (expected[0].scores[:, 1:] == expected[0].scores[:, :-1]).any()  # ties across ranks
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
         assert list(found) == list(SHARES)
-        for scores, rows in found.values():
-            assert_same(Found(scores, rows), expected)
+        for by_depth in found.values():
+            for (scores, rows), one in zip(by_depth, expected, strict=True):
+                assert_same(Found(scores, rows), one)

@@ -436,7 +436,7 @@ def test_a_run_of_one_process_goes_on_on_two(runs):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_checkpoint_is_validated_on_any_number_of_ranks(onto_one, strategy):
-    loss = "val/pair-19/loss"
+    loss = "val/triplet-19/loss"
     expected = onto_one.alone("validated", **{"from": f"ddp-whole/{CHECKPOINT}"})[loss]
     assert expected != pytest.approx(onto_one.alone("validated")[loss], rel=0.01)
     names = ["validated", "validated_by_one"] if strategy in SHARDED else ["validated"]
