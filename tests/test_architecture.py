@@ -9,8 +9,9 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "embedtune"
 LAYERS = [  # a module imports from the layers above its own line, never from its own or below
     "errors",
-    "records functional attention loading optim precision teacher_store gather sampler metrics",
-    "encoder dataset target testsets search chart",
+    "records functional dropout heap loading optim precision teacher_store gather sampler metrics",
+    "attention dataset target testsets search chart",
+    "encoder",
     "batch projection checkpoint",
     "tokens validation model_card",
     "losses datamodule fsdp zero",

@@ -10,9 +10,11 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from embedtune import InputError
-from embedtune.attention import VARLEN, FastDropout, dropout_mask, varlen_attention
+from embedtune import dropout as dropout_module
+from embedtune.attention import VARLEN, varlen_attention
 from embedtune.batch import Text, cut_packed, cut_padded, make_chunks
 from embedtune.cli import main
+from embedtune.dropout import FastDropout, attend_with_dropout, draw_kept
 from embedtune.encoder import Encoder, EncoderSpec
 from embedtune.export import export_encoder
 
@@ -224,9 +226,10 @@ def test_attention_stays_within_a_text(is_causal, key_heads, kind):
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    kept, kept_share = dropout_mask((400, 501), 0.3)
-    dropped = ~kept
-    assert dropped.dtype == torch.bool
+    kept = torch.empty(400, 501)
+    kept_share = draw_kept(kept, 0.3)
+    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    dropped = ~kept.bool()
     assert kept_share == pytest.approx(0.7, abs=1e-5)
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.005)
     # The four parts of a draw, and neighbours, are independent.
@@ -249,6 +252,50 @@ def test_attention_dropout_follows_torch_s_generator_and_is_right_on_average():
     assert not torch.equal(attend(1), attend(2))
     mean = torch.stack([attend(seed) for seed in range(1, 3000)]).mean(dim=0)
     torch.testing.assert_close(mean, attend(None), rtol=0, atol=0.1)
+
+
+MASKS = {
+    "none": None,
+    "padding": (torch.arange(7) < torch.tensor([7, 5, 6])[:, None])[:, None, None],
+    "window": (torch.arange(7)[:, None] - torch.arange(7)).abs() < 3,
+    "window and padding": torch.eye(7, dtype=torch.bool)
+    | (torch.arange(7) < torch.tensor([7, 5, 6])[:, None])[:, None, None].expand(3, 1, 7, 7),
+}
+
+
+@pytest.mark.parametrize("block", [7 * 7 * 4, 1 << 18], ids=["blocks", "one block"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_attention_with_dropout_equals_its_formula(mask, block, monkeypatch):
+    monkeypatch.setattr(dropout_module, "BLOCK", block // torch.get_num_threads())
+    drawn: list[torch.Tensor] = []
+
+    def remember(kept: torch.Tensor, dropout: float) -> float:
+        share = draw_kept(kept, dropout)
+        drawn.append(kept.clone())
+        return share
+
+    monkeypatch.setattr(dropout_module, "draw_kept", remember)
+    generator = torch.Generator().manual_seed(3)
+    given = [
+        torch.randn(3, 2, 7, 5, generator=generator, dtype=torch.float64).requires_grad_()
+        for _ in range(3)
+    ]
+    weights = torch.randn(3, 2, 7, 5, generator=generator, dtype=torch.float64)
+    found = attend_with_dropout(*given, mask, 0.25, 0.4)
+    gradients = torch.autograd.grad((found * weights).sum(), given)
+    assert (len(drawn) > 1) == (block < 1 << 18)
+    kept = torch.cat(drawn).view(3, 2, 7, 7)
+    assert 0 < kept.mean() < 1
+    query, key, value = given
+    scores = 0.4 * query @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    expected = (scores.softmax(dim=-1) * kept / 0.75) @ value
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    for gradient, wanted in zip(
+        gradients, torch.autograd.grad((expected * weights).sum(), given), strict=True
+    ):
+        torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
 
 
 def test_dropout_between_layers_draws_as_fast_and_the_same_again(tiny_bert):

@@ -6,7 +6,6 @@ padding, and attention hardly any.
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -17,6 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from embedtune.dropout import attend_with_dropout
+
 VARLEN = "embedtune_varlen"
 """The name under which transformers finds this attention; padded inputs go to its own ``sdpa``."""
 
@@ -26,9 +27,6 @@ PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k
 SLACK = 16
 """Tokens by which texts that attention pads to one length may differ: a run for each length of
 short texts would cost more than the padding."""
-
-LEVELS = 1 << 16
-"""Dropout compares 16 random bits: four times as many masks a second as with one draw each."""
 
 
 def varlen_attention(
@@ -215,14 +213,8 @@ def _attend(
     """Attend within texts of one padded length, ``[texts, heads, length, width]``."""
     if dropout and not causal and query.shape[1] == key.shape[1]:
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-        # Autocast would make four float32 copies; softmax sums in float32 in any case.
         with torch.autocast("cpu", enabled=False):
-            scores = (query * scale) @ key.transpose(2, 3)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))
-            probabilities = scores.softmax(dim=-1)
-            kept, kept_share = dropout_mask(probabilities.shape, dropout)
-            return ((probabilities * kept) @ value) / kept_share
+            return attend_with_dropout(query, key, value, mask, dropout, scale)
     # torch's fused backward for bfloat16 takes several times as long as that for float32.
     with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(
@@ -235,40 +227,6 @@ def _attend(
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         ).to(query.dtype)
-
-
-def dropout_mask(shape: Sequence[int], dropout: float) -> tuple[Tensor, float]:
-    """Draw which elements dropout keeps from torch's CPU generator.
-
-    torch draws them one by one in one thread, which takes longer than attention itself.
-
-    Returns:
-        bool of ``shape``, and the share of elements that is kept: ``1 - dropout`` to 16 bits.
-    """
-    count = math.prod(shape)
-    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
-    dropped_levels = round(dropout * LEVELS)
-    levels = bits.view(torch.int16)[:count].view(*shape)
-    return levels >= dropped_levels - LEVELS // 2, 1 - dropped_levels / LEVELS
-
-
-class FastDropout(torch.nn.Dropout):
-    """Dropout with masks of :func:`dropout_mask`."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Drop elements in training."""
-        if not self.training or self.p == 0 or input.device.type != "cpu":
-            return super().forward(input)
-        kept, kept_share = dropout_mask(input.shape, self.p)
-        return input * kept / kept_share
-
-
-def use_fast_dropout(model: torch.nn.Module) -> None:
-    """Replace every plain dropout below ``model``."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Dropout and not child.inplace:
-                setattr(module, name, FastDropout(child.p).train(child.training))
 
 
 def unpack(features: dict[str, Any]) -> dict[str, Any]:

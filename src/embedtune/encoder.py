@@ -10,7 +10,8 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from embedtune.attention import PACKED_INPUTS, VARLEN, unpack, use_fast_dropout
+from embedtune.attention import PACKED_INPUTS, VARLEN, unpack
+from embedtune.dropout import use_fast_dropout
 from embedtune.errors import InputError
 from embedtune.loading import (
     UNLIMITED,

@@ -1,8 +1,6 @@
 """The LightningModule: encoder, projection and loss."""
 
-import ctypes
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, Literal, cast
 
@@ -12,7 +10,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
-from embedtune import gather
+from embedtune import gather, heap
 from embedtune.batch import Batch
 from embedtune.checkpoint import reopen_epoch
 from embedtune.encoder import Encoder, EncoderSpec, Features, PoolingMode
@@ -136,6 +134,8 @@ class EmbeddingModule(pl.LightningModule):
                 "16-mixed, found 32-true"
             )
         self.encoder.pack(device)
+        if device.type == "cpu" and not self.grad_cache:
+            heap.keep_freed()
         if stage == "predict":
             return
         mrl_dims = self.mrl_dims if self.use_mrl else None
@@ -169,7 +169,7 @@ class EmbeddingModule(pl.LightningModule):
 
     def _encode(self, features: Features) -> Tensor:
         if features["input_ids"].device.type == "cpu":
-            _return_freed_memory()
+            heap.return_freed()
         return self.encoder(features)
 
     def _encode_in_step(self, chunks: list[Features], by_rank: Sequence[int]) -> Tensor:
@@ -338,10 +338,3 @@ class EmbeddingModule(pl.LightningModule):
         """Keep beside the weights what rebuilds the encoder, and what its model card tells."""
         checkpoint["encoder_spec"] = self.encoder.spec._asdict()
         checkpoint["training_facts"] = training_facts(self.trainer, self)._asdict()
-
-
-def _return_freed_memory() -> None:
-    """Let glibc return what is free in its heap, which chunks of many shapes fragment."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is not None:
-        trim(0)
