@@ -258,7 +258,7 @@ MASKS = {
     "none": None,
     "padding": (torch.arange(7) < torch.tensor([7, 5, 6])[:, None])[:, None, None],
     "window": (torch.arange(7)[:, None] - torch.arange(7)).abs() < 3,
-    "window and padding": torch.eye(7, dtype=torch.bool)
+    "padding that sees itself": torch.eye(7, dtype=torch.bool)
     | (torch.arange(7) < torch.tensor([7, 5, 6])[:, None])[:, None, None].expand(3, 1, 7, 7),
 }
 
