@@ -117,7 +117,7 @@ def test_an_architecture_has_the_same_gradient_without_padding(name, tiny_transf
         assert difference < 1e-5 * largest, parameter
 
 
-def test_runs_that_validation_asked_for_first_serve_training():
+def test_buckets_that_validation_asked_for_first_serve_training():
     ends = torch.tensor([0, 5, 8])
     given = [states(2, 8) for _ in range(3)]
     with torch.inference_mode():
@@ -226,11 +226,11 @@ def test_attention_stays_within_a_text(is_causal, key_heads, kind):
 
 
 def test_dropout_drops_its_share_and_keeps_the_mean():
-    kept = torch.empty(400, 501)
-    kept_share = draw_kept(kept, 0.3)
-    assert set(kept.unique().tolist()) == {0.0, 1.0}
+    kept = torch.empty(400, 501, dtype=torch.uint8)
+    keep_prob = draw_kept(kept, 0.3)
+    assert set(kept.unique().tolist()) == {0, 1}
     dropped = ~kept.bool()
-    assert kept_share == pytest.approx(0.7, abs=1e-5)
+    assert keep_prob == pytest.approx(0.7, abs=1e-5)
     assert dropped.float().mean().item() == pytest.approx(0.3, abs=0.005)
     # The four parts of a draw, and neighbours, are independent.
     for part in range(4):
@@ -263,18 +263,31 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("block", [7 * 7 * 4, 1 << 18], ids=["blocks", "one block"])
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-def test_attention_with_dropout_equals_its_formula(mask, block, monkeypatch):
-    monkeypatch.setattr(dropout_module, "BLOCK", block // torch.get_num_threads())
-    drawn: list[torch.Tensor] = []
+@pytest.fixture
+def drawn(monkeypatch) -> list[torch.Tensor]:
+    """The masks that attention draws from now on."""
+    masks: list[torch.Tensor] = []
 
     def remember(kept: torch.Tensor, dropout: float) -> float:
-        share = draw_kept(kept, dropout)
-        drawn.append(kept.clone())
-        return share
+        keep_prob = draw_kept(kept, dropout)
+        masks.append(kept.clone())
+        return keep_prob
 
     monkeypatch.setattr(dropout_module, "draw_kept", remember)
+    return masks
+
+
+def attend_by_formula(query, key, value, mask, kept, keep_prob, scale):
+    scores = scale * query @ key.mT
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return (scores.softmax(dim=-1) * kept / keep_prob) @ value
+
+
+@pytest.mark.parametrize("block", [7 * 7 * 4, 1 << 18], ids=["blocks", "one block"])
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_attention_with_dropout_equals_its_formula(mask, block, drawn, monkeypatch):
+    monkeypatch.setattr(dropout_module, "BLOCK", block // torch.get_num_threads())
     generator = torch.Generator().manual_seed(3)
     given = [
         torch.randn(3, 2, 7, 5, generator=generator, dtype=torch.float64).requires_grad_()
@@ -285,17 +298,72 @@ def test_attention_with_dropout_equals_its_formula(mask, block, monkeypatch):
     gradients = torch.autograd.grad((found * weights).sum(), given)
     assert (len(drawn) > 1) == (block < 1 << 18)
     kept = torch.cat(drawn).view(3, 2, 7, 7)
-    assert 0 < kept.mean() < 1
-    query, key, value = given
-    scores = 0.4 * query @ key.mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    expected = (scores.softmax(dim=-1) * kept / 0.75) @ value
+    assert 0 < kept.double().mean() < 1
+    expected = attend_by_formula(*given, mask, kept, 0.75, 0.4)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     for gradient, wanted in zip(
         gradients, torch.autograd.grad((expected * weights).sum(), given), strict=True
     ):
         torch.testing.assert_close(gradient, wanted, rtol=0, atol=1e-12)
+
+
+def test_attention_with_dropout_is_as_exact_in_half_precision_as_fused_attention(drawn):
+    generator = torch.Generator().manual_seed(3)
+    exact = [torch.randn(1, 4, 60, 16, generator=generator) for _ in range(4)]
+    query, key, value, weights = [states.bfloat16() for states in exact]
+    # One text, laid out as the layers do it, with scores up to 60: 1 / 4 apart in bfloat16. Rotary
+    # embeddings make queries and keys float32.
+    given = [states.transpose(1, 2).contiguous().transpose(1, 2) for states in (query, key, value)]
+    types = torch.float32, torch.float32, torch.bfloat16
+    given = [states.to(kind).requires_grad_() for states, kind in zip(given, types, strict=True)]
+    whole = torch.tensor([0, 60])
+    found, _ = varlen_attention(
+        Layer(False), *given, None, cu_seq_lens_q=whole, dropout=0.25, scaling=3.0
+    )
+    found = found.transpose(1, 2)
+    assert found.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(found, given, weights)
+    kept = torch.cat(drawn).view(1, 4, 60, 60)
+
+    wide = [states.double().requires_grad_() for states in (query, key, value)]
+    expected = attend_by_formula(*wide, None, kept.double(), 0.75, 3.0)
+    wanted = torch.autograd.grad(expected, wide, weights.double())
+    fused = [states.clone().requires_grad_() for states in (query, key, value)]
+    reference = torch.nn.functional.scaled_dot_product_attention(*fused, scale=3.0)
+    reference_wide = attend_by_formula(*wide, None, 1.0, 1.0, 3.0)
+    reference_gradients = torch.autograd.grad(reference, fused, weights)
+    reference_wanted = torch.autograd.grad(reference_wide, wide, weights.double())
+
+    def error(found, wanted):
+        return ((found.double() - wanted).norm() / wanted.norm()).item()
+
+    assert error(found, expected) < 1.5 * error(reference, reference_wide) < 0.01
+    for gradient, want, other, other_want in zip(
+        gradients, wanted, reference_gradients, reference_wanted, strict=True
+    ):
+        assert error(gradient, want) < 1.5 * error(other, other_want) < 0.03
+
+
+def test_attention_drops_the_same_whatever_the_number_of_threads(drawn, monkeypatch):
+    monkeypatch.setattr(dropout_module, "BLOCK", 7 * 7 * 2)
+    given = [torch.randn(5, 2, 7, 5) for _ in range(3)]
+    threads, masks = torch.get_num_threads(), []
+    for count in (1, 2):
+        torch.manual_seed(3)
+        torch.set_num_threads(count)
+        try:
+            attend_with_dropout(*given, None, 0.25, 0.4)
+        finally:
+            torch.set_num_threads(threads)
+        masks.append(torch.cat(drawn))
+        drawn.clear()
+    assert torch.equal(*masks)
+
+
+def test_a_dropout_of_one_drops_all():
+    given = torch.ones(3, 4)
+    assert not FastDropout(1.0).train()(given).any()
+    assert FastDropout(1 - 1e-9).train()(given).isfinite().all()
 
 
 def test_dropout_between_layers_draws_as_fast_and_the_same_again(tiny_bert):
@@ -353,6 +421,11 @@ def test_padded_chunks_are_cut_where_it_costs_least(seed):
     ]
     assert found in allowed
     assert padded_cost(found, lengths, 1) == min(padded_cost(c, lengths, 1) for c in allowed)
+
+
+def test_texts_without_tokens_are_cut_too():
+    # An empty document, and a tokenizer that adds no special tokens.
+    assert cut_padded([3, 0, 0], 8)[-1] == cut_packed([3, 0, 0], 8)[-1] == 3
 
 
 @pytest.mark.parametrize("cut", [cut_packed, cut_padded])

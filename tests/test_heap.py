@@ -1,9 +1,13 @@
 """On glibc a training process keeps the memory that tensors no longer need."""
 
+import json
 import subprocess
 import sys
 
 import pytest
+
+from embedtune import heap
+from embedtune.cli import main
 
 CODE = """
 import resource, sys
@@ -28,3 +32,25 @@ def test_freed_memory_is_mapped_once():
         return int(done.stdout)
 
     assert faults("keep") < faults("default") / 10
+
+
+@pytest.mark.parametrize(("grad_cache", "called"), [(False, {"keep"}), (True, {"return"})])
+def test_a_fit_keeps_memory_unless_it_caches_gradients(
+    grad_cache, called, tiny_bert, tmp_path, monkeypatch
+):
+    found = set()
+    monkeypatch.setattr(heap, "keep_freed", lambda: found.add("keep"))
+    monkeypatch.setattr(heap, "return_freed", lambda: found.add("return"))
+    data = tmp_path / "train.jsonl"
+    data.write_text("".join(json.dumps({"query": c, "pos": [c * 2]}) + "\n" for c in "abcd"))
+    flags = {
+        "model.model_name_or_path": tiny_bert,
+        "model.grad_cache": grad_cache,
+        "data.train_path": data,
+        "trainer.max_steps": 1,
+        "trainer.accelerator": "cpu",
+        "trainer.default_root_dir": tmp_path / "run",
+        "trainer.enable_progress_bar": False,
+    }
+    main(["fit", *(f"--{name}={value}" for name, value in flags.items())])
+    assert found == called

@@ -320,6 +320,7 @@ def test_wrong_hyper_parameters_are_refused():
         lambda: InfoNCE(temperature=0.0),
         lambda: ListwiseKL(temperature=-1.0),
         lambda: ListwiseKL(teacher_temperature=-1.0),
+        lambda: ListwiseKL(teacher_temperature=0.0),
         lambda: CoSENT(scale=0.0),
         lambda: Matryoshka(InfoNCE(), [4, 8], weights=[1.0]),
         lambda: default_loss(Format.DISTILL, temperature=0.1),

@@ -25,7 +25,7 @@ PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k
 """What tells attention where each text of a packed chunk starts, by transformers' names."""
 
 SLACK = 16
-"""Tokens by which texts that attention pads to one length may differ: a run for each length of
+"""Tokens by which texts that attention pads to one length may differ: a bucket for each length of
 short texts would cost more than the padding."""
 
 
@@ -47,12 +47,12 @@ def varlen_attention(
 
     Args:
         module: The attention layer.
-        query: ``[1, heads, tokens, width]``; ``key`` and ``value`` may have fewer heads.
+        query: ``[1, heads, tokens, head_dim]``; ``key`` and ``value`` may have fewer heads.
         key: See ``query``.
         value: See ``query``.
         attention_mask: Of padded inputs.
         dropout: Share of the attention probabilities that is dropped.
-        scaling: Multiplies the products; 1 / sqrt(width) by default.
+        scaling: Multiplies the products; 1 / sqrt(head_dim) by default.
         is_causal: Whether a token sees those before it alone; the module's own by default.
         cu_seq_lens_q: Where each text starts, and the end, ``[texts + 1]``; without it the input is
             padded.
@@ -60,7 +60,7 @@ def varlen_attention(
         kwargs: What only padded inputs take.
 
     Returns:
-        ``[1, tokens, heads, width]``, and no attention probabilities.
+        ``[1, tokens, heads, head_dim]``, and no attention probabilities.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -76,19 +76,19 @@ def varlen_attention(
             **kwargs,
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    runs = divide(tuple(cu_seq_lens_q.diff().tolist()))
+    buckets = divide(tuple(cu_seq_lens_q.diff().tolist()))
     # Moved once, and split: the gradient of each slice would be as large as the whole.
-    parts = [_spread(states[0].transpose(0, 1), runs) for states in (query, key, value)]
+    parts = [_spread(states[0].transpose(0, 1), buckets) for states in (query, key, value)]
     attended = []
-    for run, *states in zip(runs.shapes, *parts, strict=True):
-        q, k, v = (s.unflatten(0, run.shape).transpose(1, 2) for s in states)
-        mask = _mask(run, sliding_window, causal)
+    for bucket, *states in zip(buckets.shapes, *parts, strict=True):
+        q, k, v = (s.unflatten(0, bucket.shape).transpose(1, 2) for s in states)
+        mask = _mask(bucket, sliding_window, causal)
         output = _attend(q, k, v, mask, dropout, scaling, causal and mask is None)
         attended.append(output.transpose(1, 2).flatten(0, 1))
-    return _gather_back(torch.cat(attended), runs)[None], None
+    return _gather_back(torch.cat(attended), buckets)[None], None
 
 
-class Run(NamedTuple):
+class Bucket(NamedTuple):
     """Neighbouring texts of about one length, which attention pads to the longest of them.
 
     Attributes:
@@ -100,29 +100,29 @@ class Run(NamedTuple):
     real: Tensor | None
 
 
-class Runs(NamedTuple):
+class Buckets(NamedTuple):
     """How the tokens of a chunk are laid out for attention.
 
     Attributes:
-        shapes: The runs.
+        shapes: The buckets.
         source: int64 ``[padded]``: the token that comes to each place; any one where it is padding.
         place: int64 ``[tokens]``: the place that each token comes to.
     """
 
-    shapes: list[Run]
+    shapes: list[Bucket]
     source: Tensor
     place: Tensor
 
 
 @lru_cache(maxsize=8)  # every layer asks again
 @torch.inference_mode(False)  # what validation asks for first, training may need too
-def divide(lengths: tuple[int, ...]) -> Runs:
-    """Divide the texts of a chunk, the longest first, into runs of up to ``SLACK`` tokens less.
+def divide(lengths: tuple[int, ...]) -> Buckets:
+    """Divide the texts of a chunk, the longest first, into buckets of up to ``SLACK`` tokens less.
 
-    >>> [run.shape for run in divide((40, 39, 7, 7)).shapes]
+    >>> [bucket.shape for bucket in divide((40, 39, 7, 7)).shapes]
     [(2, 40), (2, 7)]
     """
-    shapes: list[Run] = []
+    shapes: list[Bucket] = []
     places: list[Tensor] = []
     start, padded = 0, 0
     while start < len(lengths):
@@ -130,28 +130,27 @@ def divide(lengths: tuple[int, ...]) -> Runs:
         end = start
         while end < len(lengths) and 0 <= longest - lengths[end] <= SLACK:
             end += 1
-        run = torch.tensor(lengths[start:end])
-        real = torch.arange(longest) < run[:, None]
+        real = torch.arange(longest) < torch.tensor(lengths[start:end])[:, None]
         places.append(padded + real.flatten().nonzero().flatten())
-        shapes.append(Run((len(run), longest), None if real.all() else real[:, None, None]))
+        shapes.append(Bucket((end - start, longest), None if real.all() else real[:, None, None]))
         padded += real.numel()
         start = end
     place = torch.cat(places)
     source = torch.zeros(padded, dtype=torch.int64).index_copy(0, place, torch.arange(len(place)))
-    return Runs(shapes, source, place)
+    return Buckets(shapes, source, place)
 
 
-def _spread(states: Tensor, runs: Runs) -> tuple[Tensor, ...]:
-    """Return the states of each run, ``[texts x length, heads, width]``."""
-    if len(runs.source) > len(runs.place):
-        states = _Spread.apply(states, runs.source, runs.place)
-    return states.split([texts * length for texts, length in (run.shape for run in runs.shapes)])
+def _spread(states: Tensor, buckets: Buckets) -> tuple[Tensor, ...]:
+    """Return the states of each bucket, ``[texts x length, heads, head_dim]``."""
+    if len(buckets.source) > len(buckets.place):
+        states = _Spread.apply(states, buckets.source, buckets.place)
+    return states.split([math.prod(bucket.shape) for bucket in buckets.shapes])
 
 
-def _gather_back(states: Tensor, runs: Runs) -> Tensor:
-    if len(runs.source) == len(runs.place):
+def _gather_back(states: Tensor, buckets: Buckets) -> Tensor:
+    if len(buckets.source) == len(buckets.place):
         return states
-    return _GatherBack.apply(states, runs.source, runs.place)
+    return _GatherBack.apply(states, buckets.source, buckets.place)
 
 
 class _Spread(torch.autograd.Function):
@@ -184,21 +183,21 @@ class _GatherBack(torch.autograd.Function):
         return padded.index_copy_(0, place, gradient), None, None
 
 
-def _mask(run: Run, window: int | None, causal: bool) -> Tensor | None:
+def _mask(bucket: Bucket, window: int | None, causal: bool) -> Tensor | None:
     """Return which tokens see which, bool, or None where ``causal`` says all of it."""
-    length = run.shape[1]
+    length = bucket.shape[1]
     if window is None or length <= window:
         # Padding comes last: no token sees it that sees only those before it.
-        return None if causal else run.real
+        return None if causal else bucket.real
     positions = torch.arange(length)
     distance = positions[:, None] - positions
     near = distance.abs() < window
     if causal:
         return near & (distance >= 0)
-    if run.real is None:
+    if bucket.real is None:
         return near
     # Padding far from every token sees itself: its output is not used, but must be a number.
-    return near & (run.real | (distance == 0))
+    return near & (bucket.real | (distance == 0))
 
 
 def _attend(
@@ -210,8 +209,8 @@ def _attend(
     scaling: float | None,
     causal: bool,
 ) -> Tensor:
-    """Attend within texts of one padded length, ``[texts, heads, length, width]``."""
-    if dropout and not causal and query.shape[1] == key.shape[1]:
+    """Attend within texts of one padded length, ``[texts, heads, length, head_dim]``."""
+    if 0 < dropout < 1 and not causal and query.shape[1] == key.shape[1]:
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         with torch.autocast("cpu", enabled=False):
             return attend_with_dropout(query, key, value, mask, dropout, scale)

@@ -286,10 +286,10 @@ def _rows(
 
 
 def cut_packed(lengths: Sequence[int], tokens_per_chunk: int) -> list[int]:
-    """Cut texts into as few runs of about equally many tokens as the limit allows.
+    """Cut texts into as few chunks of about equally many tokens as the limit allows.
 
     Returns:
-        Where each run starts, and the end.
+        Where each chunk starts, and the end.
 
     >>> cut_packed([5, 4, 3, 2, 2], 8)
     [0, 1, 3, 5]
@@ -312,7 +312,7 @@ def cut_padded(lengths: Sequence[int], tokens_per_chunk: int) -> list[int]:
     ``tokens_per_chunk / CHUNK_COST`` tokens take.
 
     Returns:
-        Where each run starts, and the end.
+        Where each chunk starts, and the end.
 
     >>> cut_padded([9, 9, 2, 2, 2], 64)
     [0, 2, 5]
@@ -322,7 +322,7 @@ def cut_padded(lengths: Sequence[int], tokens_per_chunk: int) -> list[int]:
     cost[0] = 0.0
     last = np.zeros(count + 1, dtype=np.int64)
     for start, longest in enumerate(lengths):
-        most = min(max(1, tokens_per_chunk // longest), count - start)
+        most = min(max(1, tokens_per_chunk // max(1, longest)), count - start)
         ends = slice(start + 1, start + 1 + most)
         through = cost[start] + fixed + longest * np.arange(1, most + 1)
         last[ends] = np.where(through < cost[ends], start, last[ends])

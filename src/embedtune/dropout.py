@@ -24,21 +24,21 @@ BLOCK = 1 << 18
 def draw_kept(kept: Tensor, dropout: float) -> float:
     """Draw which elements dropout keeps.
 
-    torch's CPU generator draws the seed of numpy's SFC64, which draws twice as fast.
+    torch's CPU generator draws the seed of numpy's SFC64, which draws twice as fast; numpy also
+    compares 16-bit numbers several times as fast.
 
     Args:
-        kept: Filled with 1 where an element is kept and 0 where it is dropped; multiplying by
-            floating-point numbers takes a tenth of the time that a bool mask takes.
+        kept: uint8, contiguous; filled with 1 where an element is kept and 0 where it is dropped.
         dropout: Share that is dropped.
 
     Returns:
         The share that is kept: ``1 - dropout`` to 16 bits.
     """
-    count, dropped_levels = kept.numel(), round(dropout * LEVELS)
+    count, dropped_levels = kept.numel(), min(round(dropout * LEVELS), LEVELS - 1)
     seed = int(torch.empty((), dtype=torch.int64).random_())
-    bits = torch.from_numpy(SFC64(seed).random_raw(-(-count // 4)).view(np.int16))
-    levels = bits[:count].view(kept.shape)
-    torch.ge(levels, dropped_levels - LEVELS // 2, out=kept)
+    levels = SFC64(seed).random_raw(-(-count // 4)).view(np.int16)[:count]
+    out = kept.view(-1).numpy().view(np.bool_)
+    np.greater_equal(levels, dropped_levels - LEVELS // 2, out=out)
     return 1 - dropped_levels / LEVELS
 
 
@@ -47,7 +47,7 @@ class FastDropout(torch.nn.Dropout):
 
     def forward(self, input: Tensor) -> Tensor:
         """Drop elements in training."""
-        if not self.training or self.p == 0 or input.device.type != "cpu":
+        if not self.training or self.p in (0, 1) or input.device.type != "cpu":
             return super().forward(input)
         return _Dropout.apply(input, self.p)
 
@@ -55,16 +55,19 @@ class FastDropout(torch.nn.Dropout):
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, dropout: float) -> Tensor:
-        kept = torch.empty_like(states, requires_grad=False)
-        ctx.kept_share = draw_kept(kept, dropout)
-        ctx.save_for_backward(kept.to(torch.uint8))
-        return kept.mul_(states).div_(ctx.kept_share)
+        kept = torch.empty(states.shape, dtype=torch.uint8)
+        ctx.keep_prob = draw_kept(kept, dropout)
+        ctx.save_for_backward(kept)
+        return _drop(states, kept, ctx.keep_prob)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        (kept,), (gradient,) = ctx.saved_tensors, grad_outputs
-        return kept.to(gradient.dtype).mul_(gradient).div_(ctx.kept_share), None
+        return _drop(grad_outputs[0], *ctx.saved_tensors, ctx.keep_prob), None
+
+
+def _drop(states: Tensor, kept: Tensor, keep_prob: float) -> Tensor:
+    # Multiplying by bytes or bools takes several times as long as by floating-point numbers.
+    return kept.to(states.dtype).mul_(states).div_(keep_prob)
 
 
 def use_fast_dropout(model: torch.nn.Module) -> None:
@@ -80,24 +83,29 @@ def attend_with_dropout(
 ) -> Tensor:
     """Attend, with dropout of the attention probabilities.
 
+    In half precision everything between the given and the returned is float32, which costs no time
+    on a CPU; probabilities are rounded where they are kept for backward.
+
     Args:
-        query: ``[texts, heads, length, width]``, as ``key`` and ``value``.
+        query: ``[texts, heads, length, head_dim]``, as ``key`` and ``value``.
         key: See ``query``.
-        value: See ``query``.
+        value: See ``query``; its type is that of the result, whatever the others' are.
         mask: bool, ``[length, length]`` or ``[texts, 1, length or 1, length]``: which tokens
             (second to last) see which (last); None is all. Each token must see one.
-        dropout: Share of the probabilities that is dropped.
+        dropout: Share of the probabilities that is dropped, below 1.
         scale: Multiplies the products of queries and keys.
 
     Returns:
-        ``[texts, heads, length, width]``.
+        ``[texts, heads, length, head_dim]``.
     """
+    # Rotary position embeddings leave float32 under autocast.
+    query, key = query.to(value.dtype), key.to(value.dtype)
     bias = None
     if mask is not None:
-        bias = torch.zeros(mask.shape, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+        bias = torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
         bias = bias.expand(len(query), 1, -1, -1)[:, 0]
-    # One product a text and head.
-    flat = [states.reshape(-1, *states.shape[-2:]) for states in (query, key, value)]
+    # Products of matrices that lie apart, as heads do in one text, take twice as long.
+    flat = [states.reshape(-1, *states.shape[-2:]).contiguous() for states in (query, key, value)]
     return _AttentionWithDropout.apply(*flat, bias, dropout, scale).view(query.shape)
 
 
@@ -115,52 +123,65 @@ class _AttentionWithDropout(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         rows, length, _ = query.shape
-        probabilities = query.new_empty(rows, length, length)
-        kept_bytes = probabilities.new_empty(probabilities.shape, dtype=torch.uint8)
-        output = torch.empty_like(value)
-        ctx.kept_share = 1.0
-        for block, (scores, kept) in _blocks(probabilities, 2):
-            q, k, v, p = query[block], key[block], value[block], probabilities[block]
-            torch.baddbmm(scores, q, k.mT, beta=0, alpha=scale, out=scores)
+        probabilities = value.new_empty(rows, length, length)
+        kept = torch.empty(probabilities.shape, dtype=torch.uint8)
+        q, k, v = _widen(query, key, value)
+        output = torch.empty_like(v)
+        for block, draws, scores, factors in _blocks(probabilities):
+            p = probabilities[block]
+            scores = p if p.dtype == scores.dtype else scores
+            torch.baddbmm(scores, q[block], k[block].mT, beta=0, alpha=scale, out=scores)
             if bias is not None:
                 texts = torch.arange(block.start, block.stop) * len(bias) // rows
                 scores.add_(bias[texts])
-            torch.softmax(scores, dim=-1, out=p)
-            ctx.kept_share = draw_kept(kept, dropout)
-            kept_bytes[block] = kept
-            torch.mul(p, kept, out=scores)
+            torch.softmax(scores, dim=-1, out=scores)
+            if scores is not p:
+                p.copy_(scores)
+            for part in kept[block].split(draws):
+                ctx.keep_prob = draw_kept(part, dropout)
+            factors.copy_(kept[block]).mul_(scores)
             out = output[block]
-            torch.baddbmm(out, scores, v, beta=0, alpha=1 / ctx.kept_share, out=out)
+            torch.baddbmm(out, factors, v[block], beta=0, alpha=1 / ctx.keep_prob, out=out)
         ctx.scale = scale
-        ctx.save_for_backward(query, key, value, probabilities, kept_bytes)
-        return output
+        ctx.save_for_backward(query, key, value, probabilities, kept)
+        return output.to(value.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, probabilities, kept_bytes = ctx.saved_tensors
-        (gradient,) = grad_outputs
-        gradients = [torch.empty_like(states) for states in (query, key, value)]
-        share = 1 / ctx.kept_share
-        for block, (scores, kept, of_scores) in _blocks(probabilities, 3):
-            q, k, v, p = query[block], key[block], value[block], probabilities[block]
-            g, (dq, dk, dv) = gradient[block], (states[block] for states in gradients)
-            kept.copy_(kept_bytes[block])
-            torch.mul(p, kept, out=scores)
-            torch.baddbmm(dv, scores.mT, g, beta=0, alpha=share, out=dv)
-            torch.baddbmm(scores, g, v.mT, beta=0, alpha=share, out=scores)
-            scores.mul_(kept)
-            torch._softmax_backward_data(scores, p, -1, p.dtype, grad_input=of_scores)
-            torch.baddbmm(dq, of_scores, k, beta=0, alpha=ctx.scale, out=dq)
-            torch.baddbmm(dk, of_scores.mT, q, beta=0, alpha=ctx.scale, out=dk)
-        return *gradients, None, None, None
+        query, key, value, probabilities, kept = ctx.saved_tensors
+        q, k, v, g = _widen(query, key, value, grad_outputs[0])
+        gradients = [torch.empty_like(states) for states in (q, k, v)]
+        scale = 1 / ctx.keep_prob
+        for block, _, scores, factors in _blocks(probabilities):
+            dq, dk, dv = (states[block] for states in gradients)
+            p = probabilities[block].to(scores.dtype)
+            factors.copy_(kept[block])
+            torch.baddbmm(scores, g[block], v[block].mT, beta=0, alpha=scale, out=scores)
+            scores.mul_(factors)
+            torch.baddbmm(dv, factors.mul_(p).mT, g[block], beta=0, alpha=scale, out=dv)
+            torch._softmax_backward_data(scores, p, -1, scores.dtype, grad_input=scores)
+            torch.baddbmm(dq, scores, k[block], beta=0, alpha=ctx.scale, out=dq)
+            torch.baddbmm(dk, scores.mT, q[block], beta=0, alpha=ctx.scale, out=dk)
+        return *(states.to(value.dtype) for states in gradients), None, None, None
 
 
-def _blocks(probabilities: Tensor, count: int) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Yield blocks of the rows of ``[rows, length, length]``, each with as many buffers."""
+def _widen(*states: Tensor) -> list[Tensor]:
+    return [s.to(torch.promote_types(s.dtype, torch.float32)) for s in states]
+
+
+def _blocks(probabilities: Tensor) -> Iterator[tuple[slice, int, Tensor, Tensor]]:
+    """Go through the rows of ``[rows, length, length]`` in blocks.
+
+    Yields:
+        The rows of a block; of how many rows masks are drawn at once, which does not depend on the
+        number of threads; and two buffers of the block's shape, float32 at least.
+    """
     rows, *shape = probabilities.shape
-    size = min(rows, max(1, torch.get_num_threads() * BLOCK // math.prod(shape)))
-    buffers = [probabilities.new_empty(size, *shape) for _ in range(count)]
+    draws = max(1, BLOCK // math.prod(shape))
+    size = min(rows, draws * torch.get_num_threads())
+    kind = torch.promote_types(probabilities.dtype, torch.float32)
+    buffers = probabilities.new_empty(2, size, *shape, dtype=kind)
     for start in range(0, rows, size):
         block = slice(start, min(rows, start + size))
-        yield block, [buffer[: block.stop - start] for buffer in buffers]
+        yield block, draws, *buffers[:, : block.stop - start]

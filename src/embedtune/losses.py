@@ -164,13 +164,12 @@ class ListwiseKL(Loss):
             teacher_temperature: Divides the scores; 1.0 over lists and 0.02 over the batch.
         """
         super().__init__()
-        default = 1.0 if over == "list" else 0.02
+        if teacher_temperature is None:
+            teacher_temperature = 1.0 if over == "list" else 0.02
         self.over = over
         self.scope = "rank" if over == "list" else "global"
         self.temperature = require_positive("temperature", temperature)
-        self.teacher_temperature = require_positive(
-            "teacher_temperature", teacher_temperature or default
-        )
+        self.teacher_temperature = require_positive("teacher_temperature", teacher_temperature)
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the mean over lists, or over the pairs of the batch."""
@@ -297,6 +296,7 @@ class Matryoshka(Loss):
     """A loss at every width of one embedding's prefixes (MRL, Kusupati et al. 2022, eq. 1).
 
     A loss is called with the embeddings cut to each width, unless its ``at_widths`` knows better.
+    Of what it returns, the loss alone is logged.
     """
 
     def __init__(

@@ -67,7 +67,8 @@ class EmbeddingModule(pl.LightningModule):
             attention_dropout: The same for attention probabilities alone; 0 leaves the faster
                 fused attention usable.
             grad_cache: Keep one chunk's activations at a time and compute the others again in
-                backward: any batch size in the memory of one chunk, for about a third more time.
+                backward: any batch size in the memory of one chunk, for up to half as much time
+                again.
             loss: A loss by ``class_path`` and ``init_args``; the default is InfoNCE (pair,
                 triplet), ListwiseKL (scored) or Distillation (distill).
             temperature: Temperature of the default loss, where it has one; 0.02 by default.
@@ -134,7 +135,7 @@ class EmbeddingModule(pl.LightningModule):
                 "16-mixed, found 32-true"
             )
         self.encoder.pack(device)
-        if device.type == "cpu" and not self.grad_cache:
+        if stage == "fit" and device.type == "cpu" and not self.grad_cache:
             heap.keep_freed()
         if stage == "predict":
             return
@@ -160,9 +161,9 @@ class EmbeddingModule(pl.LightningModule):
         With ``grad_cache`` this is gradient caching (Gao et al. 2021) in one backward: a chunk is
         computed again, dropout included, when its gradient is due.
         """
-        *cached, last = chunks
-        if not self.grad_cache or not torch.is_grad_enabled():
+        if not self.grad_cache:
             return torch.cat([self.encoder(features) for features in chunks])
+        *cached, last = chunks
         # Backward starts with the last chunk, so its activations are gone before any others come.
         encoded = [checkpoint(self._encode, features, use_reentrant=False) for features in cached]
         return torch.cat([*encoded, self._encode(last)])
