@@ -62,7 +62,8 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return _drop(grad_outputs[0], *ctx.saved_tensors, ctx.keep_prob), None
+        (kept,), (gradient,) = ctx.saved_tensors, grad_outputs
+        return _drop(gradient, kept, ctx.keep_prob), None
 
 
 def _drop(states: Tensor, kept: Tensor, keep_prob: float) -> Tensor:
