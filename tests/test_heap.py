@@ -10,10 +10,9 @@ from embedtune import heap
 from embedtune.cli import main
 
 CODE = """
-import resource, sys
-from embedtune import heap
+import resource, runpy, sys
 if sys.argv[1] == "keep":
-    heap.keep_freed()
+    runpy.run_path(sys.argv[2])["keep_freed"]()
 b"x" * (64 << 20)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
@@ -27,7 +26,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_mapped_once():
     def faults(argument: str) -> int:
         done = subprocess.run(
-            [sys.executable, "-c", CODE, argument], capture_output=True, text=True, check=True
+            [sys.executable, "-c", CODE, argument, heap.__file__],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         return int(done.stdout)
 
