@@ -67,8 +67,7 @@ class EmbeddingModule(pl.LightningModule):
             attention_dropout: The same for attention probabilities alone; 0 leaves the faster
                 fused attention usable.
             grad_cache: Keep one chunk's activations at a time and compute the others again in
-                backward: any batch size in the memory of one chunk, for up to half as much time
-                again.
+                backward: any batch size in the memory of one chunk, for about 1.7 times the time.
             loss: A loss by ``class_path`` and ``init_args``; the default is InfoNCE (pair,
                 triplet), ListwiseKL (scored) or Distillation (distill).
             temperature: Temperature of the default loss, where it has one; 0.02 by default.
