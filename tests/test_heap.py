@@ -36,18 +36,13 @@ def test_freed_memory_is_mapped_once():
     assert faults("keep") < faults("default") / 10
 
 
-@pytest.mark.parametrize(("grad_cache", "called"), [(False, {"keep"}), (True, {"return"})])
-def test_a_fit_keeps_memory_unless_it_caches_gradients(
-    grad_cache, called, tiny_bert, tmp_path, monkeypatch
-):
-    found = set()
-    monkeypatch.setattr(heap, "keep_freed", lambda: found.add("keep"))
-    monkeypatch.setattr(heap, "return_freed", lambda: found.add("return"))
+def test_a_fit_keeps_memory(tiny_bert, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(heap, "keep_freed", lambda: calls.append("kept"))
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"query": c, "pos": [c * 2]}) + "\n" for c in "abcd"))
     flags = {
         "model.model_name_or_path": tiny_bert,
-        "model.grad_cache": grad_cache,
         "data.train_path": data,
         "trainer.max_steps": 1,
         "trainer.accelerator": "cpu",
@@ -55,4 +50,4 @@ def test_a_fit_keeps_memory_unless_it_caches_gradients(
         "trainer.enable_progress_bar": False,
     }
     main(["fit", *(f"--{name}={value}" for name, value in flags.items())])
-    assert found == called
+    assert calls
