@@ -138,7 +138,7 @@ def trainers(bench: Bench) -> str:
                 runs = [("embedtune", flags), ("trainer", flags)]
                 is_default = precision == "bf16" and dropout is None
                 if is_default:
-                    padded = ["--precision=fp32", "--pad=max_length", "--steps=4"]
+                    padded = ["--precision=fp32", "--pad=max_length"]
                     runs.append(("trainer", [*workload.flags, *padded]))
                 kind = torch.bfloat16 if precision == "bf16" else torch.float32
                 rounds, rate = _alternate(bench, rows, runs, kind)
