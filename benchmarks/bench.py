@@ -50,6 +50,7 @@ WORKLOADS = {
     "t2rank_100": Workload("seed_examples/t2rank_100.jsonl", 8, 1, 128, 384, 6),
 }
 DEMO = {"docstrings": Workload("demo/train.jsonl", 64, 0, 64, 64, 10)}
+ON_GPU = torch.cuda.is_available()
 
 
 class Bench:
@@ -59,6 +60,11 @@ class Bench:
         self.model, self.rounds, self.work = args.model, args.rounds, Path(args.work)
         self.work.mkdir(parents=True, exist_ok=True)
         self.data, self.workloads = args.data, WORKLOADS if args.data else DEMO
+        if ON_GPU:  # batches that fill it
+            self.workloads = {
+                name: workload._replace(batch_size=256, steps=40)
+                for name, workload in self.workloads.items()
+            }
         if self.data is None:
             self._command(["-m", "embedtune", "demo-data", "--out", str(self.work / "demo")])
             self.data = str(self.work)
@@ -108,14 +114,17 @@ class Bench:
 
 
 def multiplication_rate(kind: torch.dtype) -> float:
-    """Return the rate of products of 2,048 x 2,048 matrices, the median of 50, in GFLOP/s."""
-    a, b = torch.randn(2, 2048, 2048).to(kind)
+    """Return the rate of products of matrices, the median of 50, in GFLOP/s."""
+    size = 8192 if ON_GPU else 2048
+    a, b = torch.randn(2, size, size, device="cuda" if ON_GPU else "cpu").to(kind)
     seconds = []
     for _ in range(50):
         started = time.perf_counter()
         a @ b
+        if ON_GPU:
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return 2 * 2048**3 / statistics.median(seconds) / 1e9
+    return 2 * size**3 / statistics.median(seconds) / 1e9
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:
@@ -136,7 +145,7 @@ def trainers(bench: Bench) -> str:
                 flags = [*workload.flags, f"--precision={precision}"]
                 flags += [] if dropout is None else [f"--attention_dropout={dropout}"]
                 runs = [("embedtune", flags), ("trainer", flags)]
-                is_default = precision == "bf16" and dropout is None
+                is_default = precision == "bf16" and dropout is None and not ON_GPU
                 if is_default:
                     padded = ["--precision=fp32", "--pad=max_length"]
                     runs.append(("trainer", [*workload.flags, *padded]))
@@ -182,7 +191,7 @@ def _compared(rounds: Rounds, processor: float) -> list[str]:
     logged = rounds[-1][0]["logged"]
     rate = statistics.median(ours["gigaflops"] / ours["step_s"] for ours, *_ in rounds)
     return [
-        *(f"{step:.2f} s" for step in steps),
+        *(f"{step:.2f} s" if step > 1 else f"{step * 1000:.0f} ms" for step in steps),
         *(_ratio(rounds, key, 1) for key in ("step_s", "whole_s", "peak_mb")),
         f"{logged['train/padding_efficiency']:.1%}",
         f"{logged['train/input_wait']:.1%}",

@@ -24,6 +24,7 @@ STARTED = time.perf_counter()
 
 import datasets  # noqa: E402 - the clock starts before the imports
 import lightning.pytorch as pl  # noqa: E402
+import torch  # noqa: E402
 import transformers  # noqa: E402
 from sentence_transformers import (  # noqa: E402
     SentenceTransformer,
@@ -35,7 +36,8 @@ from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
 )
 from torch.utils.data import BatchSampler, SequentialSampler  # noqa: E402
 
-WARMUP_STEPS = 2
+ON_GPU = torch.cuda.is_available()
+WARMUP_STEPS = 10 if ON_GPU else 2
 TEMPERATURE = 0.02
 
 
@@ -45,10 +47,19 @@ def memory_mb(name: str) -> float:
     return int(status.split(f"{name}:")[1].split()[0]) / 1024
 
 
+def peak_mb() -> float:
+    """Return the largest memory of tensors on the GPU, or of the process where there is none."""
+    return torch.cuda.max_memory_allocated() / 2**20 if ON_GPU else memory_mb("VmHWM")
+
+
 class StepClock:
-    """Collects the times at which steps end; the first steps warm up."""
+    """Collects the times at which steps end; the first steps warm up.
+
+    A GPU is waited for at the end of the warm-up and of the last step, and not between.
+    """
 
     def __init__(self) -> None:
+        self.steps = 0
         self.ends: list[float] = []
         self.first_batch: float | None = None
         self.anonymous_mb = 0.0
@@ -61,6 +72,8 @@ class StepClock:
 
     def tick(self) -> None:
         """Note that a step has ended."""
+        if ON_GPU and len(self.ends) + 1 in (WARMUP_STEPS, self.steps):
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
@@ -69,7 +82,7 @@ class StepClock:
 
 
 CLOCK = StepClock()
-LOGGED: dict[str, float] = {}
+LOGGED: dict[str, torch.Tensor] = {}
 
 
 class Recorder(pl.Callback):
@@ -82,7 +95,7 @@ class Recorder(pl.Callback):
     def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
         """Note the step."""
         CLOCK.tick()
-        LOGGED.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+        LOGGED.update(trainer.callback_metrics)
 
 
 class TrainerRecorder(transformers.TrainerCallback):
@@ -145,10 +158,11 @@ def trainer(args: argparse.Namespace, folder: Path) -> None:
         lr_scheduler_type="cosine",
         weight_decay=0.01,
         bf16=args.precision == "bf16",
-        use_cpu=True,
+        use_cpu=not ON_GPU,
+        dataloader_num_workers=4 if ON_GPU else 0,  # as embedtune has them
         save_strategy="no",
         report_to="none",
-        logging_steps=1,
+        logging_steps=50,  # as Lightning
         disable_tqdm=True,
         batch_sampler=_in_order,
     )
@@ -217,6 +231,7 @@ def main() -> None:
     parser.add_argument("--pad", choices=["longest", "max_length"], default="longest")
     parser.add_argument("--attention_dropout", type=float, default=None)
     args, args.flags = parser.parse_known_args()
+    CLOCK.steps = args.steps
     sys.modules["train"] = sys.modules["__main__"]  # what the callback is found by
     with tempfile.TemporaryDirectory() as folder:
         {"embedtune": embedtune, "trainer": trainer}[args.side](args, Path(folder))
@@ -227,9 +242,9 @@ def main() -> None:
         "step_s": statistics.mean(seconds) if seconds else None,
         "first_batch_s": CLOCK.first_batch,
         "anonymous_mb": CLOCK.anonymous_mb,
-        "peak_mb": memory_mb("VmHWM"),
+        "peak_mb": peak_mb(),
         "gigaflops": gigaflops(args) if seconds and args.side == "embedtune" else None,
-        "logged": LOGGED,
+        "logged": {name: float(value) for name, value in LOGGED.items()},
     }
     sys.stdout.write(f"\n{json.dumps(found)}\n")
     sys.stdout.flush()

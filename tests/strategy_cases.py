@@ -25,7 +25,7 @@ class Unmasked(InfoNCE):
     """InfoNCE that takes every other document for a negative."""
 
     def at_widths(self, embeddings, target, dims):
-        all_differ = torch.arange(len(target.positive_id))
+        all_differ = torch.arange(len(target.positive_id), device=target.positive_id.device)
         none_known = torch.zeros_like(target.known_positive_id)
         unaware = target._replace(positive_id=all_differ, known_positive_id=none_known)
         return super().at_widths(embeddings, unaware, dims)
@@ -93,7 +93,7 @@ class RecordingModule(EmbeddingModule):
     def _record_inputs(self, loss, inputs):
         tensors = [value for given in inputs for value in given if value is not None]
         self.precisions |= {str(value.dtype) for value in tensors if value.is_floating_point()}
-        self.precisions |= {"autocast"} if torch.is_autocast_enabled("cpu") else set()
+        self.precisions |= {"autocast"} if torch.is_autocast_enabled(self.device.type) else set()
 
     def training_step(self, batch, batch_idx):
         ids = batch.example_id.tolist()
@@ -189,7 +189,7 @@ def make_trainer(case: dict, folder: Path, ranks: int, callbacks: list) -> pl.Tr
             ModelCheckpoint(root / "checkpoints", "{step}", every_n_train_steps=every, **kept)
         )
     return pl.Trainer(
-        accelerator="cpu",
+        accelerator=case.get("accelerator", "cpu"),
         devices=ranks,
         strategy=strategy_of(case),
         default_root_dir=str(root),

@@ -16,9 +16,6 @@ from embedtune.records import Example
 PROBE = "a"
 """A short text, where the features of any text tell what is asked."""
 
-CHUNK_COST = 64
-"""The fixed cost of a padded chunk is taken for that of ``tokens_per_chunk / 64`` tokens."""
-
 PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids"}
 """Of these, token ids tell all of a single text."""
 
@@ -245,8 +242,11 @@ def make_chunks(
         # Longest first: a chunk that does not fit into memory fails in the first step already.
         pool = sorted(pool, key=lambda item: -len(item[1]["input_ids"]))
         lengths = [len(row["input_ids"]) for _, row in pool]
-        cut = cut_packed if encoder.packs else cut_padded
-        for start, end in pairwise(cut(lengths, tokens_per_chunk)):
+        if encoder.packs:
+            cuts = cut_packed(lengths, tokens_per_chunk)
+        else:
+            cuts = cut_padded(lengths, tokens_per_chunk, encoder.chunk_cost)
+        for start, end in pairwise(cuts):
             joined = encoder.join([row for _, row in pool[start:end]])
             chunks.append({**joined, **dict(shared_items)})
             encoded.extend(i for i, _ in pool[start:end])
@@ -305,26 +305,32 @@ def cut_packed(lengths: Sequence[int], tokens_per_chunk: int) -> list[int]:
     return [*starts, len(lengths)]
 
 
-def cut_padded(lengths: Sequence[int], tokens_per_chunk: int) -> list[int]:
+def cut_padded(lengths: Sequence[int], tokens_per_chunk: int, chunk_cost: int) -> list[int]:
     """Cut texts, longest first, where padding and the fixed cost of a chunk are least together.
 
-    A shortest path over the places to cut: a chunk costs what it is padded to, and as much again as
-    ``tokens_per_chunk / CHUNK_COST`` tokens take.
+    A shortest path over the places to cut.
+
+    Args:
+        lengths: Tokens of each text, descending.
+        tokens_per_chunk: Largest number of tokens of a chunk, padding included.
+        chunk_cost: What a chunk costs beside the tokens it is padded to, in tokens.
 
     Returns:
         Where each chunk starts, and the end.
 
-    >>> cut_padded([9, 9, 2, 2, 2], 64)
+    >>> cut_padded([9, 9, 2, 2, 2], 64, 4)
     [0, 2, 5]
+    >>> cut_padded([9, 9, 2, 2, 2], 64, 40)
+    [0, 5]
     """
-    count, fixed = len(lengths), tokens_per_chunk / CHUNK_COST
+    count = len(lengths)
     cost = np.full(count + 1, np.inf)
     cost[0] = 0.0
     last = np.zeros(count + 1, dtype=np.int64)
     for start, longest in enumerate(lengths):
         most = min(max(1, tokens_per_chunk // max(1, longest)), count - start)
         ends = slice(start + 1, start + 1 + most)
-        through = cost[start] + fixed + longest * np.arange(1, most + 1)
+        through = cost[start] + chunk_cost + longest * np.arange(1, most + 1)
         last[ends] = np.where(through < cost[ends], start, last[ends])
         cost[ends] = np.minimum(through, cost[ends])
     starts = [count]

@@ -42,6 +42,10 @@ class EncoderSpec(NamedTuple):
     attention_dropout: float | None = None
 
 
+CHUNK_COST, GPU_CHUNK_COST = 32, 4096
+"""What a padded chunk costs whatever is in it, in tokens: on a GPU starting its kernels takes the
+time of thousands of them."""
+
 LONGEST_WINDOW = 1024
 """Tokens of the widest sliding window that packing is tried with: the trial is longer than it."""
 
@@ -79,7 +83,7 @@ class Encoder(nn.Module):
         # With flash attention sentence-transformers would join the texts as it tokenises.
         self._flash_packs = bool(getattr(self.model[0], "can_flatten_inputs", False))
         cast(Any, self.model[0]).can_flatten_inputs = False
-        self.packs = False
+        self.packs, self.chunk_cost = False, CHUNK_COST
         if spec.pooling is not None:
             self._set_pooling(spec.pooling)
         self.normalizes = isinstance(self.model[-1], Normalize)
@@ -248,13 +252,17 @@ class Encoder(nn.Module):
     def pack(self, device: torch.device) -> None:
         """Encode texts without padding from now on, where the model can on ``device``.
 
-        On a CPU dropout draws faster, too.
         It can on GPUs with flash attention, and on a CPU if attention is all that mixes tokens,
         which is tried on texts of unequal length. A given ``attn_implementation`` is left alone.
+        On a CPU dropout draws faster, too.
         """
         transformer: Any = self.model[0]
         if device.type == "cpu":
             use_fast_dropout(self.model)
+        self.chunk_cost = CHUNK_COST if device.type == "cpu" else GPU_CHUNK_COST
+        if device.type == "cuda":
+            # It plans anew for every shape, as long as whole steps take; each chunk has its own.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if self.attn_implementation is not None:
             self.packs = self._flash_packs
         elif device.type != "cpu" and self.packs:
