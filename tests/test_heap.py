@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from embedtune import heap
+from embedtune import heap, module
 from embedtune.cli import main
 
 CODE = """
@@ -36,9 +36,33 @@ def test_freed_memory_is_mapped_once():
     assert faults("keep") < faults("default") / 10
 
 
-def test_a_fit_keeps_memory(tiny_bert, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(heap, "keep_freed", lambda: calls.append("kept"))
+RETURN = """
+import runpy, sys
+heap = runpy.run_path(sys.argv[1])
+heap["keep_freed"]()
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+before = resident()
+parts = [b"x" * size for size in range(1 << 20, 2 << 20, 1 << 15)]
+held = parts[-1:]  # so that what is free is a hole
+del parts
+kept = resident() - before
+heap["return_freed"]()
+print(kept, resident() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_holes_are_given_back_when_asked_for():
+    command = [sys.executable, "-c", RETURN, heap.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    kept, left = map(int, done.stdout.split())
+    assert left < kept / 4
+
+
+def fit(tiny_bert, tmp_path, *more: str) -> None:
     data = tmp_path / "train.jsonl"
     data.write_text("".join(json.dumps({"query": c, "pos": [c * 2]}) + "\n" for c in "abcd"))
     flags = {
@@ -49,5 +73,20 @@ def test_a_fit_keeps_memory(tiny_bert, tmp_path, monkeypatch):
         "trainer.default_root_dir": tmp_path / "run",
         "trainer.enable_progress_bar": False,
     }
-    main(["fit", *(f"--{name}={value}" for name, value in flags.items())])
+    main(["fit", *(f"--{name}={value}" for name, value in flags.items()), *more])
+
+
+def test_a_fit_keeps_memory(tiny_bert, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(heap, "keep_freed", lambda: calls.append("kept"))
+    fit(tiny_bert, tmp_path)
     assert calls
+
+
+def test_a_gradient_cache_returns_it_every_few_chunks(tiny_bert, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(heap, "return_freed", lambda: calls.append("returned"))
+    monkeypatch.setattr(module, "CHUNKS_PER_TRIM", 3)
+    # Eight texts, each a chunk: all but the last are encoded twice.
+    fit(tiny_bert, tmp_path, "--model.grad_cache=true", "--data.tokens_per_chunk=1")
+    assert len(calls) == 2 * 7 // 3

@@ -25,6 +25,10 @@ from embedtune.strategies import refuse_unsupported, shards_parameters
 from embedtune.target import Embeddings, Shares, Target, in_scope
 from embedtune.validation import Evaluation, TextBatch
 
+CHUNKS_PER_TRIM = 16
+"""Chunks of a gradient cache after which a CPU's freed memory is given back: after each, mapping it
+anew would take longer than computing."""
+
 
 class EmbeddingModule(pl.LightningModule):
     """Fine-tune a text-embedding model with one loss on one format of data.
@@ -105,7 +109,7 @@ class EmbeddingModule(pl.LightningModule):
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
         self._measured: tuple[int, dict[str, float]] = (-1, {})
-        self.grad_cache = grad_cache
+        self.grad_cache, self._cached_chunks = grad_cache, 0
         spec = EncoderSpec(
             model_name_or_path,
             pooling,
@@ -164,8 +168,17 @@ class EmbeddingModule(pl.LightningModule):
             return torch.cat([self.encoder(features) for features in chunks])
         *cached, last = chunks
         # Backward starts with the last chunk, so its activations are gone before any others come.
-        encoded = [checkpoint(self.encoder, features, use_reentrant=False) for features in cached]
+        encode = self._encode_cached
+        encoded = [checkpoint(encode, features, use_reentrant=False) for features in cached]
         return torch.cat([*encoded, self.encoder(last)])
+
+    def _encode_cached(self, features: Features) -> Tensor:
+        """Encode a chunk, the first time or again in backward."""
+        self._cached_chunks += 1
+        if self.device.type == "cpu" and self._cached_chunks % CHUNKS_PER_TRIM == 0:
+            # Chunks of many shapes leave holes, which add up to more than a chunk takes.
+            heap.return_freed()
+        return self.encoder(features)
 
     def _encode_in_step(self, chunks: list[Features], by_rank: Sequence[int]) -> Tensor:
         """Encode this rank's chunks, of which each rank has so many."""
