@@ -249,3 +249,20 @@ def test_the_layers_are_found_in_any_architecture(config, expected, tiny_bert):
     encoder = Encoder(EncoderSpec(str(tiny_bert)))
     encoder.model[0].model = transformers.AutoModel.from_config(config)
     assert expected <= {kind.__name__ for kind in encoder.block_classes}
+
+
+def test_cudnn_plans_for_no_shape(tiny_bert):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    Encoder(EncoderSpec(str(tiny_bert)))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_chunk_costs_more_on_a_gpu(tiny_bert):
+    encoder = Encoder(EncoderSpec(str(tiny_bert)))
+    texts = [Text(" ".join("a" * n), "document", None, 64) for n in (40, 40, 4, 4, 4, 4)]
+    chunks = {}
+    for device in ("cuda", "cpu"):
+        encoder.pack(torch.device(device))
+        encoder.packs = False
+        chunks[device] = len(make_chunks(encoder, texts, 2048)[0])
+    assert chunks == {"cuda": 1, "cpu": 2}

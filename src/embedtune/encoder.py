@@ -260,9 +260,6 @@ class Encoder(nn.Module):
         if device.type == "cpu":
             use_fast_dropout(self.model)
         self.chunk_cost = CHUNK_COST if device.type == "cpu" else GPU_CHUNK_COST
-        if device.type == "cuda":
-            # It plans anew for every shape, as long as whole steps take; each chunk has its own.
-            torch.backends.cuda.enable_cudnn_sdp(False)
         if self.attn_implementation is not None:
             self.packs = self._flash_packs
         elif device.type != "cpu" and self.packs:

@@ -46,6 +46,8 @@ def load_sentence_transformer(
 ) -> SentenceTransformer:
     """Load a model in float32, whatever precision it was saved in.
 
+    cuDNN's attention is switched off in this process.
+
     Args:
         model_name_or_path: Hub name or folder.
         trust_remote_code: Run code that the model brings along.
@@ -56,6 +58,8 @@ def load_sentence_transformer(
     Raises:
         InputError: Nothing loadable is there.
     """
+    # cuDNN plans for longer than a step takes, anew for every shape, and each batch has its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model_kwargs: dict[str, Any] = {"dtype": torch.float32}
     if attn_implementation is not None:
         model_kwargs["attn_implementation"] = attn_implementation

@@ -25,7 +25,7 @@ from embedtune.strategies import refuse_unsupported, shards_parameters
 from embedtune.target import Embeddings, Shares, Target, in_scope
 from embedtune.validation import Evaluation, TextBatch
 
-CHUNKS_PER_TRIM = 16
+CHUNKS_PER_TRIM = 8
 """Chunks of a gradient cache after which a CPU's freed memory is given back: after each, mapping it
 anew would take longer than computing."""
 
