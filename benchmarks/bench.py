@@ -145,14 +145,14 @@ def trainers(bench: Bench) -> str:
                 flags = [*workload.flags, f"--precision={precision}"]
                 flags += [] if dropout is None else [f"--attention_dropout={dropout}"]
                 runs = [("embedtune", flags), ("trainer", flags)]
-                is_default = precision == "bf16" and dropout is None and not ON_GPU
-                if is_default:
+                pads = precision == "bf16" and dropout is None and not ON_GPU
+                if pads:
                     padded = ["--precision=fp32", "--pad=max_length"]
                     runs.append(("trainer", [*workload.flags, *padded]))
                 kind = torch.bfloat16 if precision == "bf16" else torch.float32
                 rounds, rate = _alternate(bench, rows, runs, kind)
                 lines.append([name, _setting(precision, dropout), *_compared(rounds, rate)])
-                if is_default:
+                if pads:
                     step = statistics.median(found[2]["step_s"] for found in rounds)
                     times = _ratio(rounds, "step_s", 2)
                     padded_lines.append([name, f"{step:.2f} s", times])
@@ -301,6 +301,8 @@ def main() -> None:
     if cpu.exists():
         names = [line for line in cpu.read_text().splitlines() if line.startswith("model name")]
         model = names[0].split(":")[1].strip() if names else model
+    if ON_GPU:
+        model = f"{torch.cuda.get_device_name()}, {model}"
     known = ", ".join(f"{name} {version(name)}" for name in VERSIONS)
     sys.stdout.write(f"{time.strftime('%Y-%m-%d')}, {model}, {torch.get_num_threads()} threads")
     sys.stdout.write(f", {known}\n")

@@ -37,7 +37,6 @@ from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
 from torch.utils.data import BatchSampler, SequentialSampler  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
-WARMUP_STEPS = 10 if ON_GPU else 2
 TEMPERATURE = 0.02
 
 
@@ -53,7 +52,7 @@ def peak_mb() -> float:
 
 
 class StepClock:
-    """Collects the times at which steps end; the first steps warm up.
+    """Collects the times at which steps end; the first quarter, at least two, warms up.
 
     A GPU is waited for at the end of the warm-up and of the last step, and not between.
     """
@@ -64,6 +63,11 @@ class StepClock:
         self.first_batch: float | None = None
         self.anonymous_mb = 0.0
 
+    @property
+    def warmup(self) -> int:
+        """Return how many steps warm up."""
+        return max(2, self.steps // 4)
+
     def start(self) -> None:
         """Note that the first batch is there."""
         if self.first_batch is None:
@@ -72,13 +76,13 @@ class StepClock:
 
     def tick(self) -> None:
         """Note that a step has ended."""
-        if ON_GPU and len(self.ends) + 1 in (WARMUP_STEPS, self.steps):
+        if ON_GPU and len(self.ends) + 1 in (self.warmup, self.steps):
             torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
         """Return how long each step took after the warm-up."""
-        return [after - before for before, after in pairwise(self.ends[WARMUP_STEPS - 1 :])]
+        return [after - before for before, after in pairwise(self.ends[self.warmup - 1 :])]
 
 
 CLOCK = StepClock()
@@ -208,7 +212,7 @@ def gigaflops(args: argparse.Namespace) -> float:
     layers, width = transformer.config.num_hidden_layers, transformer.config.hidden_size
     rows = [json.loads(line) for line in Path(args.rows).read_text("utf-8").splitlines()]
     total = 0
-    for step in range(WARMUP_STEPS, args.steps):
+    for step in range(CLOCK.warmup, args.steps):
         batch = rows[step * args.batch_size : (step + 1) * args.batch_size]
         limits = {row["query"]: args.query_max_len for row in batch}
         for row in batch:
@@ -216,7 +220,7 @@ def gigaflops(args: argparse.Namespace) -> float:
         for text, limit in limits.items():
             tokens = len(model.tokenizer(text, truncation=True, max_length=limit)["input_ids"])
             total += 6 * weights * tokens + 12 * layers * width * tokens**2
-    return total / (args.steps - WARMUP_STEPS) / 1e9
+    return total / (args.steps - CLOCK.warmup) / 1e9
 
 
 def main() -> None:

@@ -258,11 +258,10 @@ def test_cudnn_plans_for_no_shape(tiny_bert):
 
 
 def test_a_chunk_costs_more_on_a_gpu(tiny_bert):
-    encoder = Encoder(EncoderSpec(str(tiny_bert)))
+    encoder = Encoder(EncoderSpec(str(tiny_bert)), attn_implementation="sdpa")  # which pads
     texts = [Text(" ".join("a" * n), "document", None, 64) for n in (40, 40, 4, 4, 4, 4)]
     chunks = {}
     for device in ("cuda", "cpu"):
         encoder.pack(torch.device(device))
-        encoder.packs = False
         chunks[device] = len(make_chunks(encoder, texts, 2048)[0])
     assert chunks == {"cuda": 1, "cpu": 2}

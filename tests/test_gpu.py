@@ -31,6 +31,8 @@ CASES = {
     "scored": {"rows": "scored", "count": 17},
     "cosent": {"rows": "scored", "count": 17, "loss": "cosent"},
 }
+LONG = {"count": 24, "epochs": 2, "adamw": True, "lr": 0.005, "module": {"dropout": 0.1}}
+CHECKPOINTED = {**LONG, "checkpoint_every": 4, "export": True}
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +102,9 @@ def test_half_precision_rounds_no_teacher_or_loss(runs, strategy, precision):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one(runs, strategy):
-    settings = {"count": 24, "epochs": 2, "adamw": True, "lr": 0.005, "module": {"dropout": 0.1}}
-    whole = runs("triplet", strategy, **settings, checkpoint_every=4, export=True)
+    whole = runs("triplet", strategy, **CHECKPOINTED)
     checkpoint = whole["folder"] / "checkpoints" / "step=4.ckpt"
-    resumed = runs("triplet", strategy, **settings, **{"from": str(checkpoint)})
+    resumed = runs("triplet", strategy, **LONG, **{"from": str(checkpoint)})
     assert len(resumed["seen"]) == 2
     assert movement(resumed["weights"], whole["weights"]) == 0
     assert movement(whole["weights"], whole["start"]) > 1e-3
@@ -111,8 +112,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one(runs, 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_exports_prove_themselves_on_a_gpu(runs, strategy, tmp_path):
-    settings = {"count": 24, "epochs": 2, "adamw": True, "lr": 0.005, "module": {"dropout": 0.1}}
-    whole = runs("triplet", strategy, **settings, checkpoint_every=4, export=True)
+    whole = runs("triplet", strategy, **CHECKPOINTED)
     assert not (whole["folder"] / "model" / "UNVERIFIED").exists()
     model = SentenceTransformer(str(whole["folder"] / "model"))
     assert model.device.type == "cuda"

@@ -93,7 +93,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
                 training process. The default is 0 on a CPU, whose cores the model needs, and where
                 processes cannot be forked, else 4.
             tokens_per_chunk: Tokens, padding included, that are encoded at once; the default is
-                2,048 on a CPU, whose caches they fill, else 65,536, with ``grad_cache`` 16,384.
+                2,048 on a CPU, whose caches they fill, else 65,536 (``grad_cache``: 16,384).
             seed: Seed of the order and of the negatives.
         """
         super().__init__()
@@ -215,8 +215,9 @@ class EmbeddingDataModule(pl.LightningDataModule):
     @property
     def tokens_per_chunk(self) -> int:
         """Tokens that are encoded at once."""
-        on_gpu = 16384 if self.trainer.lightning_module.grad_cache else 65536
-        return self._tokens_per_chunk or (2048 if self._is_on_cpu else on_gpu)
+        if self._tokens_per_chunk is not None or self._is_on_cpu:
+            return self._tokens_per_chunk or 2048
+        return 16384 if self.trainer.lightning_module.grad_cache else 65536
 
     @property
     def num_workers(self) -> int:
