@@ -17,9 +17,8 @@ from pathlib import Path
 
 import torch
 
-from embedtune import functional
-from embedtune.losses import Embeddings, InfoNCE, Loss, Matryoshka
-from embedtune.target import Target
+from embedtune.losses import Embeddings, InfoNCE, Loss, Matryoshka, functional
+from embedtune.losses.inputs import Target
 
 MARGIN = 0.015
 QUERIES, NEGATIVES, WIDTH = 256, 3, 384

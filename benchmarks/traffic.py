@@ -23,9 +23,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from embedtune import EmbeddingDataModule, EmbeddingModule, gather
-from embedtune.strategies import NAMED, named_strategy
-from embedtune.zero import ZeRO
+from embedtune import EmbeddingDataModule, EmbeddingModule
+from embedtune.distributed import exchange
+from embedtune.distributed.strategies import NAMED, named_strategy
+from embedtune.distributed.zero import ZeRO
 
 PAIRS, TOKENS = 8, 16  # a rank; every text is 16 tokens long
 KINDS = {"allreduce": "reduced", "allgather": "gathered", "reduce_scatter": "scattered"}
@@ -130,7 +131,7 @@ def main(model: str) -> None:
     """Print the table."""
     folder = Path(tempfile.gettempdir()) / f"traffic-{os.environ['TORCHELASTIC_RUN_ID']}"
     folder.mkdir(exist_ok=True)
-    data = folder / f"pairs-{gather.launched_rank()}.jsonl"
+    data = folder / f"pairs-{exchange.launched_rank()}.jsonl"
     texts = (" ".join(letters) for letters in itertools.product("abcd", repeat=TOKENS - 2))
     rows = ({"query": next(texts), "pos": [next(texts)]} for _ in range(4 * PAIRS))
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -141,9 +142,9 @@ def main(model: str) -> None:
     for strategy in ("ddp", *(name for name in NAMED if name != "zero3_offload")):
         for precision in ("32-true", "bf16-mixed"):
             lines += [count(model, strategy, precision, chunks, data) for chunks in (1, 2, 4, 8)]
-    if gather.rank() == 0:
+    if exchange.rank() == 0:
         sys.stdout.write("\n".join(lines) + "\n")
-    gather.leave()
+    exchange.leave()
 
 
 if __name__ == "__main__":

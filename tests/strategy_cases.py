@@ -12,11 +12,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, gather
-from embedtune.baseline import Baseline
+from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel
+from embedtune.callbacks.baseline import Baseline
+from embedtune.data.teacher_store import TeacherWriter
+from embedtune.distributed import exchange
+from embedtune.distributed.strategies import named_strategy, whole_weights
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL
-from embedtune.strategies import named_strategy, whole_weights
-from embedtune.teacher_store import TeacherWriter
 
 TEACHER_WIDTH = 24
 
@@ -245,21 +246,21 @@ def write_data(folder: Path, cases: list[dict]) -> None:
 
 def double_gather() -> None:
     """Make the gather's gradient wrong by a factor of two."""
-    right = gather._Gather.backward
-    gather._Gather.backward = staticmethod(lambda ctx, g: right(ctx, 2 * g))
+    right = exchange.GatherRows.backward
+    exchange.GatherRows.backward = staticmethod(lambda ctx, g: right(ctx, 2 * g))
 
 
 def main(folder: Path, cases_file: Path) -> None:
     ranks = int(os.environ["WORLD_SIZE"])  # as torchrun says
     cases = json.loads(cases_file.read_text())
     for case in cases:
-        right = gather._Gather.backward
+        right = exchange.GatherRows.backward
         if case.get("wrong"):
             double_gather()
         result = run(case, folder, ranks)
-        gather._Gather.backward = staticmethod(right)
-        torch.save(result, folder / f"{case['name']}-rank{gather.rank()}.pt")
-    gather.leave()
+        exchange.GatherRows.backward = staticmethod(right)
+        torch.save(result, folder / f"{case['name']}-rank{exchange.rank()}.pt")
+    exchange.leave()
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ import re
 from pathlib import Path
 
 import pytest
-from test_validation import write_beir
+from testset_files import write_plain_beir
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, losses
-from embedtune.cli import COMMANDS, TRAINER_COMMANDS, main
+from embedtune.cli import main
+from embedtune.cli.dispatch import TOOL_COMMANDS, TRAINER_COMMANDS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -54,7 +55,7 @@ def test_the_defaults_in_the_table_are_those_of_the_code():
 
 
 def test_every_command_and_loss_is_described():
-    for command in (*TRAINER_COMMANDS, *COMMANDS):
+    for command in (*TRAINER_COMMANDS, *TOOL_COMMANDS):
         assert re.search(rf"`(embedtune )?{command}\b", README), command
     for name, kind in vars(losses).items():
         is_loss = inspect.isclass(kind) and issubclass(kind, losses.Loss)
@@ -72,7 +73,7 @@ def test_files_that_are_named_exist():
 def test_the_readmes_sets_are_measured(tiny_bert, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     write_rows()
-    write_beir(Path("data/search"))
+    write_plain_beir(Path("data/search"))
     rows = [{"query": f"a {i}", "pos": [f"b {i}"], "scores": [i / 4]} for i in range(5)]
     Path("data/sts-dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("data/dev.jsonl").write_text(Path("train.jsonl").read_text())

@@ -1,12 +1,16 @@
-"""The one exception that stands for a mistake in what the user gave."""
+"""What a user is told in one line, without a traceback: every other exception is a defect."""
 
 
 class InputError(ValueError):
     """Bad input: its message names the file, line, field or YAML key, what was found and expected.
 
     The command line prints the message alone and exits with code 2; Python callers catch it as the
-    ``ValueError`` it is. Every other exception is a defect of embedtune and keeps its traceback.
+    ``ValueError`` it is.
     """
+
+
+class ExportError(RuntimeError):
+    """An exported folder does not give the embeddings of the trained model; the exit code is 1."""
 
 
 def require_positive(key: str, value: float) -> float:

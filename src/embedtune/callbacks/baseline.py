@@ -1,0 +1,176 @@
+"""Measure the untouched base model before a fit, and compare what becomes of it."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import Tensor
+
+from embedtune.errors import InputError
+from embedtune.evaluation.measure import main_metric, metric_names
+from embedtune.evaluation.sharded import Evaluation
+from embedtune.training.module import EmbeddingModule
+from embedtune.training.precision import autocast_dtype
+
+log = logging.getLogger("embedtune")
+
+
+class Baseline(pl.Callback):
+    """Measure the base model on ``data.val_path``, and say how the trained one compares.
+
+    The base model is the one that was loaded: no projection is appended yet, and prompt and longest
+    input are its own. Its metrics are the first row of every curve.
+
+    Attributes:
+        found: What its queries found in each retrieval set, as ``validation.Measured.found``.
+    """
+
+    def __init__(self, anchors: dict[str, float] | None = None) -> None:
+        """Describe the drift guard.
+
+        Args:
+            anchors: Sets of ``data.val_path`` that stand for what the model must not forget, and
+                by how much the main metric of each may fall below the base model's.
+        """
+        self.anchors = anchors or {}
+        self.found: dict[str, Tensor] = {}
+        for name, fall in self.anchors.items():
+            if not fall >= 0:
+                raise InputError(f"anchors: {name}: expected a fall of 0 or more, found {fall}")
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Measure the test sets, before the module appends a projection."""
+        module = cast(EmbeddingModule, pl_module)
+        if stage != "fit":
+            return
+        self._refuse_unknown_sets(module)
+        _refuse_unknown_monitor(trainer, module)
+        if not _is_validated(trainer):
+            return
+        module.base_metrics, self.found = _measure(trainer, module)
+        for line in _describe(module, module.base_metrics):
+            log.info("base model: %s", line)
+
+    def _refuse_unknown_sets(self, module: EmbeddingModule) -> None:
+        known = [name.removeprefix("val/") for name in module.data.testsets]
+        for name in self.anchors:
+            if name not in known:
+                raise InputError(
+                    "anchors: expected names of retrieval sets or scored sets of data.val_path "
+                    f"({', '.join(known) or 'there are none'}), found {name!r}"
+                )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add the losses before the first step, and log all as step 0."""
+        module = cast(EmbeddingModule, pl_module)
+        if trainer.ckpt_path is not None or not _is_validated(trainer):
+            return
+        # A loss needs the projection, which starts from here.
+        module.base_metrics |= _measure_losses(trainer, module)
+        for logger in trainer.loggers:
+            logger.log_metrics(module.base_metrics, step=0)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how far the model has come, and warn of an anchor that fell."""
+        module = cast(EmbeddingModule, pl_module)
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        for line in _describe(module, module.metrics):
+            log.info("step %s: %s", f"{trainer.global_step:,}", line)
+        for name, allowed in self.anchors.items():
+            metric = f"val/{name}/{main_metric(module.data.testsets[f'val/{name}'].testset)}"
+            base, now = (m.get(metric, 0.0) for m in (module.base_metrics, module.metrics))
+            if base - now > allowed:
+                log.warning(
+                    "anchor %s: %s fell to %.4f, %.4f below the base model's %.4f (allowed: %.4f)",
+                    *(name, metric, now, base - now, base, allowed),
+                )
+
+
+def _is_validated(trainer: pl.Trainer) -> bool:
+    has_sets = bool(cast(Any, trainer).datamodule.evaluated("val"))
+    return has_sets and trainer.limit_val_batches != 0 and not cast(Any, trainer).fast_dev_run
+
+
+def _refuse_unknown_monitor(trainer: pl.Trainer, module: EmbeddingModule) -> None:
+    data = module.data
+    known = [
+        f"{name}/{metric}"
+        for name, texts in data.testsets.items()
+        for metric in metric_names(texts.testset, module.widths)
+    ]
+    losses = [f"{name}/loss" for name in data.evaluated("val") if name in data.datasets]
+    for callback in cast(Any, trainer).callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if not isinstance(callback, ModelCheckpoint | EarlyStopping) or not monitor:
+            continue
+        is_part = any(monitor.startswith(f"{loss}/") for loss in losses)
+        if monitor.startswith("val/") and monitor not in (*losses, *known) and not is_part:
+            raise InputError(
+                "checkpoint.monitor: expected a metric of data.val_path "
+                f"({', '.join([*losses, *known]) or 'which is not set'}), found {monitor!r}"
+            )
+
+
+@torch.no_grad()
+def _measure(
+    trainer: pl.Trainer, module: EmbeddingModule
+) -> tuple[dict[str, float], dict[str, Tensor]]:
+    encoder, data, device = module.encoder, module.data, trainer.strategy.root_device
+    training = encoder.training
+    encoder.pack(device)
+    encoder.to(device).eval()
+    half = autocast_dtype(str(trainer.precision))
+    evaluation = Evaluation()
+    with torch.autocast(device.type, half, enabled=half is not None):
+        for name in data.testsets:
+            texts = data.testsets[name]
+            log.info("measuring the base model on %s (%s texts)", name, f"{len(texts):,}")
+            for batch in data.text_loader(name):
+                chunks = move_data_to_device(batch.chunks, device)
+                encoded = torch.cat([encoder(features) for features in chunks])
+                evaluation.add_texts(name, texts, batch, encoded)
+    encoder.train(training)
+    # A projection may widen the embedding later.
+    widths = [width for width in module.widths if width <= encoder.width]
+    return evaluation.collect(widths, device), evaluation.found
+
+
+@torch.no_grad()
+def _measure_losses(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, float]:
+    count = sum(
+        name.startswith("val/") for name in module.data.datasets
+    )  # their loaders come first
+    strategy: Any = trainer.strategy
+    training = module.training
+    module.eval()
+    module.evaluation.restart()
+    for i, loader in enumerate(module.data.val_dataloader()[:count]):
+        for j, batch in enumerate(loader):
+            strategy.validation_step(strategy.batch_to_device(batch, dataloader_idx=i), j, i)
+    module.train(training)
+    return module.evaluation.collect((), module.device)
+
+
+def _describe(module: EmbeddingModule, metrics: dict[str, float]) -> Iterator[str]:
+    """Yield a line a set: its main metric at each width, and the difference from the base model."""
+    base = module.base_metrics
+    for name in dict.fromkeys(module.data.evaluated("val")):
+        texts = module.data.testsets.get(name)
+        metric = f"{name}/{'loss' if texts is None else main_metric(texts.testset)}"
+        if metric not in metrics:
+            continue
+        values = []
+        smaller = [width for width in module.widths if width < module.encoder.width]
+        for width in ("", *(f"/{width}" for width in smaller)):
+            key = f"{metric}{width}"
+            if key in metrics:
+                value = f"{metrics[key]:.4f}"
+                is_new = metrics is not base and key in base
+                value += f" ({metrics[key] - base[key]:+.4f})" if is_new else ""
+                values.append(f"{value} at {width[1:]}" if width else value)
+        yield f"{metric} {', '.join(values)}"

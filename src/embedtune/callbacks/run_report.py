@@ -1,0 +1,95 @@
+"""Write the report of a fit while it runs and at its end."""
+
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from embedtune.callbacks.baseline import Baseline
+from embedtune.callbacks.best_model import best_keeper, describe_choice
+from embedtune.callbacks.run_summary import RunSummary
+from embedtune.checkpoints.read import read_facts
+from embedtune.data.beir import RetrievalSet
+from embedtune.reports.changes import Comparison
+from embedtune.reports.report import write_report
+from embedtune.training.module import EmbeddingModule
+
+log = logging.getLogger("embedtune")
+
+
+class RunReport(pl.Callback):
+    """Write ``<default_root_dir>/report.html`` after each validation, and at the end.
+
+    It must come after the callbacks that save checkpoints and export.
+    """
+
+    def __init__(self, summary: RunSummary, baseline: Baseline) -> None:
+        """Take what other callbacks of the same fit know.
+
+        Args:
+            summary: What the run understood.
+            baseline: What the base model found.
+        """
+        self.summary, self.baseline = summary, baseline
+        self._best = ""
+        self._found: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember which checkpoint was the best before a run goes on."""
+        keeper = best_keeper(trainer)
+        self._best = "" if keeper is None else keeper.best_model_path
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep what the best model so far has found, and write."""
+        if trainer.sanity_checking:
+            return
+        module, keeper = cast(EmbeddingModule, pl_module), best_keeper(trainer)
+        if keeper is None or keeper.best_model_path != self._best:
+            self._best = "" if keeper is None else keeper.best_model_path
+            self._found = dict(module.evaluation.found)
+        running = f"The fit is running: step {trainer.global_step:,} of {module.num_steps:,}"
+        self._write(trainer, module, module.metrics, running, module.evaluation.found)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write about the model that was exported."""
+        module, keeper = cast(EmbeddingModule, pl_module), best_keeper(trainer)
+        if cast(Any, trainer).fast_dev_run:
+            return
+        metrics = module.metrics
+        if keeper is not None and trainer.is_global_zero:
+            metrics = read_facts(Path(keeper.best_model_path))["training_facts"]["metrics"]
+        self._write(trainer, module, metrics, describe_choice(trainer), self._found)
+        if trainer.is_global_zero:
+            log.info("wrote %s", Path(trainer.default_root_dir) / "report.html")
+
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        module: EmbeddingModule,
+        metrics: dict[str, float],
+        model_note: str,
+        found: dict[str, Tensor],
+    ) -> None:
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()  # it holds rows back
+        before = self.baseline.found
+        compared = [
+            Comparison(name.removeprefix("val/"), texts.testset, before[name], found[name])
+            for name, texts in module.data.testsets.items()
+            if isinstance(texts.testset, RetrievalSet) and name in before and name in found
+        ]
+        write_report(
+            Path(trainer.default_root_dir),
+            facts=self.summary.facts,
+            base=module.base_metrics,
+            trained=metrics,
+            width=module.encoder.width,
+            model_note=model_note,
+            comparisons=compared,
+        )

@@ -1,0 +1,133 @@
+"""Say before the first step what was understood."""
+
+import logging
+
+import lightning.pytorch as pl
+import numpy as np
+
+from embedtune.data.beir import RetrievalSet
+from embedtune.data.chunks import Text
+from embedtune.data.datamodule import EmbeddingDataModule
+from embedtune.data.records import Format
+from embedtune.distributed.strategies import describe_strategy
+from embedtune.evaluation.measure import main_metric
+from embedtune.training.facts import data_facts, describe_loss
+from embedtune.training.module import EmbeddingModule
+
+log = logging.getLogger("embedtune")
+
+TRUNCATION_SAMPLE = 500
+
+
+class RunSummary(pl.Callback):
+    """Log what the run understood, before its first step.
+
+    Attributes:
+        facts: That, a text a label.
+    """
+
+    def __init__(self) -> None:
+        """Start without facts."""
+        self.facts: dict[str, str] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the summary, a line a fact."""
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, EmbeddingModule)
+        self.facts = {**_about_data(pl_module.data, pl_module), **_about_run(trainer, pl_module)}
+        width = max(map(len, self.facts))
+        lines = [f"  {name.ljust(width)}  {fact}" for name, fact in self.facts.items()]
+        log.info("this run:\n%s", "\n".join(lines))
+
+
+def _about_data(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str, str]:
+    rows, sampler = data.datasets["train"].rows, data.sampler("train")
+    known = data_facts(data, module.encoder)
+    lines = {
+        "data": ", ".join(map(str, rows.paths[:3]))
+        + (f" and {len(rows.paths) - 3} more files" if len(rows.paths) > 3 else ""),
+        "format": f"{known['format']}, {known['rows']:,} rows, {known['examples']:,} examples",
+    }
+    if rows.ignored_fields:
+        lines["ignored fields"] = ", ".join(rows.ignored_fields)
+    if known["query_prompt"] is not None:
+        prompt = known["query_prompt"]
+        lines["query prompt"] = f"{prompt!r}, of all rows; exported as prompts['query']"
+    if known["negatives"] is not None:
+        lines["negatives"] = f"{known['negatives']} a query, drawn anew every epoch"
+    elif rows.format == Format.PAIR:
+        lines["negatives"] = (
+            f"other queries' positives (data.neg_nums {data.neg_nums} has no effect on pair data)"
+        )
+    elif known["teacher_width"] is not None:
+        origin = "" if data.teacher_embedding_dim else ", taken from the files' sizes"
+        lines["teacher"] = f"width {known['teacher_width']}{origin}"
+    lines["global batch"] = (
+        f"{sampler.global_batch_size} = {sampler.batch_size} x {sampler.num_ranks} rank(s)"
+    )
+    lines["truncated"] = _truncation(data, module)
+    for name in dict.fromkeys(data.evaluated("val")):
+        lines[name] = _describe_set(data, name)
+    return lines
+
+
+def _describe_set(data: EmbeddingDataModule, name: str) -> str:
+    """Return what a set of ``data.val_path`` holds, and what is measured on it."""
+    told = []
+    if name in data.datasets:
+        told.append(f"{len(data.datasets[name]):,} examples (loss)")
+    if name in data.testsets:
+        testset = data.testsets[name].testset
+        if isinstance(testset, RetrievalSet):
+            told.append(
+                f"{len(testset.queries):,} queries, {len(testset.corpus):,} documents, qrels "
+                f"{testset.split} ({main_metric(testset)})"
+            )
+        else:
+            told.append(f"{len(testset.scores):,} scored pairs ({main_metric(testset)})")
+    return ", ".join(told)
+
+
+def _about_run(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
+    epochs = f"{trainer.max_epochs} epochs" if (trainer.max_epochs or -1) >= 0 else "max_steps"
+    accumulated = trainer.accumulate_grad_batches
+    assert module.loss is not None
+    facts = {
+        "steps": f"{module.num_steps:,} ({epochs}"
+        + (f", each of {accumulated} accumulated batches)" if accumulated > 1 else ")"),
+        "loss": describe_loss(module.loss),
+        "embedding": f"width {module.encoder.width}",
+        "device": f"{trainer.strategy.root_device.type}, {trainer.world_size} rank(s), "
+        + describe_strategy(trainer.strategy),
+        "precision": str(trainer.precision),
+        "results": str(trainer.default_root_dir),
+    }
+    facts["chunks"] = (
+        f"{module.data.tokens_per_chunk:,} tokens, "
+        + ("without padding" if module.encoder.packs else "each padded to its longest text")
+        + (", computed again in backward (grad_cache)" if module.grad_cache else "")
+    )
+    if module.use_mrl:
+        facts["embedding"] += f", trained at {', '.join(map(str, module.mrl_dims))}"
+    return facts
+
+
+def _truncation(data: EmbeddingDataModule, module: EmbeddingModule) -> str:
+    """Tell which share of a sample of the texts is longer than its limit."""
+    train, collate = data.datasets["train"], data.collator(module.encoder)
+    examples = train.sample(TRUNCATION_SAMPLE)
+    queries = [collate.query(example) for example in examples]
+    # One document an example, for a row may have hundreds of negatives.
+    documents = [collate.document(e.positives[0]) for e in examples if e.positives]
+    shares = []
+    for name, texts in (("queries", queries), ("documents", documents)):
+        if texts:
+            share = np.mean([_is_truncated(module, text) for text in texts])
+            shares.append(f"{share:.1%} of the {name} at {texts[0].max_len} tokens")
+    return f"{', '.join(shares)} (of {len(examples):,} examples)"
+
+
+def _is_truncated(module: EmbeddingModule, text: Text) -> bool:
+    features = module.encoder.tokenize([text.text], text.role, text.prompt, text.max_len + 1)
+    return features["input_ids"].shape[-1] > text.max_len

@@ -1,0 +1,63 @@
+"""Write predicted embeddings to one ``.npy`` file, row i for line i of the input."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from torch import Tensor
+
+from embedtune.data.batch import Batch
+from embedtune.data.datamodule import EmbeddingDataModule
+
+log = logging.getLogger("embedtune")
+
+
+class WriteEmbeddings(pl.Callback):
+    """Write ``<default_root_dir>/embeddings.npy``, float32 ``[rows, width]``, as batches come."""
+
+    def __init__(self) -> None:
+        """Start without a file."""
+        self._file: np.memmap | None = None
+
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Tensor,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Write the rows of a batch at their places; every rank writes its own."""
+        if self._file is None:
+            self._file = self._create(trainer, outputs.shape[1])
+        # Not by the memory map: ranks on other nodes may hold the same page of it.
+        embeddings = outputs.float().cpu().numpy()
+        with self.path(trainer).open("r+b", buffering=0) as file:
+            for row, embedding in zip(batch.example_id.tolist(), embeddings, strict=False):
+                file.seek(self._file.offset + row * embedding.nbytes)
+                file.write(embedding.tobytes())
+
+    def _create(self, trainer: Any, width: int) -> np.memmap:
+        data = trainer.datamodule
+        assert isinstance(data, EmbeddingDataModule)
+        path = self.path(trainer)
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (len(data.datasets["predict"]), width)
+            np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape).flush()
+        trainer.strategy.barrier()
+        return np.lib.format.open_memmap(path, mode="r")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where the file is."""
+        assert self._file is not None
+        log.info("wrote %s, float32 %s", self.path(trainer), list(self._file.shape))
+        self._file = None
+
+    @staticmethod
+    def path(trainer: pl.Trainer) -> Path:
+        """Return where the file goes."""
+        return Path(trainer.default_root_dir) / "embeddings.npy"

@@ -1,0 +1,100 @@
+"""Read a training checkpoint of any strategy on one machine, without a run's processes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from embedtune.checkpoints.shards import (
+    FSDP_FACTS,
+    Kind,
+    kind_of,
+    read_fsdp,
+    read_zero,
+    zero_states,
+)
+from embedtune.errors import InputError
+from embedtune.models.spec import EncoderSpec
+
+PREFIX = "encoder."
+"""Of the encoder's weights among those of the module."""
+
+
+class Checkpoint(NamedTuple):
+    """What an encoder is rebuilt from: ``weights`` are whole, float32 and on the CPU."""
+
+    spec: EncoderSpec
+    weights: dict[str, Tensor]
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return all that a checkpoint holds beside weights and optimiser states.
+
+    Raises:
+        InputError: Not a checkpoint of embedtune.
+    """
+    kind = kind_of(path)
+    if kind == "zero":
+        # Any rank's will do. DeepSpeed's own objects are in it, hence not weights_only.
+        file, safe = zero_states(path), False
+    else:
+        file, safe = (path if kind == "file" else path / FSDP_FACTS), True
+    try:
+        facts = torch.load(file, map_location="cpu", weights_only=safe, mmap=True)
+        EncoderSpec(**facts["encoder_spec"])
+    except Exception as error:
+        raise InputError(f"{path}: expected a checkpoint of embedtune fit: {error}") from error
+    return facts
+
+
+def read_spec(path: Path) -> EncoderSpec:
+    """Return the structure of a checkpoint's encoder.
+
+    Raises:
+        InputError: Not a checkpoint of embedtune.
+    """
+    return EncoderSpec(**read_facts(path)["encoder_spec"])
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Return the module's weights, put together from the shards of all ranks, on the CPU.
+
+    Raises:
+        InputError: A part of them is missing.
+    """
+    readers: dict[Kind, Callable[[Path], dict[str, Tensor]]] = {
+        "file": _read_file,
+        "fsdp": read_fsdp,
+        "zero": read_zero,
+    }
+    try:
+        return readers[kind_of(path)](path)
+    except (Exception, CheckpointException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException):  # it wraps what happened on a rank
+            cause = next(iter(error.failures.values()))[0]
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+        raise InputError(f"{path}: cannot read all of its weights: {reason}") from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read the encoder of a checkpoint of any strategy.
+
+    Raises:
+        InputError: Not a checkpoint of embedtune, or a part of it is missing.
+    """
+    return Checkpoint(
+        read_spec(path),
+        {
+            name.removeprefix(PREFIX): tensor
+            for name, tensor in read_weights(path).items()
+            if name.startswith(PREFIX)
+        },
+    )
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]

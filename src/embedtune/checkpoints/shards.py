@@ -1,0 +1,109 @@
+"""The folders of shards that FSDP and DeepSpeed save, read and divided anew."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from embedtune.errors import InputError
+from embedtune.whole_files import remove
+
+FSDP_FACTS = "meta.pt"
+"""What Lightning's FSDP strategy saves beside the shards: all but weights and optimiser states."""
+DEEPSPEED_TAG = "latest"
+"""File with the name of the folder that holds DeepSpeed's shards."""
+
+Kind = Literal["file", "fsdp", "zero"]
+"""``file`` is what one process and DDP save, the others are folders."""
+
+
+def kind_of(path: Path) -> Kind:
+    """Tell what kind of checkpoint a path is.
+
+    Raises:
+        InputError: Neither a file nor a folder of a known kind.
+    """
+    path = Path(path)
+    if path.is_file():
+        return "file"
+    if (path / FSDP_FACTS).is_file() and (path / ".metadata").is_file():
+        return "fsdp"
+    if (path / DEEPSPEED_TAG).is_file() and any(_zero_folder(path).glob("*_model_states.pt")):
+        return "zero"
+    found = "an incomplete or foreign folder" if path.is_dir() else "nothing"
+    raise InputError(f"{path}: expected a checkpoint of embedtune fit, found {found}")
+
+
+def read_fsdp(path: Path) -> dict[str, Tensor]:
+    """Return the module's weights from the shards of FSDP."""
+    prefix = "model."
+    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    weights: dict[str, Any] = {
+        name: torch.empty(facts.size, dtype=facts.properties.dtype)
+        for name, facts in stored.items()
+        if name.startswith(prefix) and isinstance(facts, TensorStorageMetadata)
+    }
+    dcp.load(weights, checkpoint_id=path, no_dist=True)  # without the optimiser's states
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+
+
+def zero_ranks(path: Path) -> int:
+    """Return for how many ranks a checkpoint of ZeRO is divided."""
+    return len(list(_zero_folder(path).glob("*_optim_states.pt")))
+
+
+def is_zero3(path: Path) -> bool:
+    """Tell whether a checkpoint of ZeRO is of stage 3, which also divides the parameters."""
+    return zero_states(path).name.startswith("zero")
+
+
+def divide_anew(path: Path) -> None:
+    """Add to a checkpoint of ZeRO what any number of ranks can go on from.
+
+    That is DeepSpeed's universal checkpoint (Lian et al. 2024): a folder a parameter, each with the
+    weight and the optimiser's states as a whole.
+    """
+    # Its name is written last: what a killed process left is made once more.
+    if (path / "latest_universal").exists():
+        return
+    remove(path / "universal")
+    command = ["deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(_zero_folder(path)), "--output_folder"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, str(path / "universal")], capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise InputError(f"{path}: cannot be divided anew: {reason}")
+
+
+def _zero_folder(path: Path) -> Path:
+    return path / (path / DEEPSPEED_TAG).read_text().strip()
+
+
+def zero_states(path: Path) -> Path:
+    """Return the file of a rank, with all that is not divided."""
+    return min(_zero_folder(path).glob("*_model_states.pt"))
+
+
+def read_zero(path: Path) -> dict[str, Tensor]:
+    """Return the module's weights from the shards of ZeRO, float32."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    file = zero_states(path)
+    with (
+        open(os.devnull, "w") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        contextlib.redirect_stderr(nowhere),  # progress bars
+    ):
+        trained = get_fp32_state_dict_from_zero_checkpoint(str(path), file.parent.name)
+    # Stage 1 keeps weights that are not trained elsewhere.
+    module = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
+    return {name: tensor.float() for name, tensor in {**module, **trained}.items()}

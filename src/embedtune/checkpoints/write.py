@@ -1,0 +1,43 @@
+"""Save checkpoints that are whole or not there."""
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
+
+from embedtune.whole_files import PART, part_of, put, remove, sweep
+
+LEFTOVERS = f"*.ckpt{PART}"
+"""What a process that died while saving leaves beside the checkpoints before it."""
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Saves a checkpoint as a file that is whole or not there, also where /tmp is another disk."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        """Save beside, and rename."""
+        path = Path(path)
+        sweep(path.parent, LEFTOVERS)
+        super().save_checkpoint(checkpoint, part_of(path), storage_options)
+        put(part_of(path), path)
+
+
+class SavesFolders(Strategy):
+    """Saves a checkpoint as a folder of shards that is whole or not there."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Save beside, and rename when every rank has written its part."""
+        folder = Path(self.broadcast(filepath))
+        if self.is_global_zero:
+            sweep(folder.parent, LEFTOVERS)
+            remove(part_of(folder))
+        self.barrier()
+        super().save_checkpoint(checkpoint, part_of(folder), storage_options)
+        self.barrier()
+        if self.is_global_zero:
+            put(part_of(folder), folder)

@@ -1,0 +1,82 @@
+"""Assemble the Trainer of a run: strategy, precision, loggers, and callbacks in their order."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+
+from embedtune.callbacks.baseline import Baseline
+from embedtune.callbacks.export_model import ExportModel
+from embedtune.callbacks.run_report import RunReport
+from embedtune.callbacks.run_summary import RunSummary
+from embedtune.callbacks.throughput import Throughput
+from embedtune.callbacks.write_embeddings import WriteEmbeddings
+from embedtune.checkpoints.write import SavesFolders, WholeFiles
+from embedtune.cli.best_checkpoint import early_stopping, keep_the_latest
+from embedtune.cli.run_folder import make_loggers
+from embedtune.distributed.strategies import named_strategy
+from embedtune.training.precision import default_precision
+
+ORDER: dict[type, int] = {ExportModel: 1, RunReport: 2, Throughput: 3}
+"""Callbacks that come after the others, those that save checkpoints among them: a failing export
+must not cost the epoch. Throughput comes last, so that what the others do after a step is not taken
+for waiting."""
+
+
+def trainer_settings(config: Any, is_fit: bool) -> dict[str, Any]:
+    """Return what the configuration leaves to embedtune among the Trainer's arguments.
+
+    Args:
+        config: The configuration of the command, instantiated.
+        is_fit: Whether the run trains.
+    """
+    settings: dict[str, Any] = {}
+    asked = config.trainer
+    if asked.logger is None:
+        folder = Path(asked.default_root_dir)
+        settings["logger"] = make_loggers(config.log_with, folder) if is_fit else False
+    if isinstance(asked.strategy, str):
+        settings["strategy"] = named_strategy(asked.strategy)
+    if asked.precision is None and is_fit:
+        settings["precision"] = default_precision(str(asked.accelerator))
+    saves_files = not isinstance(settings.get("strategy", asked.strategy), SavesFolders)
+    if saves_files and asked.plugins is None:
+        settings["plugins"] = [WholeFiles()]
+    return settings
+
+
+def callbacks_of(config: Any, command: str) -> list[pl.Callback]:
+    """Return the callbacks of a command beside those that save checkpoints."""
+    callbacks = list(config.trainer.callbacks or [])
+    if config.trainer.enable_progress_bar is not False:
+        callbacks.append(TQDMProgressBar())
+    if command == "fit":
+        baseline, summary = Baseline(config.anchors), RunSummary()
+        callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
+        callbacks += [RunReport(summary, baseline)]
+        callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
+    elif command == "predict":
+        callbacks += [WriteEmbeddings()]
+    return callbacks
+
+
+def latest_beside_best(config: Any, asked: Any) -> list[ModelCheckpoint]:
+    """Return what keeps the latest checkpoint of a fit where ``checkpoint`` keeps the best.
+
+    ``last.ckpt`` would be the best one alone, but a run goes on from the latest.
+
+    Args:
+        config: The configuration of the fit, instantiated; its ``save_last`` is taken over.
+        asked: Its ``checkpoint`` as it was given.
+    """
+    keeps = config.trainer.enable_checkpointing is not False
+    if not (keeps and config.checkpoint.monitor and config.checkpoint.save_last):
+        return []
+    config.checkpoint.save_last = False
+    return [keep_the_latest(asked, str(config.checkpoint.dirpath))]
+
+
+def sort_callbacks(callbacks: list[pl.Callback]) -> None:
+    """Bring the callbacks of a run into the order that they rely on."""
+    callbacks.sort(key=lambda callback: ORDER.get(type(callback), 0))

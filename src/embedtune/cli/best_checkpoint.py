@@ -1,0 +1,42 @@
+"""What follows from ``checkpoint.monitor``."""
+
+from typing import Any
+
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from embedtune.errors import InputError, require_positive
+
+
+def keep_the_best(checkpoint: Any) -> None:
+    """Settle what follows from ``checkpoint.monitor``."""
+    metric = checkpoint.monitor.split("/")
+    if metric[0] in ("train", "val"):
+        checkpoint.mode = "min" if "loss" in metric else "max"
+    if metric[0] == "val" and checkpoint.save_on_train_epoch_end is None:
+        checkpoint.save_on_train_epoch_end = False  # but with the validation, before any export
+    checkpoint.filename = checkpoint.filename or "best-{epoch}-{step}"
+
+
+def keep_the_latest(asked: Any, folder: str) -> ModelCheckpoint:
+    """Return what saves the latest checkpoint as often as ``asked`` looks for the best."""
+    return ModelCheckpoint(
+        folder,
+        save_last=asked.save_last,
+        enable_version_counter=False,
+        every_n_train_steps=asked.every_n_train_steps,
+        every_n_epochs=asked.every_n_epochs,
+        train_time_interval=asked.train_time_interval,
+    )
+
+
+def early_stopping(config: Any) -> list[EarlyStopping]:
+    """Return what ends a fit after ``early_stopping_patience`` validations, if that is given."""
+    patience, monitor = config.early_stopping_patience, config.checkpoint.monitor
+    if patience is None:
+        return []
+    if monitor is None:
+        raise InputError(
+            "early_stopping_patience: expected checkpoint.monitor to name the metric, found null"
+        )
+    require_positive("early_stopping_patience", patience)
+    return [EarlyStopping(monitor, patience=patience, mode=config.checkpoint.mode)]

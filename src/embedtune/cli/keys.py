@@ -1,0 +1,61 @@
+"""The keys beside ``model``, ``data`` and ``trainer``, and what the Trainer's keys default to."""
+
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser
+
+from embedtune.cli.run_folder import LoggerName
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "default_root_dir": "run",
+    "max_epochs": 2,
+    "gradient_clip_val": 1.0,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
+
+def add_keys(parser: LightningArgumentParser) -> None:
+    """Add the keys of a run."""
+    parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+    parser.set_defaults(
+        {"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False}
+    )
+    parser.add_argument(
+        "--save_on_epoch_end",
+        type=bool,
+        default=True,
+        help="Write an exported folder an epoch.",
+    )
+    parser.add_argument(
+        "--num_max_checkpoints",
+        type=int,
+        default=5,
+        help="Epochs' exported folders that are kept.",
+    )
+    parser.add_argument(
+        "--log_with",
+        type=LoggerName | list[LoggerName] | None,
+        default=None,
+        help="Loggers; csv and tensorboard by default. trainer.logger wins over it.",
+    )
+    parser.add_argument(
+        "--early_stopping_patience",
+        type=int | None,
+        default=None,
+        help="Validations without a better checkpoint.monitor after which a fit ends.",
+    )
+    parser.add_argument(
+        "--anchors",
+        type=dict[str, float] | None,
+        default=None,
+        help="By how much sets of data.val_path may fall below the base model, by name.",
+    )
+    parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
+
+
+def _data_seed(seed_everything: bool | int) -> int:
+    return 666 if isinstance(seed_everything, bool) else seed_everything

@@ -1,0 +1,35 @@
+"""Parsers that answer a misspelt key in one line, with the nearest valid one."""
+
+import re
+from typing import Any, NoReturn
+
+import jsonargparse
+
+from embedtune.cli.mistakes import fail, nearest
+
+UNKNOWN_KEY = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
+"""How jsonargparse and argparse word that they do not know a key."""
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """The parser of a command without a Trainer, and what every parser answers."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Write one message, without the usage, and exit with code 2."""
+        unknown = UNKNOWN_KEY.search(str(message))
+        hint = self._nearest(unknown[1]) if unknown else ""
+        fail(" ".join(str(message).split()) + hint)
+
+    def _nearest(self, unknown: str) -> str:
+        keys = sorted({action.dest for parser in self._parsers() for action in parser._actions})
+        name = unknown.rpartition(".")[2]
+        # The right name in the wrong place, or else a misspelt one.
+        misplaced = [key for key in keys if key.rpartition(".")[2] == name]
+        found = misplaced[0] if misplaced else nearest(unknown, keys)
+        return f"; the nearest valid key is {found}" if found else ""
+
+    def _parsers(self) -> list[Any]:
+        subcommands = [
+            action.choices for action in self._actions if isinstance(action.choices, dict)
+        ]
+        return [self, *(parser for choices in subcommands for parser in choices.values())]

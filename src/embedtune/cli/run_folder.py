@@ -1,0 +1,53 @@
+"""What a fit keeps in its run folder beside checkpoints: configuration and loggers."""
+
+import itertools
+from pathlib import Path
+from typing import Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from embedtune.errors import InputError
+
+LoggerName = Literal["csv", "tensorboard", "wandb"]
+
+
+class SaveConfig(SaveConfigCallback):
+    """Write the whole configuration of a fit to ``<default_root_dir>/config.yaml``."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the file; only a fit that runs again in the same folder overwrites it."""
+        if stage != "fit":
+            return
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+
+
+def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> list[Logger]:
+    """Return the loggers of ``log_with``, all of which write into the run folder."""
+    chosen = names or ["csv", "tensorboard"]
+    loggers: list[Logger] = []
+    for name in [chosen] if isinstance(chosen, str) else chosen:
+        if name == "csv":
+            keep_earlier_metrics(folder)
+            loggers.append(CSVLogger(folder, name="", version=""))
+        elif name == "tensorboard":
+            loggers.append(TensorBoardLogger(folder, name="", version=""))
+        else:
+            try:
+                loggers.append(WandbLogger(save_dir=folder, project="embedtune"))
+            except ModuleNotFoundError:
+                raise InputError("log_with: wandb needs pip install 'embedtune[wandb]'") from None
+    return loggers
+
+
+@rank_zero_only
+def keep_earlier_metrics(folder: Path) -> None:
+    """Rename the metrics of an earlier run in this folder, which CSVLogger would delete."""
+    metrics = folder / "metrics.csv"
+    if metrics.exists():
+        numbered = (folder / f"metrics-{number}.csv" for number in itertools.count(1))
+        metrics.rename(next(path for path in numbered if not path.exists()))

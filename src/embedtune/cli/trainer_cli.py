@@ -1,0 +1,160 @@
+"""The commands that train or run a model under Lightning's Trainer."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from embedtune.checkpoints.find import best_checkpoint, last_checkpoint
+from embedtune.checkpoints.read import read_spec
+from embedtune.cli.assembly import (
+    callbacks_of,
+    latest_beside_best,
+    sort_callbacks,
+    trainer_settings,
+)
+from embedtune.cli.best_checkpoint import keep_the_best
+from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys
+from embedtune.cli.log_lines import quiet_libraries
+from embedtune.cli.parser import Parser
+from embedtune.cli.processes import end_with_rank_0
+from embedtune.cli.run_folder import SaveConfig
+from embedtune.data.datamodule import EmbeddingDataModule
+from embedtune.distributed import exchange
+from embedtune.distributed.strategies import refuse_checkpoint
+from embedtune.errors import InputError
+from embedtune.training.module import EmbeddingModule
+
+log = logging.getLogger("embedtune")
+
+CHECKPOINT_NAMES = ("last", "best", "hpc", "registry")
+"""Values of ``ckpt_path`` that are no paths; the last two are resolved by Lightning."""
+
+
+class TrainerParser(Parser, LightningArgumentParser):
+    """The parser of a command with a Trainer."""
+
+
+class TrainerCLI(LightningCLI):
+    """LightningCLI with embedtune's classes, defaults and callbacks."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the keys beside ``model``, ``data`` and ``trainer``."""
+        add_keys(parser)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse what :func:`main` was given, which need not be the process's own arguments."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take nothing from a checkpoint but its state: YAML and flags win."""
+
+    def before_instantiate_classes(self) -> None:
+        """Check the paths of the run, and give the data a seed that was drawn.
+
+        Raises:
+            InputError: The run folder is a file, or the checkpoint is not there.
+        """
+        config = self.config[self.subcommand]
+        folder, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
+        if folder.is_file():
+            raise InputError(
+                f"trainer.default_root_dir: expected a folder, found the file {folder}"
+            )
+        if checkpoint not in (None, *CHECKPOINT_NAMES) and not Path(checkpoint).exists():
+            raise InputError(
+                f"ckpt_path: expected a checkpoint or one of {', '.join(CHECKPOINT_NAMES)}, "
+                f"found nothing at {checkpoint}"
+            )
+        if not isinstance(config.seed_everything, bool):
+            config.data.seed = config.seed_everything
+        if self.subcommand == "fit" and config.checkpoint.monitor:
+            keep_the_best(config.checkpoint)
+
+    def instantiate_classes(self) -> None:
+        """Build module, data module and Trainer.
+
+        Raises:
+            InputError: A value is refused, also where jsonargparse wraps the refusal in its own.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            refusal: BaseException | None = error
+            while refusal is not None and not isinstance(refusal, InputError):
+                refusal = refusal.__cause__ or refusal.__context__
+            raise refusal or error from None
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the Trainer with the loggers and callbacks of a run folder."""
+        command = str(self.subcommand)
+        config = self.config_init[command]
+        folder = Path(config.trainer.default_root_dir)
+        settings = trainer_settings(config, is_fit=command == "fit")
+        config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
+        if config.trainer.enable_checkpointing is False:
+            self._parser(command).callback_keys.remove("checkpoint")
+        asked = self.config[command].checkpoint
+        latest = latest_beside_best(config, asked) if command == "fit" else []
+        callbacks = callbacks_of(config, command)
+        trainer: Any = super().instantiate_trainer(callbacks=callbacks, **settings, **kwargs)
+        trainer.callbacks += latest  # last, so that it also saves which is the best
+        sort_callbacks(trainer.callbacks)
+        return trainer
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, from a checkpoint where one is given."""
+        self._run("fit", **kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Measure the validation loss."""
+        self._run("validate", **kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Measure the test loss."""
+        self._run("test", **kwargs)
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict without gathering in memory what is written to disk."""
+        self._run("predict", **{**kwargs, "return_predictions": False})
+
+    def _run(self, command: str, ckpt_path: str | None = None, **kwargs: Any) -> None:
+        path: Path | str | None = ckpt_path
+        if ckpt_path in ("last", "best"):
+            folder = Path(self.config_init[self.subcommand].checkpoint.dirpath)
+            path = last_checkpoint(folder) if ckpt_path == "last" else best_checkpoint(folder)
+            if path is None and (command != "fit" or ckpt_path == "best"):
+                kept = "" if ckpt_path == "last" else " that checkpoint.monitor has kept"
+                raise InputError(
+                    f"ckpt_path: {ckpt_path}: expected a checkpoint{kept} in {folder}, found none"
+                )
+            if path is None:
+                log.info("ckpt_path: last: there is no checkpoint yet")
+        if path is not None and str(path) not in CHECKPOINT_NAMES:
+            refuse_checkpoint(self.trainer.strategy, Path(path))
+            if command != "fit":
+                self.model.match(read_spec(Path(path)))
+        getattr(self.trainer, command)(ckpt_path=path, **kwargs)
+
+
+def trainer_command(argv: Sequence[str]) -> None:
+    """Run ``embedtune fit | validate | test | predict``."""
+    quiet_libraries()
+    end_with_rank_0()
+    TrainerCLI(
+        EmbeddingModule,
+        EmbeddingDataModule,
+        save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},
+        trainer_defaults=TRAINER_DEFAULTS,
+        seed_everything_default=666,
+        parser_class=TrainerParser,
+        parser_kwargs={"prog": "embedtune"},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+        args=list(argv),
+    )
+    exchange.leave()

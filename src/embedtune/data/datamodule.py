@@ -1,0 +1,350 @@
+"""The LightningDataModule: files in, batches out."""
+
+import multiprocessing
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader
+
+from embedtune.checkpoints.resume import Place
+from embedtune.data.beir import is_beir, read_beir
+from embedtune.data.collate import Collator
+from embedtune.data.examples import ExampleDataset
+from embedtune.data.lines import read_lines, resolve_paths
+from embedtune.data.records import Format
+from embedtune.data.rows import Rows
+from embedtune.data.sampler import GlobalBatchSampler
+from embedtune.data.scored_pairs import scored_pairs
+from embedtune.data.teacher_store import open_teacher
+from embedtune.data.testset_batches import TEXTS_PER_BATCH, TextCollator, TextDataset
+from embedtune.data.testsets import name_sets
+from embedtune.data.token_table import TokenTable
+from embedtune.errors import InputError, require_positive
+from embedtune.models.encoder import Encoder
+
+Part = Literal["train", "val", "test", "predict"]
+Evaluated = str | list[str] | dict[str, str | list[str]] | None
+NEEDED: dict[str, tuple[Part, ...]] = {
+    "fit": ("train", "val"),
+    "validate": ("val",),
+    "test": ("test",),
+    "predict": ("predict",),
+}
+"""The parts of the data that each Trainer function reads; the first of them is required."""
+SPLITS = {"val": ("dev", "val", "test"), "test": ("test",)}
+"""The qrels that are looked for in a BEIR folder, in this order."""
+
+
+class EmbeddingDataModule(pl.LightningDataModule):
+    """Batches from jsonl files of the four formats.
+
+    The data module owns the order of the examples, so a Trainer must leave it alone:
+    ``Trainer(use_distributed_sampler=False)`` (the command line sees to it).
+    """
+
+    trainer: Any  # attached by Lightning before any hook is called
+
+    def __init__(
+        self,
+        train_path: str | list[str] | None = None,
+        val_path: Evaluated = None,
+        test_path: Evaluated = None,
+        predict_path: str | None = None,
+        format: Literal["auto", "pair", "triplet", "scored", "distill"] = "auto",
+        batch_size: int = 32,
+        neg_nums: int = 15,
+        query_max_len: int | None = None,
+        passage_max_len: int = 512,
+        teacher_path: str | list[str] | None = None,
+        val_teacher_path: str | list[str] | None = None,
+        test_teacher_path: str | list[str] | None = None,
+        teacher_embedding_dim: int | None = None,
+        shuffle: bool = True,
+        num_workers: int | None = None,
+        tokens_per_chunk: int | None = None,
+        seed: int = 666,
+    ) -> None:
+        """Describe the data; nothing is read before ``prepare_data``.
+
+        Args:
+            train_path: A jsonl file (plain, .gz or .zst), a glob, or a list of these.
+            val_path: What a fit is measured on, before the first step and after each epoch: a BEIR
+                folder or one of its qrels files (nDCG@10 and more), scored rows (Spearman
+                correlation), or rows of the training format (loss); several as a list, or by name.
+            test_path: The same, for ``embedtune test``.
+            predict_path: A jsonl file with ``query`` fields, or a text file with a text a line.
+            format: Format of the rows; auto takes it from the fields, over all rows.
+            batch_size: Per rank: query-positive pairs (pair, triplet), lists (scored) or texts
+                (distill).
+            neg_nums: Hard negatives drawn per query in each epoch (triplet).
+            query_max_len: Longest query in tokens; the default is 128, for distill 512, and for
+                ``embedtune predict`` the model's own longest input.
+            passage_max_len: Longest positive or negative in tokens.
+            teacher_path: float32 memory map of the teacher's embeddings of ``train_path``
+                (distill), or several, which are concatenated along the width.
+            val_teacher_path: The same for ``val_path``.
+            test_teacher_path: The same for ``test_path``.
+            teacher_embedding_dim: Width of all of ``teacher_path`` together; the default takes it
+                from the files' sizes.
+            shuffle: False trains in the files' order.
+            num_workers: Processes of each rank that make batches ahead; 0 makes them in the
+                training process. The default is 0 on a CPU, whose cores the model needs, and where
+                processes cannot be forked, else 4.
+            tokens_per_chunk: Tokens, padding included, that are encoded at once; the default is
+                2,048 on a CPU, whose caches they fill, else 65,536 (``grad_cache``: 16,384).
+            seed: Seed of the order and of the negatives.
+        """
+        super().__init__()
+        for key, value in {
+            "batch_size": batch_size,
+            "neg_nums": neg_nums,
+            "passage_max_len": passage_max_len,
+            "query_max_len": query_max_len,
+            "tokens_per_chunk": tokens_per_chunk,
+        }.items():
+            if value is not None:
+                require_positive(f"data.{key}", value)
+        paths = {"train": train_path, "val": val_path, "test": test_path, "predict": predict_path}
+        self.paths: dict[str, Any] = paths
+        teachers = {"train": teacher_path, "val": val_teacher_path, "test": test_teacher_path}
+        self.teacher_paths = teachers
+        self.declared = None if format == "auto" else Format(format)
+        self.batch_size, self.neg_nums = batch_size, neg_nums
+        self.shuffle, self.seed = shuffle, seed
+        self._query_max_len, self.passage_max_len = query_max_len, passage_max_len
+        self.teacher_embedding_dim = teacher_embedding_dim
+        self._num_workers, self._tokens_per_chunk = num_workers, tokens_per_chunk
+        self.datasets: dict[str, ExampleDataset] = {}
+        self.testsets: dict[str, TextDataset] = {}
+        self._tokens: TokenTable | None = None
+        self._place = Place()
+
+    # --- Reading ------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        """Fill the Arrow cache, on one rank a node."""
+        self._open_all()
+
+    def setup(self, stage: str) -> None:
+        """Open the rows that a stage needs."""
+        self._open_all()
+
+    def _open_all(self) -> None:
+        needed = self._needed()
+        for part in needed:
+            key = f"data.{part}_path"
+            if part == "val" or part == "test":
+                for name, paths in name_sets(self.paths[part], key).items():
+                    if not {f"{part}/{name}"} & {*self.datasets, *self.testsets}:
+                        self._open_evaluated(part, f"{part}/{name}", paths)
+            elif part not in self.datasets:
+                # Queries alone are what predict takes from rows of any format.
+                declared = Format.DISTILL if part == "predict" else self.declared
+                rows = Rows(resolve_paths(self.paths[part], key), declared)
+                self.datasets[part] = self._examples(part, rows)
+        # Anew in each run, whose model may be another.
+        self._tokens = self._open_tokens() if "train" in needed else None
+
+    def _open_evaluated(self, part: Part, name: str, given: list[str]) -> None:
+        """Open one set of ``val_path`` or ``test_path`` for what can be measured on it."""
+        if is_beir(Path(given[0])):
+            self.testsets[name] = TextDataset(read_beir(Path(given[0]), SPLITS[part]))
+            return
+        paths = resolve_paths(given, f"data.{part}_path")
+        is_scored = any("scores" in line.fields for line in islice(read_lines(paths), 1))
+        rows = Rows(paths, None if is_scored else self.declared)
+        if rows.format == Format.SCORED:
+            self.testsets[name] = TextDataset(scored_pairs(rows.records()))
+            # Sentence pairs have no default loss; nobody asked for one to be validated.
+            has_loss = "train" in self.datasets or self.trainer.lightning_module.loss is not None
+            if not has_loss and rows.list_lengths.min() < 2:
+                return
+        if self.format in (None, rows.format):
+            self.datasets[name] = self._examples(part, rows)
+        elif rows.format != Format.SCORED:
+            raise InputError(
+                f"data.{part}_path: {given[0]}: expected {self.format} rows as those of training, "
+                f"scored rows or a BEIR folder, found {rows.format} rows"
+            )
+
+    def _open_tokens(self) -> TokenTable | None:
+        """Open the token ids of the training rows, which are tokenised where there are none yet.
+
+        A run that encodes fewer texts than the rows hold tokenises as it goes, so that a short one
+        on many rows starts at once.
+        """
+        module, data = self.trainer.lightning_module, self.datasets["train"]
+        batches = module.num_steps * self.trainer.accumulate_grad_batches
+        encoded = data.num_texts * batches / len(self.sampler("train"))
+        if encoded < data.rows.texts_per_row.sum():
+            return None
+        collator = self.collator(module.encoder)
+        key = collator.tokens_key
+        return None if key is None else TokenTable(data.rows, collator, key)
+
+    def _needed(self) -> list[Part]:
+        parts = NEEDED[str(self.trainer.state.fn.value)]
+        if not self.paths[parts[0]]:
+            raise InputError(f"data.{parts[0]}_path: expected a file, found nothing")
+        return [part for part in parts if self.paths[part]]
+
+    def _examples(self, part: Part, rows: Rows) -> ExampleDataset:
+        key = "data.teacher_path" if part == "train" else f"data.{part}_teacher_path"
+        if part == "predict":
+            return ExampleDataset(rows)
+        teacher = open_teacher(rows, self.teacher_paths[part], self.teacher_embedding_dim, key)
+        return ExampleDataset(rows, self.neg_nums, self.seed, teacher)
+
+    # --- Facts that others ask for ------------------------------------------------------
+
+    @property
+    def format(self) -> Format | None:
+        """Format of the opened data; None when there is none (predict)."""
+        formats = (data.rows.format for part, data in self.datasets.items() if part != "predict")
+        return next(formats, None)
+
+    @property
+    def query_max_len(self) -> int:
+        """Longest query in tokens."""
+        if self._query_max_len is not None:
+            return self._query_max_len
+        return 512 if self.format == Format.DISTILL else 128
+
+    @property
+    def tokens_per_chunk(self) -> int:
+        """Tokens that are encoded at once."""
+        if self._tokens_per_chunk is not None or self._is_on_cpu:
+            return self._tokens_per_chunk or 2048
+        return 16384 if self.trainer.lightning_module.grad_cache else 65536
+
+    @property
+    def num_workers(self) -> int:
+        """Processes of each rank that make batches ahead."""
+        if self._num_workers is not None:
+            return self._num_workers
+        # Started otherwise than by fork, each would be sent a copy of the encoder.
+        return 4 if multiprocessing.get_start_method() == "fork" and not self._is_on_cpu else 0
+
+    @property
+    def _is_on_cpu(self) -> bool:
+        return self.trainer.strategy.root_device.type == "cpu"
+
+    @property
+    def max_len(self) -> int:
+        """Longest text of the opened data in tokens."""
+        if self.format == Format.DISTILL:
+            return self.query_max_len
+        return max(self.query_max_len, self.passage_max_len)
+
+    @property
+    def teacher_dim(self) -> int | None:
+        """Width of the teacher's embeddings; None without a teacher."""
+        stores = [data.teacher for data in self.datasets.values() if data.teacher is not None]
+        return stores[0].width if stores else None
+
+    def evaluated(self, part: Literal["val", "test"]) -> list[str]:
+        """Return the names of the sets, such as ``val/dev``, whose batches a step gets.
+
+        In the order of the loaders; scored rows that have a loss as well are in it twice.
+        """
+        names = (*self.datasets, *self.testsets)
+        return [name for name in names if name.startswith(f"{part}/")]
+
+    def sampler(self, name: str) -> GlobalBatchSampler:
+        """Return the order of one data set's batches on this rank."""
+        is_train = name == "train"
+        return self._order(
+            len(self.datasets[name]),
+            self.batch_size,
+            shuffle=self.shuffle and is_train,
+            cursor=lambda: self._place.cursor(self.trainer) if is_train else (0, 0),
+        )
+
+    def _order(self, count: int, batch_size: int, **more: Any) -> GlobalBatchSampler:
+        ranks = {"rank": self.trainer.global_rank, "num_ranks": self.trainer.world_size}
+        return GlobalBatchSampler(count, batch_size, seed=self.seed, **ranks, **more)
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Batches that an epoch trains on."""
+        batches, limit = len(self.sampler("train")), self.trainer.limit_train_batches
+        if isinstance(limit, int):
+            return min(batches, limit)
+        return batches if limit is None else int(batches * limit)
+
+    def state_dict(self) -> dict[str, int]:
+        """Return what a place in the middle of an epoch depends on."""
+        if "train" not in self.datasets:
+            return {}
+        sampler = self.sampler("train")
+        return {
+            "global_batch": sampler.global_batch_size,
+            "examples": sampler.num_examples,
+            "batches": self.batches_per_epoch,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Take over the state of a checkpoint."""
+        self._place.saved = state_dict
+
+    def collator(self, encoder: Encoder, name: str = "train") -> Collator:
+        """Return what makes batches of a data set for ``encoder``."""
+        query_max_len = self.query_max_len
+        if name == "predict" and self._query_max_len is None:
+            query_max_len = encoder.max_seq_length or query_max_len
+        return Collator(encoder, query_max_len, self.passage_max_len, self.tokens_per_chunk)
+
+    # --- Loaders ------------------------------------------------------------------------
+
+    def train_dataloader(self) -> DataLoader:
+        """Return the training batches, in the order of :class:`GlobalBatchSampler`."""
+        self._place.refuse_another_order(self.state_dict(), self.batch_size, self.trainer)
+        return self._loader("train")
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """Return the batches of each set of ``val_path``, none without it."""
+        return self._evaluated_loaders("val")
+
+    def test_dataloader(self) -> list[DataLoader]:
+        """Return the batches of each set of ``test_path``."""
+        return self._evaluated_loaders("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Return batches of queries alone, in the file's order."""
+        return self._loader("predict")
+
+    def _evaluated_loaders(self, part: Literal["val", "test"]) -> list[DataLoader]:
+        names = self.evaluated(part)
+        with_loss = [name for name in self.datasets if name in names]
+        return [
+            *(self._loader(name) for name in with_loss),
+            *(self.text_loader(name) for name in names[len(with_loss) :]),
+        ]
+
+    def text_loader(self, name: str) -> DataLoader:
+        """Return batches of the texts of a test set, as the encoder now encodes them."""
+        texts = self.testsets[name]
+        collate = TextCollator(self.trainer.lightning_module.encoder, self.tokens_per_chunk)
+        return self._batches(
+            texts, self._order(len(texts), TEXTS_PER_BATCH, shuffle=False), collate
+        )
+
+    def _loader(self, name: str) -> DataLoader:
+        data = self.datasets[name]
+        if name == "train" and self._tokens is not None:
+            # Here alone: who else reads the examples may have other limits.
+            data = data.with_tokens(self._tokens.find)
+        collate = self.collator(self.trainer.lightning_module.encoder, name)
+        return self._batches(data, self.sampler(name), collate)
+
+    def _batches(self, data: Any, sampler: GlobalBatchSampler, collate: Any) -> DataLoader:
+        return DataLoader(
+            data,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+        )

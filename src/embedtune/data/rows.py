@@ -1,0 +1,137 @@
+"""Hold jsonl rows in a memory-mapped Arrow table."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedtune.data.cache import cache_folder, map_table, write_table
+from embedtune.data.records import Format, Record, RecordReader
+from embedtune.whole_files import write_text
+
+log = logging.getLogger("embedtune")
+
+ROWS_PER_WRITE = 5_000
+CACHE_VERSION = 1  # raised whenever the table's columns or the rules of records.py change
+SCHEMA = pa.schema(
+    {
+        "query": pa.string(),
+        "prompt": pa.string(),
+        "positives": pa.list_(pa.string()),
+        "negatives": pa.list_(pa.string()),
+        "scores": pa.list_(pa.float64()),
+    }
+)
+
+
+class Rows:
+    """The validated rows of one data set, in a memory-mapped Arrow table.
+
+    The table is cached under a digest of the files' bytes, so a second start opens it at once
+    and an edited file is read anew.
+
+    Attributes:
+        table: Columns query, prompt, positives, negatives, scores.
+        digest: Digest of the files and of how they were read.
+        format: What the rows hold.
+        ignored_fields: Names of fields in the files that embedtune does not read.
+        prompt: The query prompt that all rows share, if they do.
+        queries_digest: Digest of all queries in order, to match a teacher store to its texts.
+    """
+
+    def __init__(self, paths: Sequence[Path], declared: Format | None = None) -> None:
+        """Open the cached table of ``paths``, reading the files first where there is none.
+
+        Raises:
+            InputError: A row does not fit its format.
+        """
+        self.paths = list(paths)
+        digest = hashlib.blake2b(f"{CACHE_VERSION} {declared}".encode(), digest_size=16)
+        for path in self.paths:
+            digest.update("".join(path.suffixes).encode())  # a .txt file is read in another way
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "blake2b").digest())
+        self.digest = digest.hexdigest()
+        stem = cache_folder() / self.digest
+        arrow, facts = stem.with_suffix(".arrow"), stem.with_suffix(".json")
+        if not (arrow.exists() and facts.exists()):
+            _write(RecordReader(self.paths, declared), arrow, facts)
+        self.table = map_table(arrow)
+        known = json.loads(facts.read_text(encoding="utf-8"))
+        self.format = Format(known["format"])
+        self.ignored_fields: list[str] = known["ignored_fields"]
+        self.prompt: str | None = known["prompts"][0] if len(known["prompts"]) == 1 else None
+        self.queries_digest: str = known["queries_digest"]
+        self._rows_per_file: list[int] = known["rows_per_file"]
+
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.table)
+
+    def records(self) -> Iterator[Record]:
+        """Yield the rows in their order."""
+        columns = self.table[:]
+        return map(Record._make, zip(*(columns[name] for name in Record._fields), strict=True))
+
+    def place(self, row: int) -> str:
+        """Return ``file:line`` of a row (counted from 0)."""
+        for path, count in zip(self.paths, self._rows_per_file, strict=True):
+            if row < count:
+                return f"{path}:{row + 1}"
+            row -= count
+        raise IndexError(row)
+
+    @cached_property
+    def list_lengths(self) -> np.ndarray:
+        """Number of positives of each row, int64 ``[rows]``."""
+        return self._lengths("positives")
+
+    @property
+    def texts_per_row(self) -> np.ndarray:
+        """Number of texts that each row holds, int64 ``[rows]``."""
+        return 1 + self.list_lengths + self._lengths("negatives")
+
+    def _lengths(self, column: str) -> np.ndarray:
+        lengths = pc.list_value_length(self.table.data.column(column))
+        return np.asarray(lengths.to_numpy(), dtype=np.int64)
+
+
+def _write(reader: RecordReader, arrow: Path, facts: Path) -> None:
+    log.info("reading %s", ", ".join(map(str, reader.paths)))
+    queries = hashlib.blake2b(digest_size=16)
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for records in _batched(reader, ROWS_PER_WRITE):
+            for record in records:
+                queries.update(query_digest(record.query))
+            columns = dict(zip(Record._fields, zip(*records, strict=True), strict=True))
+            arrays = [pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names]
+            yield pa.record_batch(arrays, schema=SCHEMA)
+
+    write_table(arrow, SCHEMA, batches())
+    known = {
+        "format": reader.format,
+        "ignored_fields": sorted(reader.ignored_fields),
+        "prompts": reader.prompts,
+        "queries_digest": queries.hexdigest(),
+        "rows_per_file": list(reader.rows_per_file),
+    }
+    write_text(facts, json.dumps(known))
+
+
+def query_digest(query: str) -> bytes:
+    """Return the 8-byte digest of a query that a data set's ``queries_digest`` is made of."""
+    return hashlib.blake2b(query.encode(), digest_size=8).digest()
+
+
+def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
+    iterator = iter(records)
+    while batch := list(islice(iterator, size)):
+        yield batch

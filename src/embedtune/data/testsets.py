@@ -1,0 +1,74 @@
+"""Test sets by path and by name: a BEIR folder, or a jsonl file of scored pairs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from embedtune.data.beir import RetrievalSet, is_beir, read_beir
+from embedtune.data.scored_pairs import ScoredPairs, read_scored
+from embedtune.errors import InputError
+
+
+def set_name(path: Path) -> str:
+    """Return a short name of the test set at ``path``.
+
+    >>> set_name(Path("sets/scifact")), set_name(Path("sets/scifact/qrels/dev.tsv"))
+    ('scifact', 'scifact')
+    >>> set_name(Path("sts/dev.jsonl.gz"))
+    'dev'
+    """
+    path = path.absolute()
+    return path.parent.parent.name if path.suffix == ".tsv" else path.name.partition(".jsonl")[0]
+
+
+def open_testset(path: Path, splits: Sequence[str] = ("test",)) -> RetrievalSet | ScoredPairs:
+    """Read a BEIR folder, one of its qrels files, or a jsonl file of scored pairs.
+
+    Args:
+        path: Where it is.
+        splits: See :func:`read_beir`.
+
+    Raises:
+        InputError: There is nothing, or it cannot be read.
+    """
+    if path.is_dir() or path.suffix == ".tsv":
+        return read_beir(path, splits)
+    if not path.is_file():
+        kinds = "a BEIR folder, one of its qrels files or a jsonl file of scored pairs"
+        raise InputError(f"{path}: expected {kinds}, found nothing")
+    return read_scored(path)
+
+
+def name_sets(
+    spec: str | Sequence[str] | dict[str, str | list[str]] | None, key: str
+) -> dict[str, list[str]]:
+    """Name the data sets that a run evaluates.
+
+    Args:
+        spec: What the user gave: a path, several, or paths by name. Every BEIR folder is a set of
+            its own; files that have no name of their own are one set together.
+        key: The YAML key it was given under, for messages.
+
+    Returns:
+        The paths of each set. A set that was given no name has that of its folder or first file.
+
+    Raises:
+        InputError: A name is taken twice, or cannot be part of a metric's name.
+    """
+    if isinstance(spec, dict):
+        named = [(name, [p] if isinstance(p, str) else list(p)) for name, p in spec.items()]
+    else:
+        paths = [spec] if isinstance(spec, str) else list(spec or ())
+        folders = [path for path in paths if is_beir(Path(path))]
+        files = [path for path in paths if path not in folders]
+        groups = [[path] for path in folders] + ([files] if files else [])
+        named = [(set_name(Path(group[0])), group) for group in groups]
+    sets: dict[str, list[str]] = {}
+    for name, group in named:
+        if name in sets:
+            raise InputError(f"{key}: expected a name for each set, found {name!r} twice")
+        if not name or "/" in name:
+            raise InputError(f"{key}: expected names without '/', found {name!r}")
+        if len(group) > 1 and any(is_beir(Path(path)) for path in group):
+            raise InputError(f"{key}: {name}: expected one BEIR folder or files, found {group}")
+        sets[name] = group
+    return sets

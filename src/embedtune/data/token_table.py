@@ -1,0 +1,126 @@
+"""Tokenise the training rows once, into a memory-mapped Arrow table beside their own."""
+
+import hashlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from embedtune.data.cache import cache_folder, map_table, write_table
+from embedtune.data.chunks import Text
+from embedtune.data.collate import Collator
+from embedtune.data.examples import Example
+from embedtune.data.rows import Rows
+
+log = logging.getLogger("embedtune")
+
+TABLE_VERSION = 1  # raised whenever the columns change
+TEXTS_PER_WRITE = 20_000
+TEXTS_PER_CALL = 1_000
+"""Texts that are tokenised at once: they are padded to the longest of them."""
+
+IDS = pa.list_(pa.int32())
+SCHEMA = pa.schema({"query": IDS, "positives": pa.list_(IDS), "negatives": pa.list_(IDS)})
+
+
+class TokenTable:
+    """The token ids of all texts of a data set, row by row in a memory-mapped Arrow table.
+
+    Attributes:
+        table: Columns query, positives, negatives: the ids that stand for each text of the rows'
+            columns of these names.
+    """
+
+    def __init__(self, rows: Rows, collator: Collator, key: str) -> None:
+        """Open the cached table, tokenising the rows first where there is none.
+
+        Args:
+            rows: What to tokenise.
+            collator: Tokenises, with the prompts and limits of each text.
+            key: The collator's ``tokens_key``.
+        """
+        name = f"tokens {TABLE_VERSION} {rows.digest} {key}"
+        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        path = cache_folder() / f"{digest}.arrow"
+        if not path.exists():
+            log.info("tokenising %s rows", f"{len(rows):,}")
+            write_table(path, SCHEMA, _tokenised(rows, collator))
+        self.table = map_table(path)
+
+    def find(
+        self, row: int, fields: Mapping[str, Any], example: Example
+    ) -> dict[tuple[str, str], np.ndarray]:
+        """Return the ids of an example's texts by (role, text), each int32 ``[t]``, not copied.
+
+        Args:
+            row: The example's row, counted from 0.
+            fields: The fields of that row.
+            example: Its query, positives and negatives are looked up.
+        """
+        columns = self.table.data
+        found = {("query", example.query): columns.column("query")[row].values.to_numpy()}
+        wanted = {"positives": example.positives, "negatives": example.negatives}
+        for column, texts in wanted.items():
+            if not texts:
+                continue
+            place = {text: i for i, text in enumerate(fields[column])}
+            lists = columns.column(column)[row].values
+            ends, ids = lists.offsets.to_numpy(), lists.values.to_numpy()
+            for text in texts:
+                i = place[text]
+                found["document", text] = ids[ends[i] : ends[i + 1]]
+        return found
+
+
+def _tokenised(rows: Rows, collator: Collator) -> Iterator[pa.RecordBatch]:
+    for start, end in pairwise(_cuts(rows.texts_per_row)):
+        yield _tokenise(rows.table[start:end], collator)
+
+
+def _cuts(texts_per_row: np.ndarray) -> Iterator[int]:
+    """Yield where each write starts, and the end: memory is bounded by texts, not by rows."""
+    ends = np.cumsum(texts_per_row)
+    start, before = 0, 0
+    while start < len(ends):
+        yield start
+        start = max(start + 1, int(np.searchsorted(ends, before + TEXTS_PER_WRITE, side="right")))
+        before = int(ends[start - 1])
+    yield start
+
+
+def _tokenise(columns: Mapping[str, list], collator: Collator) -> pa.RecordBatch:
+    queries = [
+        collator.query(Example(0, query, prompt))
+        for query, prompt in zip(columns["query"], columns["prompt"], strict=True)
+    ]
+    positives, negatives = (
+        [[collator.document(text) for text in texts] for texts in columns[name]]
+        for name in ("positives", "negatives")
+    )
+    texts = list(dict.fromkeys(chain(queries, *positives, *negatives)))
+    texts.sort(key=lambda text: len(text.text))
+    ids: dict[Text, np.ndarray] = {}
+    for start in range(0, len(texts), TEXTS_PER_CALL):
+        part = texts[start : start + TEXTS_PER_CALL]
+        ids.update(zip(part, collator.token_ids(part), strict=True))
+    return pa.record_batch(
+        [_lists(queries, ids), _nested(positives, ids), _nested(negatives, ids)], schema=SCHEMA
+    )
+
+
+def _nested(rows: Sequence[Sequence[Text]], ids: Mapping[Text, np.ndarray]) -> pa.ListArray:
+    lists = _lists(list(chain.from_iterable(rows)), ids)
+    return pa.ListArray.from_arrays(_offsets(map(len, rows)), lists)
+
+
+def _lists(texts: Sequence[Text], ids: Mapping[Text, np.ndarray]) -> pa.ListArray:
+    found = [ids[text] for text in texts]
+    values = np.concatenate([np.empty(0, np.int32), *found])  # there may be no texts
+    return pa.ListArray.from_arrays(_offsets(map(len, found)), pa.array(values, pa.int32()))
+
+
+def _offsets(lengths: Iterable[int]) -> pa.Array:
+    return pa.array(np.cumsum([0, *lengths]), pa.int32())

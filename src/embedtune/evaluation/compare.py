@@ -1,0 +1,110 @@
+"""Compare models on test sets, at several widths and with quantised documents."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from embedtune.data.beir import RetrievalSet
+from embedtune.data.scored_pairs import ScoredPairs
+from embedtune.errors import InputError
+from embedtune.evaluation.measure import main_metric, measure
+from embedtune.evaluation.metrics import TITLES
+from embedtune.evaluation.quantise import as_stored
+from embedtune.models.loading import load_sentence_transformer
+
+log = logging.getLogger("embedtune")
+
+
+class Result(NamedTuple):
+    """The quality of one model on one test set at one width.
+
+    Attributes:
+        model: As given.
+        data: The test set, as given.
+        width: Numbers of an embedding.
+        metrics: Those of :data:`~embedtune.evaluation.metrics.TITLES`; and the main metric with
+            quantised documents, such as ``ndcg@10/int8``.
+    """
+
+    model: str
+    data: str
+    width: int
+    metrics: dict[str, float]
+
+    @property
+    def main(self) -> str:
+        """Name of the main metric."""
+        return next(name for name in TITLES if name in self.metrics)
+
+    def quality(self, precision: str = "float32") -> float:
+        """Return the main metric with documents in ``precision``."""
+        return self.metrics[self.main + f"/{precision}" * (precision != "float32")]
+
+
+def evaluate_models(
+    models: Sequence[str],
+    data: Mapping[str, RetrievalSet | ScoredPairs],
+    dims: Sequence[int] | None = None,
+) -> list[Result]:
+    """Measure each model on each test set at each of ``dims``, by default at the model's own width.
+
+    Texts are compared by cosine. A model's query prompt is used for queries and the first texts
+    of pairs, its document prompt for documents and the second. Widths above a model's own are
+    left out for that model.
+
+    Args:
+        models: Hub names or folders of sentence-transformers models.
+        data: The test sets by name.
+        dims: Widths that embeddings are cut to.
+
+    Raises:
+        InputError: A model cannot be loaded, or a width is not positive or too large for all.
+    """
+    for width in dims or ():
+        if width < 1:
+            raise InputError(f"dims: expected widths of at least 1, found {width}")
+    results = [result for model in dict.fromkeys(models) for result in _evaluate(model, data, dims)]
+    if not results:
+        raise InputError(f"dims: expected a width that a model has, found only {list(dims or ())}")
+    return results
+
+
+def _evaluate(
+    name: str, data: Mapping[str, RetrievalSet | ScoredPairs], dims: Sequence[int] | None
+) -> Iterator[Result]:
+    model = load_sentence_transformer(name)
+    own = model.get_embedding_dimension() or model.encode_query(["unknown"]).shape[1]
+    asked = {own} if dims is None else set(dims)
+    if missing := sorted(width for width in asked if width > own):
+        log.warning("%s has width %s: left out at %s", name, own, ", ".join(map(str, missing)))
+    widths = sorted((width for width in asked if width <= own), reverse=True)
+    for set_as_given, texts in data.items() if widths else ():
+        as_queries, as_documents, *_ = texts
+        queries = _encode(model.encode_query, as_queries)
+        documents = _encode(model.encode_document, as_documents)
+        for width in widths:
+            metrics = _measure(texts, queries[:, :width], documents[:, :width], model.device)
+            yield Result(name, set_as_given, width, metrics)
+
+
+def _encode(encode: Callable[..., Any], texts: Sequence[str]) -> Tensor:
+    """Return float32 embeddings ``[n, d]`` on the CPU; a text that occurs twice is encoded once."""
+    rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+    embeddings = torch.from_numpy(encode(list(rows), show_progress_bar=True)).float()
+    return embeddings if len(rows) == len(texts) else embeddings[[rows[text] for text in texts]]
+
+
+def _measure(
+    data: RetrievalSet | ScoredPairs, queries: Tensor, documents: Tensor, device: torch.device
+) -> dict[str, float]:
+    """Return the metrics of embeddings ``[q, d]`` and ``[n, d]``, or ``[n, d]`` both for pairs."""
+    widths, main = {"": queries.shape[1]}, main_metric(data)
+    metrics = measure(data, queries, documents, widths, device).metrics
+    for precision in ("int8", "binary"):
+        stored = as_stored(documents, precision)
+        found = measure(data, queries, stored, widths, device).metrics
+        metrics[f"{main}/{precision}"] = found[main]
+    return metrics

@@ -1,0 +1,74 @@
+"""Measure embeddings on a test set, at several widths."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from embedtune.data.beir import RetrievalSet
+from embedtune.data.scored_pairs import ScoredPairs
+from embedtune.evaluation.metrics import DEPTH, RETRIEVAL_METRICS, retrieval_metrics, spearman
+from embedtune.evaluation.search import merge, search
+from embedtune.losses.similarity import pairwise_cosine
+
+
+class Measured(NamedTuple):
+    """What one model reaches on one test set.
+
+    Attributes:
+        metrics: By name, such as ``ndcg@10``, and at a smaller width ``ndcg@10/128``.
+        found: For each query the rows of the documents that it finds, best first, int64
+            ``[q, DEPTH]``; None for scored pairs.
+    """
+
+    metrics: dict[str, float]
+    found: Tensor | None
+
+
+def metric_names(testset: RetrievalSet | ScoredPairs, widths: Sequence[int]) -> list[str]:
+    """Return the names of the metrics of a test set.
+
+    >>> metric_names(ScoredPairs([], [], []), [16, 8])
+    ['spearman', 'spearman/16', 'spearman/8']
+    """
+    names = RETRIEVAL_METRICS if isinstance(testset, RetrievalSet) else ("spearman",)
+    return [f"{name}{suffix}" for suffix in ("", *(f"/{w}" for w in widths)) for name in names]
+
+
+def main_metric(testset: RetrievalSet | ScoredPairs) -> str:
+    """Return the metric that sums up a test set."""
+    return metric_names(testset, ())[0]
+
+
+def measure(
+    testset: RetrievalSet | ScoredPairs,
+    first: Tensor,
+    second: Tensor,
+    widths: Mapping[str, int],
+    device: torch.device,
+    rows: Tensor | None = None,
+) -> Measured:
+    """Measure embeddings at several widths; of ranks that share the documents all must call it.
+
+    Args:
+        testset: What was embedded.
+        first: Embeddings of the queries ``[q, d]``, or of the first texts of pairs ``[n, d]``.
+        second: Embeddings of the documents, or of the second texts of pairs ``[n, d]``.
+        widths: By the suffix that the names of its metrics get.
+        device: Where to search.
+        rows: int64, which documents of the corpus ``second`` holds; None is all of them.
+    """
+    if isinstance(testset, ScoredPairs):
+        scores = torch.tensor(testset.scores, dtype=torch.float64)
+        cosines = {k: pairwise_cosine(first[:, :w], second[:, :w]) for k, w in widths.items()}
+        return Measured({f"spearman{k}": spearman(c, scores) for k, c in cosines.items()}, None)
+    rows = torch.arange(len(second)) if rows is None else rows
+    metrics: dict[str, float] = {}
+    by_width: list[Tensor] = []
+    for suffix, width in widths.items():
+        own = search(first[:, :width], second[:, :width], rows, DEPTH, device)
+        by_width.append(merge(own, DEPTH).rows.cpu())
+        values = retrieval_metrics(by_width[-1], testset.relevant)
+        metrics |= {f"{name}{suffix}": value for name, value in values.items()}
+    return Measured(metrics, by_width[0])

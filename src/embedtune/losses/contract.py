@@ -1,0 +1,40 @@
+"""What a loss is, and what a loss of your own has to be."""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from embedtune.data.records import Format
+from embedtune.losses.inputs import Embeddings, Target
+from embedtune.losses.scope import Scope
+
+
+class Loss(nn.Module):
+    """What a loss is: a function of embeddings that never sees the model.
+
+    A loss of your own derives from this class, implements ``forward`` and is named in the YAML by
+    its import path.
+
+    Attributes:
+        formats: The formats of data it can be trained on; all by default.
+        scope: What it sees where several ranks share a batch (see
+            :data:`~embedtune.losses.scope.Scope`); with the default every loss has the gradient of
+            one process.
+    """
+
+    formats: ClassVar[frozenset[Format]] = frozenset(Format)
+    scope: Scope = "global"
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the scalar "loss", and under other names scalars to log beside it."""
+        raise NotImplementedError
+
+    def at_widths(
+        self, embeddings: Embeddings, target: Target, dims: Sequence[int]
+    ) -> list[Tensor]:
+        """Return the loss of the embeddings' prefixes of each width in ``dims``.
+
+        Override it where widths can share work.
+        """
+        return [self(embeddings.cut(dim), target)["loss"] for dim in dims]

@@ -1,0 +1,171 @@
+"""Every loss as a pure function of tensors.
+
+Axes: ``b`` queries, ``m`` positives, ``n`` documents (candidates), ``p`` known positives of a
+query, ``d`` width. Any float dtype; training uses float32.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from embedtune.losses.similarity import pairwise_cosine
+
+
+def info_nce(
+    similarity: Float[Tensor, "b n"],
+    temperature: float,
+    *,
+    in_batch_positives: bool = False,
+    own: Int[Tensor, " b"] | None = None,
+    num_positives: int | None = None,
+    known: Bool[Tensor, "b n"] | None = None,
+    multi_positive: bool = False,
+) -> Float[Tensor, ""]:
+    """Return InfoNCE (van den Oord et al. 2018, eq. 4), the mean over queries.
+
+    Args:
+        similarity: The first columns are positives, the rest all hard negatives of the batch.
+        temperature: Divides the similarities.
+        in_batch_positives: With hard negatives, count the other queries' positives as negatives
+            too; without any they are the only negatives there are.
+        own: Column of each query's own positive; by default its own number.
+        num_positives: Columns that are positives; by default as many as queries.
+        known: Other columns that are positives of a query too, hence none of its negatives.
+        multi_positive: Take the mean over the own and the known positives of -log softmax, each
+            against the negatives alone (Khosla et al. 2020, eq. 2, without the other positives in
+            the denominator); else the known are left out.
+
+    >>> info_nce(torch.zeros(4, 4), temperature=1.0).item()  # log(4)
+    1.3862943649291992
+    """
+    b, n = similarity.shape
+    if own is None:
+        own = torch.arange(b, device=similarity.device)
+    num_positives = b if num_positives is None else num_positives
+    positive = torch.zeros(b, n, dtype=torch.bool, device=similarity.device)
+    positive[torch.arange(b, device=own.device), own] = True
+    ignored = torch.zeros_like(positive)
+    if n > num_positives and not in_batch_positives:
+        ignored[:, :num_positives] = True
+    logits = similarity / temperature
+    if known is not None and multi_positive:
+        positive |= known
+        return _multi_positive_nce(logits, positive, ignored | positive)
+    if known is not None:
+        ignored |= known
+    # Masked after the division: a large finite value divided by a small temperature overflows.
+    return F.cross_entropy(logits.masked_fill(ignored & ~positive, float("-inf")), own)
+
+
+def _multi_positive_nce(
+    logits: Float[Tensor, "b n"], positive: Bool[Tensor, "b n"], excluded: Bool[Tensor, "b n"]
+) -> Float[Tensor, ""]:
+    # Finite: a row without negatives would have a gradient of -inf minus -inf.
+    lowest = torch.finfo(logits.dtype).min
+    negatives = logits.masked_fill(excluded, lowest).logsumexp(dim=1, keepdim=True)
+    terms = F.softplus(negatives - logits).masked_fill(~positive, 0.0)
+    return (terms.sum(dim=1) / positive.sum(dim=1)).mean()
+
+
+def known_positive_mask(
+    query_id: Int[Tensor, " b"],
+    candidate_id: Int[Tensor, " n"],
+    known_positive_id: Int[Tensor, "b p"],
+    positive_query_id: Int[Tensor, " m"],
+    own: Int[Tensor, " b"],
+) -> Bool[Tensor, "b n"]:
+    """Tell which candidates are known positives of a query without being its own.
+
+    A candidate is known if its text is one of the row's positives, or if it is the positive of an
+    equal query. The own column is False.
+
+    Args:
+        query_id: 64-bit hashes of the queries.
+        candidate_id: Hashes of the candidates, the ``m`` positives first.
+        known_positive_id: Hashes of every positive of each query's row, padded with 0.
+        positive_query_id: Hashes of the queries that the positives belong to.
+        own: Column of each query's own positive.
+    """
+    b, n, m = len(query_id), len(candidate_id), len(positive_query_id)
+    mask = torch.zeros(b, n, dtype=torch.bool, device=query_id.device)
+    for column in known_positive_id.T:  # no b x n x p tensor
+        mask |= (column[:, None] == candidate_id) & (column != 0)[:, None]
+    mask[:, :m] |= query_id[:, None] == positive_query_id
+    mask[torch.arange(b, device=own.device), own] = False
+    return mask
+
+
+def kl_over_list(
+    similarity: Float[Tensor, " m"],
+    scores: Float[Tensor, " m"],
+    list_index: Int[Tensor, " m"],
+    num_lists: int,
+    temperature: float,
+    teacher_temperature: float,
+) -> Float[Tensor, ""]:
+    """Return KL(teacher || student) of softmaxes over each query's own list, the mean over lists.
+
+    ListNet's top-one probabilities (Cao et al. 2007) with the divergence in place of the
+    cross-entropy, so that a perfect student has loss 0.
+
+    Args:
+        similarity: Cosine of each text with its query.
+        scores: Teacher's score of each text.
+        list_index: Which query each text belongs to, ascending.
+        num_lists: Number of queries.
+        temperature: Divides the similarities.
+        teacher_temperature: Divides the scores.
+    """
+    student = _log_softmax_by_list(similarity / temperature, list_index, num_lists)
+    teacher = _log_softmax_by_list(scores / teacher_temperature, list_index, num_lists)
+    return (teacher.exp() * (teacher - student)).sum() / num_lists
+
+
+def _log_softmax_by_list(
+    logits: Float[Tensor, " m"], list_index: Int[Tensor, " m"], num_lists: int
+) -> Float[Tensor, " m"]:
+    largest = logits.new_full((num_lists,), float("-inf"))
+    largest = largest.scatter_reduce(0, list_index, logits.detach(), "amax")
+    shifted = logits - largest[list_index]
+    total = logits.new_zeros(num_lists).index_add(0, list_index, shifted.exp())
+    return shifted - total.log()[list_index]
+
+
+def kl_over_batch(
+    similarity: Float[Tensor, " m"],
+    scores: Float[Tensor, " m"],
+    temperature: float,
+    teacher_temperature: float,
+) -> Float[Tensor, ""]:
+    """Return KL(teacher || student) of one softmax over all pairs, divided by their number."""
+    student = F.log_softmax(similarity / temperature, dim=0)
+    teacher = F.log_softmax(scores / teacher_temperature, dim=0)
+    return (teacher.exp() * (teacher - student)).sum() / len(similarity)
+
+
+def cosent(
+    similarity: Float[Tensor, " m"], scores: Float[Tensor, " m"], scale: float
+) -> Float[Tensor, ""]:
+    """Return CoSENT (Su 2022): log(1 + sum over s_i > s_j of exp(scale * (cos_j - cos_i))).
+
+    Only the order of the scores counts; pairs with equal scores contribute nothing.
+    """
+    difference = scale * (similarity[None, :] - similarity[:, None])  # [i, j] = cos_j - cos_i
+    ordered = scores[:, None] > scores[None, :]
+    differences = difference[ordered]
+    return torch.logsumexp(torch.cat([differences, differences.new_zeros(1)]), dim=0)
+
+
+def distill_cosine(
+    student: Float[Tensor, "b d"], teacher: Float[Tensor, "b d"]
+) -> Float[Tensor, ""]:
+    """Return the mean of 1 - cosine(student, teacher)."""
+    return (1 - pairwise_cosine(student, teacher)).mean()
+
+
+def similarity_mse(
+    student_similarity: Float[Tensor, "b b"], teacher_similarity: Float[Tensor, "b b"]
+) -> Float[Tensor, ""]:
+    """Return the mean squared difference of two similarity matrices."""
+    return F.mse_loss(student_similarity, teacher_similarity)

@@ -1,0 +1,52 @@
+"""What a loss is given: embeddings, and what they are trained towards."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Embeddings(NamedTuple):
+    """The embeddings of a batch, float32, not normalised.
+
+    Attributes:
+        query: ``[b, d]``.
+        positive: ``[m, d]``: one per query (pair, triplet), or list after list (scored).
+        negative: ``[b * k, d]``: the hard negatives, query by query (triplet).
+    """
+
+    query: Tensor
+    positive: Tensor | None = None
+    negative: Tensor | None = None
+
+    def cut(self, width: int) -> "Embeddings":
+        """Return the first ``width`` columns of each."""
+        return Embeddings(
+            self.query[:, :width],
+            None if self.positive is None else self.positive[:, :width],
+            None if self.negative is None else self.negative[:, :width],
+        )
+
+
+class Target(NamedTuple):
+    """What the embeddings are trained towards; what a format does not have is None.
+
+    Attributes:
+        scores: float32 ``[m]`` (scored).
+        list_index: int64 ``[m]``: which query each positive belongs to.
+        own: int64 ``[b]``: the row of each query's own positive, the first of its list; None is
+            the same row as the query.
+        teacher: float32 ``[b, D]`` (distill).
+        query_id, positive_id, negative_id: int64 text hashes, ``[b]``, ``[m]``, ``[b * k]``.
+        positive_query_id: int64 ``[m]``: hash of the query that each positive belongs to.
+        known_positive_id: int64 ``[b, p]``: hashes of every positive of each row, 0 pads.
+    """
+
+    scores: Tensor | None = None
+    list_index: Tensor | None = None
+    own: Tensor | None = None
+    teacher: Tensor | None = None
+    query_id: Tensor | None = None
+    positive_id: Tensor | None = None
+    negative_id: Tensor | None = None
+    positive_query_id: Tensor | None = None
+    known_positive_id: Tensor | None = None

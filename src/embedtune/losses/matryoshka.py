@@ -1,0 +1,50 @@
+"""Any loss at every width of one embedding's prefixes."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from embedtune.errors import InputError
+from embedtune.losses.contract import Loss
+from embedtune.losses.inputs import Embeddings, Target
+
+
+class Matryoshka(Loss):
+    """A loss at every width of one embedding's prefixes (MRL, Kusupati et al. 2022, eq. 1).
+
+    A loss is called with the embeddings cut to each width, unless its ``at_widths`` knows better.
+    Of what it returns, the loss alone is logged.
+    """
+
+    def __init__(
+        self, loss: Loss, dims: Sequence[int], weights: Sequence[float] | None = None
+    ) -> None:
+        """Wrap a loss.
+
+        Args:
+            loss: The loss at each width.
+            dims: The widths.
+            weights: Their weights in the mean; equal by default.
+        """
+        super().__init__()
+        self.loss, self.dims = loss, list(dims)
+        self.weights = [1.0] * len(self.dims) if weights is None else list(weights)
+        if len(self.weights) != len(self.dims) or sum(self.weights) <= 0:
+            raise InputError(
+                f"weights: expected {len(self.dims)} numbers with a positive sum, "
+                f"found {self.weights}"
+            )
+        self.scope = loss.scope
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the weighted mean, and the loss at each width."""
+        width = embeddings.query.shape[1]
+        if max(self.dims) > width:
+            raise InputError(
+                f"mrl_dims: expected widths up to the embedding's {width}, found {max(self.dims)}"
+            )
+        losses = self.loss.at_widths(embeddings, target, self.dims)
+        total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
+        parts = {f"loss/{dim}": loss for dim, loss in zip(self.dims, losses, strict=True)}
+        return {"loss": torch.as_tensor(total) / sum(self.weights), **parts}

@@ -1,0 +1,80 @@
+"""Losses of texts with scores: over the list of a query, or over all pairs."""
+
+from typing import Literal
+
+from torch import Tensor
+
+from embedtune.data.records import Format
+from embedtune.errors import require_positive
+from embedtune.losses import functional
+from embedtune.losses.contract import Loss
+from embedtune.losses.inputs import Embeddings, Target
+from embedtune.losses.similarity import pairwise_cosine
+
+
+class ListwiseKL(Loss):
+    """KL divergence of the student's distribution over texts from that of the scores."""
+
+    formats = frozenset({Format.SCORED})
+
+    def __init__(
+        self,
+        over: Literal["list", "batch"] = "list",
+        temperature: float = 0.02,
+        teacher_temperature: float | None = None,
+    ) -> None:
+        """Set the hyper-parameters.
+
+        Args:
+            over: ``list`` compares the texts of each query, ``batch`` all pairs of the
+                global batch.
+            temperature: Divides the cosines.
+            teacher_temperature: Divides the scores; 1.0 over lists and 0.02 over the batch.
+        """
+        super().__init__()
+        if teacher_temperature is None:
+            teacher_temperature = 1.0 if over == "list" else 0.02
+        self.over = over
+        self.scope = "rank" if over == "list" else "global"
+        self.temperature = require_positive("temperature", temperature)
+        self.teacher_temperature = require_positive("teacher_temperature", teacher_temperature)
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the mean over lists, or over the pairs of the batch."""
+        cosine, scores, list_index = _scored_pairs(embeddings, target)
+        temperatures = self.temperature, self.teacher_temperature
+        if self.over == "batch":
+            return {"loss": functional.kl_over_batch(cosine, scores, *temperatures)}
+        num_lists = len(embeddings.query)
+        loss = functional.kl_over_list(cosine, scores, list_index, num_lists, *temperatures)
+        return {"loss": loss}
+
+
+class CoSENT(Loss):
+    """Order the pairs of the global batch as their scores order them (Su 2022)."""
+
+    formats = frozenset({Format.SCORED})
+
+    def __init__(self, scale: float = 20.0) -> None:
+        """Set the hyper-parameters.
+
+        Args:
+            scale: Multiplies the differences of cosines.
+        """
+        super().__init__()
+        self.scale = require_positive("scale", scale)
+
+    def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
+        """Return the loss of all pairs of the batch."""
+        cosine, scores, _ = _scored_pairs(embeddings, target)
+        return {"loss": functional.cosent(cosine, scores, self.scale)}
+
+
+def _scored_pairs(embeddings: Embeddings, target: Target) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the cosine of each text with its query, its score, and its query's number."""
+    positive, scores, list_index = embeddings.positive, target.scores, target.list_index
+    assert positive is not None
+    assert scores is not None
+    assert list_index is not None
+    queries = embeddings.query[list_index]
+    return pairwise_cosine(queries, positive), scores, list_index

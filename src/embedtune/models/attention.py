@@ -1,0 +1,230 @@
+"""Attention over texts that lie one after another, without padding between them, on a CPU.
+
+Flash attention's variable-length kernels do this on GPUs. Here texts of about one length are
+attended to together, so that the layers around attention, nearly all of the work, compute no
+padding, and attention hardly any.
+"""
+
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from embedtune.models.dropout import attend_with_dropout
+
+VARLEN = "embedtune_varlen"
+"""The name under which transformers finds this attention; padded inputs go to its own ``sdpa``."""
+
+
+SLACK = 16
+"""Tokens by which texts that attention pads to one length may differ: a bucket for each length of
+short texts would cost more than the padding."""
+
+
+def varlen_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each text; transformers' attention interface.
+
+    Args:
+        module: The attention layer.
+        query: ``[1, heads, tokens, head_dim]``; ``key`` and ``value`` may have fewer heads.
+        key: See ``query``.
+        value: See ``query``.
+        attention_mask: Of padded inputs.
+        dropout: Share of the attention probabilities that is dropped.
+        scaling: Multiplies the products; 1 / sqrt(head_dim) by default.
+        is_causal: Whether a token sees those before it alone; the module's own by default.
+        cu_seq_lens_q: Where each text starts, and the end, ``[texts + 1]``; without it the input is
+            padded.
+        sliding_window: A token sees those less far away than this; None is all.
+        kwargs: What only padded inputs take.
+
+    Returns:
+        ``[1, tokens, heads, head_dim]``, and no attention probabilities.
+    """
+    if cu_seq_lens_q is None:
+        return sdpa_attention_forward(
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            is_causal=is_causal,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    buckets = divide(tuple(cu_seq_lens_q.diff().tolist()))
+    # Moved once, and split: the gradient of each slice would be as large as the whole.
+    parts = [_spread(states[0].transpose(0, 1), buckets) for states in (query, key, value)]
+    attended = []
+    for bucket, *states in zip(buckets.shapes, *parts, strict=True):
+        q, k, v = (s.unflatten(0, bucket.shape).transpose(1, 2) for s in states)
+        mask = _mask(bucket, sliding_window, causal)
+        output = _attend(q, k, v, mask, dropout, scaling, causal and mask is None)
+        attended.append(output.transpose(1, 2).flatten(0, 1))
+    return _gather_back(torch.cat(attended), buckets)[None], None
+
+
+class Bucket(NamedTuple):
+    """Neighbouring texts of about one length, which attention pads to the longest of them.
+
+    Attributes:
+        shape: Texts, and the length of the longest.
+        real: bool ``[texts, 1, 1, length]``: which tokens are no padding; None if all are.
+    """
+
+    shape: tuple[int, int]
+    real: Tensor | None
+
+
+class Buckets(NamedTuple):
+    """How the tokens of a chunk are laid out for attention.
+
+    Attributes:
+        shapes: The buckets.
+        source: int64 ``[padded]``: the token that comes to each place; any one where it is padding.
+        place: int64 ``[tokens]``: the place that each token comes to.
+    """
+
+    shapes: list[Bucket]
+    source: Tensor
+    place: Tensor
+
+
+@lru_cache(maxsize=8)  # every layer asks again
+@torch.inference_mode(False)  # what validation asks for first, training may need too
+def divide(lengths: tuple[int, ...]) -> Buckets:
+    """Divide the texts of a chunk, the longest first, into buckets of up to ``SLACK`` tokens less.
+
+    >>> [bucket.shape for bucket in divide((40, 39, 7, 7)).shapes]
+    [(2, 40), (2, 7)]
+    """
+    shapes: list[Bucket] = []
+    places: list[Tensor] = []
+    start, padded = 0, 0
+    while start < len(lengths):
+        longest = lengths[start]
+        end = start
+        while end < len(lengths) and 0 <= longest - lengths[end] <= SLACK:
+            end += 1
+        real = torch.arange(longest) < torch.tensor(lengths[start:end])[:, None]
+        places.append(padded + real.flatten().nonzero().flatten())
+        shapes.append(Bucket((end - start, longest), None if real.all() else real[:, None, None]))
+        padded += real.numel()
+        start = end
+    place = torch.cat(places)
+    source = torch.zeros(padded, dtype=torch.int64).index_copy(0, place, torch.arange(len(place)))
+    return Buckets(shapes, source, place)
+
+
+def _spread(states: Tensor, buckets: Buckets) -> tuple[Tensor, ...]:
+    """Return the states of each bucket, ``[texts x length, heads, head_dim]``."""
+    if len(buckets.source) > len(buckets.place):
+        states = _Spread.apply(states, buckets.source, buckets.place)
+    return states.split([math.prod(bucket.shape) for bucket in buckets.shapes])
+
+
+def _gather_back(states: Tensor, buckets: Buckets) -> Tensor:
+    if len(buckets.source) == len(buckets.place):
+        return states
+    return _GatherBack.apply(states, buckets.source, buckets.place)
+
+
+class _Spread(torch.autograd.Function):
+    """Lay out tokens with padding. Nothing depends on what is there, so it has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return states.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, place), None, None
+
+
+class _GatherBack(torch.autograd.Function):
+    """Take the tokens out of the padded layout."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, source: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.padded = len(source)
+        return states.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        (place,), gradient = ctx.saved_tensors, grad_outputs[0]
+        padded = gradient.new_zeros(ctx.padded, *gradient.shape[1:])
+        return padded.index_copy_(0, place, gradient), None, None
+
+
+def _mask(bucket: Bucket, window: int | None, causal: bool) -> Tensor | None:
+    """Return which tokens see which, bool, or None where ``causal`` says all of it."""
+    length = bucket.shape[1]
+    if window is None or length <= window:
+        # Padding comes last: no token sees it that sees only those before it.
+        return None if causal else bucket.real
+    positions = torch.arange(length)
+    distance = positions[:, None] - positions
+    near = distance.abs() < window
+    if causal:
+        return near & (distance >= 0)
+    if bucket.real is None:
+        return near
+    # Padding far from every token sees itself: its output is not used, but must be a number.
+    return near & (bucket.real | (distance == 0))
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    scaling: float | None,
+    causal: bool,
+) -> Tensor:
+    """Attend within texts of one padded length, ``[texts, heads, length, head_dim]``."""
+    if 0 < dropout < 1 and not causal and query.shape[1] == key.shape[1]:
+        scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+        with torch.autocast("cpu", enabled=False):
+            return attend_with_dropout(query, key, value, mask, dropout, scale)
+    # torch's fused backward for bfloat16 takes several times as long as that for float32.
+    with torch.autocast("cpu", enabled=False):
+        return F.scaled_dot_product_attention(
+            query.float(),
+            key.float(),
+            value.float(),
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        ).to(query.dtype)
+
+
+AttentionInterface.register(VARLEN, varlen_attention)
+AttentionMaskInterface.register(VARLEN, sdpa_mask)

@@ -1,0 +1,72 @@
+"""Use a trained model in a few words."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from embedtune.models.loading import cap_length, load_sentence_transformer
+
+PROGRESS_BATCHES = 20
+"""Batches from which on a progress bar is shown."""
+
+
+class Embedding:
+    """An exported folder, or any sentence-transformers model, that encodes lists of texts."""
+
+    def __init__(self, model_name_or_path: str | Path, trust_remote_code: bool = False) -> None:
+        """Load a model in float32.
+
+        Raises:
+            InputError: Nothing loadable is there.
+        """
+        self.model = load_sentence_transformer(
+            str(model_name_or_path), trust_remote_code=trust_remote_code
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, model_name_or_path: str | Path, trust_remote_code: bool = False
+    ) -> Self:
+        """Load a model, by the name that users of transformers look for."""
+        return cls(model_name_or_path, trust_remote_code)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Move the model to a device and return it."""
+        self.model.to(device)
+        return self
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        device: str | None = None,
+        prompt: str = "",
+        max_len: int = 512,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """Encode texts without gradients.
+
+        Args:
+            texts: Any number of texts.
+            device: Where to encode; None leaves the model where it is.
+            prompt: Prepended to each text; empty for none.
+            max_len: Longest input in tokens, prompt included.
+            batch_size: Texts that are encoded at once.
+
+        Returns:
+            float32 ``[n, d]`` on the CPU, in the order of ``texts``.
+        """
+        if not texts:
+            return torch.empty(0, int(self.model.get_embedding_dimension() or 0))
+        embeddings = self.model.encode(
+            list(texts),
+            prompt=prompt,
+            batch_size=batch_size,
+            device=device,
+            convert_to_tensor=True,
+            show_progress_bar=len(texts) > PROGRESS_BATCHES * batch_size,
+            processing_kwargs={"text": {"max_length": cap_length(self.model, max_len)}},
+        )
+        return embeddings.float().cpu().clone()

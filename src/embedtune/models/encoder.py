@@ -1,0 +1,279 @@
+"""A sentence-transformers model as a trainable encoder with an optional Matryoshka projection."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from sentence_transformers.base.modules import Dense, Normalize, Router
+from sentence_transformers.sentence_transformer.modules import Pooling
+from torch import Tensor, nn
+
+from embedtune.errors import InputError
+from embedtune.models.attention import VARLEN
+from embedtune.models.dropout import use_fast_dropout
+from embedtune.models.loading import (
+    UNLIMITED,
+    cap_length,
+    dropout_settings,
+    first_position,
+    load_sentence_transformer,
+    make_trainable,
+    max_positions,
+)
+from embedtune.models.packing import (
+    CHUNK_COST,
+    GPU_CHUNK_COST,
+    PACKED_INPUTS,
+    has_plain_attention,
+    join_packed,
+    join_padded,
+    sliding_window,
+    unpack,
+)
+from embedtune.models.spec import EncoderSpec, Features, PoolingMode, Role
+
+
+class Encoder(nn.Module):
+    """Map token features to embeddings ``[b, d]``.
+
+    The modules are those of the sentence-transformers model, in its order, except that a trailing
+    ``Normalize`` is taken off (every loss normalises the width that it looks at) and put back on
+    export.
+    """
+
+    def __init__(self, spec: EncoderSpec, attn_implementation: str | None = None) -> None:
+        """Build what ``spec`` describes.
+
+        Args:
+            spec: The structure.
+            attn_implementation: How attention is computed, by transformers' names.
+
+        Raises:
+            InputError: The model cannot be loaded, or does not end in one embedding a text.
+        """
+        super().__init__()
+        self.spec, self.attn_implementation = spec, attn_implementation
+        dropout = dropout_settings(spec.dropout, spec.attention_dropout)
+        self.model = load_sentence_transformer(
+            spec.model_name_or_path,
+            trust_remote_code=spec.trust_remote_code,
+            device="cpu",
+            attn_implementation=attn_implementation,
+            config=dropout,
+        )
+        self._refuse_dropout(dropout)
+        make_trainable(self.model)
+        # With flash attention sentence-transformers would join the texts as it tokenises.
+        self._flash_packs = bool(getattr(self.model[0], "can_flatten_inputs", False))
+        cast(Any, self.model[0]).can_flatten_inputs = False
+        self.packs, self.chunk_cost = False, CHUNK_COST
+        if spec.pooling is not None:
+            self._set_pooling(spec.pooling)
+        self.normalizes = isinstance(self.model[-1], Normalize)
+        if self.normalizes:
+            del self.model[-1]
+        if self.model.get_embedding_dimension() is None:
+            raise InputError(
+                f"model_name_or_path: {spec.model_name_or_path!r} does not tell its embedding "
+                "width; give model.pooling for a bare transformers checkpoint"
+            )
+        if spec.projection_dim is not None:
+            self.append_projection(spec.projection_dim)
+        if spec.max_seq_length is not None:
+            self.raise_max_seq_length(spec.max_seq_length)
+        if spec.query_prompt is not None:
+            self.set_query_prompt(spec.query_prompt)
+
+    def _refuse_dropout(self, settings: dict[str, float]) -> None:
+        config = getattr(self.model[0], "config", None)
+        if settings and not any(hasattr(config, name) for name in settings):
+            raise InputError(
+                f"model.dropout, model.attention_dropout: expected a model whose configuration has "
+                f"one of {', '.join(settings)}; {self.spec.model_name_or_path!r} has none"
+            )
+
+    def _set_pooling(self, mode: PoolingMode) -> None:
+        transformer: Any = self.model[0]
+        pooling = Pooling(transformer.get_embedding_dimension(), mode)
+        for position, module in enumerate(self.model):
+            if isinstance(module, Pooling):
+                pooling.include_prompt = module.include_prompt
+                self.model[position] = pooling
+                return
+        self.model.insert(1, pooling)
+
+    # --- Structure ----------------------------------------------------------------------
+
+    @property
+    def width(self) -> int:
+        """Width of the embeddings."""
+        width = self.model.get_embedding_dimension()
+        assert width is not None, "checked when the encoder is built"
+        return width
+
+    @property
+    def dense(self) -> Dense | None:
+        """The projection, where the model ends in one."""
+        last = self.model[-1]
+        return last if isinstance(last, Dense) else None
+
+    def append_projection(self, width: int) -> Dense:
+        """Append ``Dense(self.width, width)`` with torch's default (random) weights."""
+        dense = Dense(self.width, width, bias=True, activation_function=nn.Identity())
+        self.model.append(dense)
+        self.spec = self.spec._replace(projection_dim=width)
+        return dense
+
+    @property
+    def max_seq_length(self) -> int | None:
+        """Longest input in tokens that ``encode`` takes before it truncates; None is unlimited."""
+        length = self.model.max_seq_length
+        return None if length is None or length > UNLIMITED else int(length)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest input in tokens that the position embeddings allow; None is unlimited."""
+        return max_positions(self.model)
+
+    def cap(self, max_len: int) -> int:
+        """Return ``max_len``, or as many tokens as there are positions if they are fewer."""
+        return cap_length(self.model, max_len)
+
+    def raise_max_seq_length(self, length: int) -> None:
+        """Let ``encode`` take inputs as long as those trained on; never shortens."""
+        known = self.max_seq_length
+        if known is not None and length > known:
+            self.model.max_seq_length = length
+        self.spec = self.spec._replace(max_seq_length=length)
+
+    def set_query_prompt(self, prompt: str) -> None:
+        """Make ``prompt`` the model's own query prompt, as exported."""
+        self.model.prompts["query"] = prompt
+        self.spec = self.spec._replace(query_prompt=prompt)
+
+    @property
+    def block_classes(self) -> set[type[nn.Module]]:
+        """Classes of the transformer's layers: what FSDP gathers and frees as a whole."""
+        transformer: nn.Module = getattr(self.model[0], "auto_model", self.model[0])
+        names = getattr(transformer, "_no_split_modules", None) or ()
+        found = {type(m) for m in transformer.modules() if type(m).__name__ in names}
+        lists = [m for m in transformer.modules() if isinstance(m, nn.ModuleList) and len(m)]
+        if found or not lists:
+            return found
+        # Some architectures declare none.
+        largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+        return {type(largest[0])}
+
+    @property
+    def routes(self) -> bool:
+        """Whether queries and documents take different ways through the model."""
+        return any(isinstance(module, Router) for module in self.model)
+
+    # --- Text to features ---------------------------------------------------------------
+
+    def default_prompt(self, role: Role) -> str | None:
+        """Return the model's own prompt for queries or documents, None where it has none."""
+        return self.model.prompts.get(role) or None
+
+    def tokenize(
+        self, texts: Sequence[str], role: Role, prompt: str | None, max_len: int
+    ) -> Features:
+        """Tokenise as the model itself does, padded to the longest text.
+
+        Args:
+            texts: Texts without their prompt.
+            role: Tells an asymmetric model (a Router) which route to take.
+            prompt: Prepended to each text; None for none.
+            max_len: Longest input in tokens, prompt and special tokens included.
+        """
+        features = self.model.preprocess(list(texts), prompt=prompt, max_length=max_len, task=role)
+        if self.routes:
+            features["task"] = role
+        if all(module.include_prompt for module in self.model if isinstance(module, Pooling)):
+            features.pop("prompt_length", None)
+        return dict(features)
+
+    def join(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+        """Make one chunk of single texts' features, each tensor ``[t]``.
+
+        Padded to ``[n, longest]``, or packed one after another as ``[1, tokens]`` where the encoder
+        :attr:`packs`.
+        """
+        if self.packs:
+            return join_packed(rows, first_position(self.model))
+        return join_padded(rows, self.model.tokenizer)
+
+    # --- Without padding ----------------------------------------------------------------
+
+    def pack(self, device: torch.device) -> None:
+        """Encode texts without padding from now on, where the model can on ``device``.
+
+        It can on GPUs with flash attention, and on a CPU if attention is all that mixes tokens,
+        which is tried on texts of unequal length. A given ``attn_implementation`` is left alone.
+        On a CPU dropout draws faster, too.
+        """
+        transformer: Any = self.model[0]
+        if device.type == "cpu":
+            use_fast_dropout(self.model)
+        self.chunk_cost = CHUNK_COST if device.type == "cpu" else GPU_CHUNK_COST
+        if self.attn_implementation is not None:
+            self.packs = self._flash_packs
+        elif device.type != "cpu" and self.packs:
+            # The module was trained on a CPU before.
+            transformer.model.set_attn_implementation("sdpa")
+            self.packs = False
+        elif device.type == "cpu" and not self.packs and has_plain_attention(transformer):
+            before = transformer.config._attn_implementation
+            transformer.model.set_attn_implementation(VARLEN)
+            self.packs = True
+            if not self._packs_exactly():
+                transformer.model.set_attn_implementation(before)
+                self.packs = False
+        if self.packs and transformer.model_forward_params is not None:
+            transformer.model_forward_params |= set(PACKED_INPUTS)
+
+    def _packs_exactly(self) -> bool:
+        # One text longer than a window.
+        longest = 8 + (sliding_window(self.model[0]) or 0)
+        texts = ["one", " ".join(map(str, range(longest))), "one two three"]
+        features = self.tokenize(texts, "document", None, 4 * longest)
+        tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
+        if "attention_mask" not in tensors:
+            return False
+        kept = [mask.bool() for mask in tensors["attention_mask"]]
+        rows = [{k: v[i][m] for k, v in tensors.items()} for i, m in enumerate(kept)]
+        others = {k: v for k, v in features.items() if k not in tensors}
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                padded, packed = self(features), self({**self.join(rows), **others})
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False  # the model wants its inputs padded
+        finally:
+            self.train(was_training)
+        return torch.allclose(packed, padded, rtol=0, atol=1e-4 * float(padded.abs().max()))
+
+    # --- Features to embeddings ---------------------------------------------------------
+
+    def forward(self, features: Features) -> Tensor:
+        """Return the embeddings ``[b, width]``, float32, not normalised."""
+        features = self.model[0](dict(features))
+        if "cu_seq_lens_q" in features:
+            features = unpack(features)
+        for name in ("token_embeddings", "sentence_embedding"):
+            if name in features:
+                features[name] = features[name].float()
+        # Pooling and projection are cheap, and lose digits in half precision.
+        device_type = features["input_ids"].device.type
+        with torch.autocast(device_type, enabled=False):
+            for module in list(self.model)[1:]:
+                # Sharded strategies hold a projection in half precision. FSDP hides parameters
+                # from ``parameters`` when a chunk is computed again in backward.
+                weight: Any = next(module.parameters(), None)
+                weight = module.linear.weight if isinstance(module, Dense) else weight
+                if weight is not None and "sentence_embedding" in features:
+                    embedding = features["sentence_embedding"].to(weight.dtype)
+                    features["sentence_embedding"] = embedding
+                features = module(features)
+        return features["sentence_embedding"].float()

@@ -1,0 +1,91 @@
+"""Make one chunk of the token features of several texts: packed one after another, or padded."""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+from sentence_transformers.base.modules import Transformer
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+"""What tells attention where each text of a packed chunk starts, by transformers' names."""
+
+CHUNK_COST, GPU_CHUNK_COST = 32, 4096
+"""What a padded chunk costs whatever is in it, in tokens: on a GPU starting its kernels takes the
+time of thousands of them."""
+
+LONGEST_WINDOW = 1024
+"""Tokens of the widest sliding window that packing is tried with: the trial is longer than it."""
+
+
+def join_packed(rows: Sequence[dict[str, Tensor]], first_position: int) -> dict[str, Any]:
+    """Lay single texts' features, each tensor ``[t]``, one after another as ``[1, tokens]``.
+
+    Args:
+        rows: The features of each text.
+        first_position: The number of a text's first position.
+    """
+    lengths = [len(row["input_ids"]) for row in rows]
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    positions = [torch.arange(first_position, first_position + length) for length in lengths]
+    joined = {k: torch.cat([r[k] for r in rows])[None] for k in rows[0]}
+    joined.pop("attention_mask")
+    values = starts, starts, max(lengths), max(lengths)
+    return {
+        **joined,
+        "position_ids": torch.cat(positions)[None],
+        **dict(zip(PACKED_INPUTS, values, strict=True)),
+    }
+
+
+def unpack(features: dict[str, Any]) -> dict[str, Any]:
+    """Pad what a packed chunk became, for the modules after the transformer."""
+    lengths = features["cu_seq_lens_q"].diff()
+    kept = {k: v for k, v in features.items() if k not in (*PACKED_INPUTS, "position_ids")}
+    real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
+    place = real.flatten().nonzero().flatten()
+    for name in ("input_ids", "token_embeddings"):
+        packed = features[name][0]
+        # Moved at once: text by text, the gradient of each would be as large as the whole.
+        padded = packed.new_zeros(real.numel(), *packed.shape[1:]).index_copy(0, place, packed)
+        kept[name] = padded.unflatten(0, real.shape)
+    kept["attention_mask"] = real.long()
+    return kept
+
+
+def join_padded(rows: Sequence[dict[str, Tensor]], tokenizer: Any) -> dict[str, Tensor]:
+    """Pad single texts' features, each tensor ``[t]``, to ``[n, longest]`` as a tokenizer does."""
+    values = {
+        "input_ids": getattr(tokenizer, "pad_token_id", 0),
+        "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0),
+    }
+    return {
+        name: pad_sequence(
+            [row[name] for row in rows],
+            batch_first=True,
+            padding_value=values.get(name, 0),
+            padding_side=getattr(tokenizer, "padding_side", "right"),
+        )
+        for name in rows[0]
+    }
+
+
+def has_plain_attention(transformer: nn.Module) -> bool:
+    """Tell whether attention goes through transformers' interface and is of a kind that packs."""
+    if not isinstance(transformer, Transformer) or transformer.backend != "torch":
+        return False
+    if not getattr(transformer.model, "is_backend_compatible", lambda: False)():
+        return False
+    kinds = set(getattr(transformer.config, "layer_types", None) or ["full_attention"])
+    known = kinds <= {"full_attention", "sliding_attention"}
+    is_tried = (sliding_window(transformer) or 0) <= LONGEST_WINDOW
+    return transformer.config._attn_implementation == "sdpa" and known and is_tried
+
+
+def sliding_window(transformer: nn.Module) -> int | None:
+    """Return how far a token sees in the layers with a sliding window, if there are any."""
+    config: Any = transformer.config
+    has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    return config.sliding_window if has_window else None

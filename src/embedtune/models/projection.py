@@ -1,0 +1,115 @@
+"""The Matryoshka projection: how wide it is, and how it starts."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from embedtune.errors import InputError
+from embedtune.models.encoder import Encoder
+
+ProjectionInit = Literal["none", "identity", "orthogonal", "random", "pca"]
+
+
+def parse_dims(dims: Sequence[int] | str, key: str = "model.mrl_dims") -> list[int]:
+    """Return Matryoshka widths from a list, or from numbers with commas between.
+
+    >>> parse_dims("64, 128")
+    [64, 128]
+
+    Raises:
+        InputError: Not a list of positive numbers.
+    """
+    parts = dims.split(",") if isinstance(dims, str) else dims
+    try:
+        widths = [int(part) for part in parts]
+    except ValueError:
+        widths = []
+    if not widths or min(widths) < 1:
+        raise InputError(f"{key}: expected widths such as 64,128,256, found {dims!r}")
+    return widths
+
+
+def projection_dim(
+    encoder: Encoder, init: ProjectionInit, mrl_dims: list[int] | None, teacher_dim: int | None
+) -> int | None:
+    """Return the width of the projection that a run appends to its encoder, None for none.
+
+    A model that already ends in a Dense keeps it; distillation appends one unless the encoder is
+    as wide as the teacher.
+
+    Args:
+        encoder: The encoder as loaded.
+        init: ``none`` forbids a projection.
+        mrl_dims: Widths to train, None without MRL.
+        teacher_dim: Width of the teacher, None outside distillation.
+
+    Raises:
+        InputError: A width is asked for that cannot be had.
+    """
+    own, widest = encoder.width, max(mrl_dims or [0])
+    if teacher_dim is not None:
+        if widest > teacher_dim:
+            raise InputError(
+                f"model.mrl_dims: expected widths up to the teacher's {teacher_dim}, found {widest}"
+            )
+        if teacher_dim != own and init == "none":
+            raise InputError(
+                f"model.projection_init: none keeps the encoder's width {own}, "
+                f"but the teacher's is {teacher_dim}"
+            )
+        return None if teacher_dim == own else teacher_dim
+    if mrl_dims is None:
+        return None
+    if encoder.dense is None and init != "none":
+        return widest
+    if widest > own:
+        reason = "projection_init is none" if encoder.dense is None else "it ends in a Dense"
+        raise InputError(
+            f"model.mrl_dims: expected widths up to the model's {own} ({reason}), found {widest}"
+        )
+    return None
+
+
+def init_projection(linear: nn.Linear, init: ProjectionInit, sample: Tensor | None) -> None:
+    """Initialise a projection so that it keeps what the encoder knows.
+
+    Rows beyond the encoder's width keep torch's default random weights: a random projection keeps
+    the angles between embeddings in expectation (Johnson-Lindenstrauss).
+
+    Args:
+        linear: Its weight is ``[out, hidden]``; its bias is zeroed unless ``init`` is random.
+        init: ``identity`` copies the coordinates, ``orthogonal`` is a random rotation, ``pca`` the
+            uncentred principal axes of the sample, strongest first, so that a prefix keeps as much
+            of the similarities as a prefix can; ``random`` leaves torch's weights.
+        sample: Embeddings ``[n, hidden]`` for ``pca``.
+    """
+    weight = linear.weight
+    kept = min(weight.shape)
+    if init == "random":
+        return
+    with torch.no_grad():
+        nn.init.zeros_(linear.bias)
+        if init == "identity":
+            weight[:kept] = torch.eye(weight.shape[1])[:kept]
+        elif init == "orthogonal":
+            weight[:kept] = nn.init.orthogonal_(torch.empty(weight.shape[1], weight.shape[1]))[
+                :kept
+            ]
+        elif init == "pca":
+            assert sample is not None, "pca needs a sample of embeddings"
+            weight[:kept] = principal_axes(sample)[:kept]
+
+
+def principal_axes(sample: Tensor) -> Tensor:
+    """Return the uncentred principal axes of a sample ``[n, d]``, strongest first, ``[d, d]``.
+
+    The rows are orthonormal: applying them is a rotation, which leaves every cosine as it is.
+    """
+    unit = nn.functional.normalize(sample.double(), dim=-1)
+    _, axes = torch.linalg.eigh(unit.T @ unit)  # ascending eigenvalues, axes in columns
+    axes = axes.flip(-1).T
+    # An eigenvector's sign is arbitrary: fix it, so that every machine starts alike.
+    signs = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
+    return (axes * signs).float()

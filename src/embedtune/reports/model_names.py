@@ -1,0 +1,30 @@
+"""Short names of models and test sets, as tables and charts show them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from embedtune.data.testsets import set_name
+from embedtune.evaluation.compare import Result
+from embedtune.evaluation.metrics import TITLES
+
+NAME = 40
+"""Characters of a model's name in a line of the table or the legend."""
+
+
+def short_names(results: Sequence[Result]) -> dict[str, str]:
+    """Return a short name of each model: the last parts of its path, as many as tell it apart."""
+    parts = {result.model: Path(result.model).parts for result in results}
+    for count in range(2, max(map(len, parts.values()), default=0)):
+        labels = {model: "/".join(path[-count:]) for model, path in parts.items()}
+        if len(set(labels.values())) == len(parts):
+            return labels
+    return {model: model for model in parts}
+
+
+def set_titles(results: Sequence[Result]) -> dict[str, str]:
+    """Return a title of each test set: a name that tells it apart, and its main metric."""
+    metrics = {result.data: TITLES[result.main] for result in results}
+    names = {data: set_name(Path(data)) for data in metrics}
+    if len(set(names.values())) < len(names):
+        names = {data: data for data in metrics}
+    return {data: f"{names[data]}, {metric}" for data, metric in metrics.items()}

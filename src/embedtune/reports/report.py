@@ -1,0 +1,123 @@
+"""Write ``report.html``: whether the model got better, where, and how training went.
+
+The page is one file that loads nothing. What it says is computed here; how it says it is in
+``report.html.jinja``.
+"""
+
+import importlib.resources
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from embedtune.evaluation.metrics import DEPTH, RETRIEVAL_METRICS, TITLES
+from embedtune.reports.changes import Change, Comparison, Queries, compare_queries, verdict
+from embedtune.reports.chart import Axis
+from embedtune.reports.curves import ALL_WIDTHS, ByWidth, arrange, read_curves
+from embedtune.reports.panels import (
+    Panel,
+    quantity_panels,
+    step_panels,
+    training_panels,
+    width_panels,
+)
+from embedtune.reports.ticks import number
+from embedtune.whole_files import write_text
+
+
+def write_report(
+    folder: Path,
+    *,
+    facts: Mapping[str, str],
+    base: Mapping[str, float],
+    trained: Mapping[str, float],
+    width: int,
+    model_note: str,
+    comparisons: Sequence[Comparison],
+) -> Path:
+    """Write ``folder/report.html`` and return its path.
+
+    Args:
+        folder: The run folder; of its ``config.yaml`` and ``metrics*.csv`` is shown what is there.
+        facts: What the run understood, a text a label.
+        base: The base model's metrics, ``val/<set>/<metric>`` at its full width and
+            ``val/<set>/<metric>/<width>``; some or all may be missing.
+        trained: The same of the model in ``folder/model``.
+        width: Full width of the trained model.
+        model_note: A sentence that tells which model that is.
+        comparisons: What both find in the retrieval test sets.
+    """
+    curves, config = read_curves(folder), folder / "config.yaml"
+    before, after, over_steps = (arrange(m, width) for m in (base, trained, curves))
+    queries = {comparison.name: compare_queries(comparison) for comparison in comparisons}
+    sets = [
+        SetReport(name, before[name], metrics, over_steps[name], queries.get(name))
+        for name, metrics in after.items()
+    ]
+    text = (importlib.resources.files("embedtune.reports") / "report.html.jinja").read_text("utf-8")
+    blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
+    template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
+    page = template.render(
+        folder=folder.as_posix(),
+        model=(folder / "model").as_posix(),
+        verdict=verdict({s.name: s.change.outcome for s in sets}) if sets else None,
+        model_note=model_note,
+        sets=sets,
+        names=TITLES,
+        depth=DEPTH,
+        widths=sorted({w for s in sets for w in s.widths if w != ALL_WIDTHS}, reverse=True),
+        training=training_panels(curves),
+        speed=quantity_panels(curves, "examples_per_s", "padding_efficiency", "input_wait"),
+        facts=facts,
+        config=config.read_text("utf-8") if config.is_file() else None,
+        number=number,
+        quote=shlex.quote,
+    )
+    path = folder / "report.html"
+    write_text(path, page)
+    return path
+
+
+class SetReport(NamedTuple):
+    """All about one set; the base model's metrics, curves and queries may be missing."""
+
+    name: str
+    base: ByWidth
+    trained: ByWidth
+    curves: ByWidth
+    queries: Queries | None
+
+    @property
+    def widths(self) -> list[int]:
+        """All at which something was measured, the widest first."""
+        return sorted(set().union(*self.trained.values()), reverse=True)
+
+    def at(self, metric: str, width: int) -> Change:
+        """Return what became of a metric at a width."""
+        base, trained = (m.get(metric, {}).get(width) for m in (self.base, self.trained))
+        is_compared = (metric, width) == (RETRIEVAL_METRICS[0], self.widths[0])
+        interval = self.queries.interval if self.queries and is_compared else None
+        return Change(base, trained, metric in TITLES, interval)
+
+    @property
+    def main(self) -> str:
+        """The metric that sums the set up."""
+        return next(iter(self.trained))
+
+    @property
+    def change(self) -> Change:
+        """What became of that, at full width."""
+        widths = self.trained[self.main]
+        return self.at(self.main, ALL_WIDTHS if ALL_WIDTHS in widths else max(widths))
+
+    @property
+    def panels(self) -> list[Panel]:
+        """That over the steps, and by width where there are several."""
+        y = Axis(TITLES.get(self.main, self.main))
+        base, curves = self.base.get(self.main, {}), self.curves.get(self.main, {})
+        start = {width: {0: value} for width, value in base.items()}
+        over_steps = {str(w or "all"): start.get(w, {}) | curve for w, curve in curves.items()}
+        by_width = {"base": base, "trained": self.trained[self.main]}
+        return step_panels("over the steps", y, over_steps) + width_panels("by width", y, by_width)

@@ -1,0 +1,92 @@
+"""Make a teacher store: the texts of a data set, and a teacher's embeddings of them."""
+
+import json
+import logging
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+from embedtune.data.lines import resolve_paths
+from embedtune.data.rows import Rows
+from embedtune.data.teacher_store import TeacherWriter
+from embedtune.errors import InputError
+from embedtune.models.loading import cap_length, load_sentence_transformer
+
+log = logging.getLogger("embedtune")
+
+TEXTS_PER_WRITE = 4096
+
+
+class TeacherFiles(NamedTuple):
+    """What :func:`teach` writes."""
+
+    texts: Path
+    embeddings: Path
+
+
+def teach(
+    model: str,
+    data: str | list[str],
+    out: str | Path,
+    prompt: str = "",
+    max_len: int = 512,
+    batch_size: int = 64,
+    trust_remote_code: bool = False,
+) -> TeacherFiles:
+    """Embed every distinct query, positive and negative of ``data`` with a teacher.
+
+    Writes ``OUT/texts.jsonl`` (distill rows, first occurrences in the order of the data) and
+    ``OUT/embeddings.f32``, a float32 memory map ``[texts, width]`` with its description beside it.
+    The rows' own query prompts are left out of both: they are the student's.
+
+    Args:
+        model: The teacher: hub name or folder of a sentence-transformers model.
+        data: jsonl files of any format, or a glob.
+        out: Folder to write to.
+        prompt: Prepended to each text for the teacher alone.
+        max_len: Longest text in tokens.
+        batch_size: Texts that are encoded at once.
+        trust_remote_code: Run code that the teacher brings along.
+
+    Raises:
+        InputError: The data or the model cannot be read, or ``out`` is a file.
+    """
+    out = Path(out)
+    if out.is_file():
+        raise InputError(f"{out}: expected a folder to write to, found a file")
+    rows = Rows(resolve_paths(data, "data"))
+    teacher = load_sentence_transformer(model, trust_remote_code=trust_remote_code)
+    out.mkdir(parents=True, exist_ok=True)
+    files = TeacherFiles(out / "texts.jsonl", out / "embeddings.f32")
+    with files.texts.open("w", encoding="utf-8") as lines:
+        lines.writelines(
+            json.dumps({"query": text}, ensure_ascii=False) + "\n" for text in distinct_texts(rows)
+        )
+    texts = Rows([files.texts])
+    queries = iter(texts.table["query"])
+    width = int(teacher.get_embedding_dimension() or 0)
+    writer = TeacherWriter(files.embeddings, len(texts), width)
+    while block := list(islice(queries, TEXTS_PER_WRITE)):
+        embeddings = teacher.encode(
+            block,
+            prompt=prompt,
+            batch_size=batch_size,
+            show_progress_bar=True,
+            processing_kwargs={"text": {"max_length": cap_length(teacher, max_len)}},
+        )
+        writer.write(embeddings)
+    writer.close(texts.queries_digest, model=model, prompt=prompt)
+    log.info("wrote %s texts of width %s to %s", f"{len(texts):,}", width, out)
+    return files
+
+
+def distinct_texts(rows: Rows) -> Iterator[str]:
+    """Yield the queries, positives and negatives of ``rows``, each text once, in order."""
+    seen: set[int] = set()
+    for row in rows.table:
+        for text in (row["query"], *row["positives"], *row["negatives"]):
+            key = hash(text)
+            if key not in seen:
+                seen.add(key)
+                yield text

@@ -1,0 +1,67 @@
+"""Choose the loss of a run by the format of its data."""
+
+from embedtune.data.datamodule import EmbeddingDataModule
+from embedtune.data.records import Format
+from embedtune.errors import InputError
+from embedtune.losses.contract import Loss
+from embedtune.losses.distillation import Distillation
+from embedtune.losses.infonce import InfoNCE
+from embedtune.losses.matryoshka import Matryoshka
+from embedtune.losses.scored import ListwiseKL
+
+
+def choose_loss(
+    loss: Loss | None,
+    temperature: float | None,
+    mrl_dims: list[int] | None,
+    data: EmbeddingDataModule,
+) -> Loss:
+    """Return the loss of a run.
+
+    Args:
+        loss: What the user asked for, None for the format's own.
+        temperature: Of the format's own loss; None is its default.
+        mrl_dims: Widths to train; None trains the full width alone.
+        data: The opened data.
+
+    Raises:
+        InputError: The loss does not take the data.
+    """
+    row_format = data.format
+    assert row_format is not None, "only predict has no format"
+    loss = loss or default_loss(row_format, temperature)
+    if row_format not in loss.formats:
+        raise InputError(
+            f"model.loss: {type(loss).__name__} takes {' or '.join(sorted(loss.formats))} "
+            f"data, found {row_format} rows"
+        )
+    if isinstance(loss, ListwiseKL) and loss.over == "list":
+        _refuse_singleton_lists(data)
+    if mrl_dims is None:
+        return loss
+    if isinstance(loss, Distillation):
+        loss.mrl_dims = loss.mrl_dims or mrl_dims
+        return loss
+    return Matryoshka(loss, mrl_dims)
+
+
+def _refuse_singleton_lists(data: EmbeddingDataModule) -> None:
+    for opened in data.datasets.values():
+        rows = opened.rows
+        lengths = rows.list_lengths
+        if lengths.min() < 2:
+            raise InputError(
+                f"{rows.place(int(lengths.argmin()))}: a list of one text carries no signal "
+                "for ListwiseKL; use model.loss: embedtune.losses.CoSENT (sentence pairs with "
+                "scores), or ListwiseKL with over: batch"
+            )
+
+
+def default_loss(row_format: Format, temperature: float | None) -> Loss:
+    """Return the loss for a format of data when none is given."""
+    if row_format == Format.DISTILL:
+        if temperature is not None:
+            raise InputError("model.temperature: Distillation has none; leave it out")
+        return Distillation()
+    kind = ListwiseKL if row_format == Format.SCORED else InfoNCE
+    return kind() if temperature is None else kind(temperature=temperature)

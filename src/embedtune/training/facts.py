@@ -1,0 +1,102 @@
+"""Collect what a fit tells of itself: in its summary, its checkpoints and its model card."""
+
+import contextlib
+import inspect
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import nn
+
+from embedtune.checkpoints.training_facts import NOTHING_KNOWN, TrainingFacts
+from embedtune.data.records import Format
+from embedtune.models.encoder import Encoder
+
+LIBRARIES = ("embedtune", "torch", "lightning", "transformers", "sentence-transformers")
+
+
+def training_facts(trainer: Any, module: Any) -> TrainingFacts:
+    """Collect the facts of a running fit; each rank can, alone.
+
+    Args:
+        trainer: The Trainer.
+        module: Its :class:`~embedtune.training.module.EmbeddingModule`.
+    """
+    if "train" not in module.data.datasets:  # a checkpoint may be saved without a fit
+        return NOTHING_KNOWN
+    return TrainingFacts(
+        data=data_facts(module.data, module.encoder),
+        configuration=_configuration(trainer, module),
+        mrl_dims=list(module.mrl_dims) if module.use_mrl else None,
+        step=trainer.global_step,
+        # ``current_epoch`` is another at the end of an epoch than at the end of the fit.
+        epoch=trainer.fit_loop.epoch_progress.current.ready,
+        base_metrics={name: float(value) for name, value in module.base_metrics.items()},
+        metrics={name: float(value) for name, value in module.metrics.items()},
+    )
+
+
+def data_facts(data: Any, encoder: Encoder) -> dict[str, Any]:
+    """Return what is known of the training data, as :attr:`TrainingFacts.data` describes it.
+
+    Args:
+        data: The opened :class:`~embedtune.data.datamodule.EmbeddingDataModule`.
+        encoder: Whose positions may cap the longest inputs.
+    """
+    train = data.datasets["train"]
+    rows = train.rows
+    has_documents = rows.format != Format.DISTILL
+    return {
+        "files": [path.name for path in rows.paths],
+        "format": str(rows.format),
+        "rows": len(rows),
+        "examples": len(train),
+        "negatives": data.neg_nums if rows.format == Format.TRIPLET else None,
+        "teacher_width": None if train.teacher is None else train.teacher.width,
+        "query_prompt": rows.prompt,
+        "query_max_len": encoder.cap(data.query_max_len),
+        "passage_max_len": encoder.cap(data.passage_max_len) if has_documents else None,
+    }
+
+
+def _configuration(trainer: Any, module: Any) -> dict[str, Any]:
+    accumulated = trainer.accumulate_grad_batches
+    values = {
+        "loss": describe_loss(module.loss),
+        "learning rate": module.lr,
+        "schedule": module.lr_schedule,
+        "warm-up": f"{module.warmup_proportion:.0%} of the steps",
+        "weight decay": module.weight_decay,
+        "gradient clipping": trainer.gradient_clip_val,
+        "epochs": trainer.max_epochs if (trainer.max_epochs or -1) >= 0 else None,
+        "steps": module.num_steps,
+        "batch size": module.data.batch_size * trainer.world_size,
+        "accumulated batches": accumulated if accumulated > 1 else None,
+        "precision": str(trainer.precision),
+        "strategy": type(trainer.strategy).__name__.removesuffix("Strategy"),
+        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
+        "seed": module.data.seed,
+        "versions": _versions(),
+    }
+    return {label: value for label, value in values.items() if value is not None}
+
+
+def _versions() -> str:
+    found = []
+    for name in LIBRARIES:
+        with contextlib.suppress(PackageNotFoundError):  # a source folder on the path
+            found.append(f"{name} {version(name)}")
+    return ", ".join(found)
+
+
+def describe_loss(loss: nn.Module) -> str:
+    """Return a loss with its parameters for people to read.
+
+    >>> from embedtune.losses import CoSENT
+    >>> describe_loss(CoSENT())
+    'CoSENT(scale=20.0)'
+    """
+    given = inspect.signature(type(loss).__init__).parameters
+    values = {k: v for k, v in vars(loss).items() if isinstance(v, bool | int | float | str)}
+    shown = ", ".join(f"{k}={v}" for k, v in values.items() if k in given)
+    inner = [describe_loss(child) for child in loss.children()]
+    return f"{type(loss).__name__}({', '.join(inner + ([shown] if shown else []))})"

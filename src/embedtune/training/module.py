@@ -1,0 +1,341 @@
+"""The LightningModule: encoder, projection and loss."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from embedtune.checkpoints.resume import reopen_epoch
+from embedtune.data.batch import Batch
+from embedtune.data.sampler import step_seed
+from embedtune.data.testset_batches import TextBatch
+from embedtune.distributed import exchange
+from embedtune.distributed.strategies import refuse_unsupported, shards_parameters
+from embedtune.errors import InputError, require_positive
+from embedtune.evaluation.sharded import Evaluation
+from embedtune.losses.contract import Loss
+from embedtune.losses.inputs import Embeddings, Target
+from embedtune.losses.scope import Shares, in_scope
+from embedtune.models import freed_memory
+from embedtune.models.encoder import Encoder
+from embedtune.models.projection import ProjectionInit, parse_dims
+from embedtune.models.spec import EncoderSpec, Features, PoolingMode
+from embedtune.training.choose_loss import choose_loss
+from embedtune.training.facts import training_facts
+from embedtune.training.gradient_cache import GradientCache
+from embedtune.training.optimizer import (
+    build_optimizer,
+    build_schedule,
+    restore_settings,
+    settings_of,
+)
+from embedtune.training.start_projection import start_projection
+
+
+class EmbeddingModule(pl.LightningModule):
+    """Fine-tune a text-embedding model with one loss on one format of data.
+
+    What depends on the data (the default loss, the width of a distillation) is settled in
+    :meth:`setup`, when the data module knows its format.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str,
+        pooling: PoolingMode | None = None,
+        trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        dropout: float | None = None,
+        attention_dropout: float | None = None,
+        grad_cache: bool = False,
+        loss: Loss | None = None,
+        temperature: float | None = None,
+        use_mrl: bool = False,
+        mrl_dims: list[int] | str = "128,256,512,768,1024,1280,1536,1792",
+        projection_init: ProjectionInit = "pca",
+        lr: float = 2e-5,
+        weight_decay: float = 0.01,
+        warmup_proportion: float = 0.1,
+        lr_schedule: Literal["cosine", "linear", "constant"] = "cosine",
+    ) -> None:
+        """Load the encoder.
+
+        Args:
+            model_name_or_path: Hub name or folder of a sentence-transformers model or a bare
+                transformers checkpoint.
+            pooling: Pooling over tokens, by sentence-transformers' names; the default is the
+                model's own.
+            trust_remote_code: Run code that the model brings along.
+            attn_implementation: How attention is computed, by transformers' names, such as
+                ``sdpa`` or ``flash_attention_2``; the default is ``sdpa``, and on a CPU attention
+                without padding.
+            dropout: Share that every dropout of the model drops; the default is the model's own.
+            attention_dropout: The same for attention probabilities alone; 0 leaves the faster
+                fused attention usable.
+            grad_cache: Keep one chunk's activations at a time and compute the others again in
+                backward: any batch size in the memory of one chunk, for about 1.3 times the time.
+            loss: A loss by ``class_path`` and ``init_args``; the default is InfoNCE (pair,
+                triplet), ListwiseKL (scored) or Distillation (distill).
+            temperature: Temperature of the default loss, where it has one; 0.02 by default.
+            use_mrl: Train every width of ``mrl_dims`` (Matryoshka representation learning).
+            mrl_dims: Widths, as a list or as numbers with commas between; widths above the
+                encoder's own widen its projection.
+            projection_init: How the projection starts; none adds no projection, and MRL cuts the
+                encoder's own embedding.
+            lr: Peak learning rate of AdamW.
+            weight_decay: Decay of AdamW; biases and norm layers are not decayed.
+            warmup_proportion: Share of the optimiser steps in which the rate rises.
+            lr_schedule: Course of the learning rate after the warm-up.
+
+        Raises:
+            InputError: A value is out of its range, or the model cannot be loaded.
+        """
+        super().__init__()
+        self.use_mrl, self.mrl_dims = use_mrl, parse_dims(mrl_dims)
+        self.projection_init, self.temperature = projection_init, temperature
+        self.lr, self.weight_decay = require_positive("model.lr", lr), weight_decay
+        self.warmup_proportion, self.lr_schedule = warmup_proportion, lr_schedule
+        if not 0 <= warmup_proportion <= 1:
+            raise InputError(
+                f"model.warmup_proportion: expected a share from 0 to 1, found {warmup_proportion}"
+            )
+        if loss is not None and temperature is not None:
+            raise InputError(
+                "model.temperature: is that of the default loss; give it as "
+                "model.loss.init_args.temperature beside model.loss"
+            )
+        self.loss = loss
+        self._has_projection_settled = self._has_loss_settled = False
+        self._schedule: LambdaLR | None = None
+        self._settings: list[dict[str, Any]] = []
+        self.evaluation = Evaluation()
+        self.base_metrics: dict[str, float] = {}
+        self._measured: tuple[int, dict[str, float]] = (-1, {})
+        self.grad_cache, self._cache = grad_cache, GradientCache()
+        spec = EncoderSpec(
+            model_name_or_path,
+            pooling,
+            trust_remote_code,
+            dropout=dropout,
+            attention_dropout=attention_dropout,
+        )
+        self.encoder = Encoder(spec, attn_implementation)
+
+    # --- What depends on the data -------------------------------------------------------
+
+    @property
+    def data(self) -> Any:
+        """The :class:`~embedtune.data.datamodule.EmbeddingDataModule` of the running Trainer."""
+        return cast(Any, self.trainer).datamodule
+
+    def setup(self, stage: str) -> None:
+        """Settle the loss and the projection for the data's format."""
+        refuse_unsupported(self.trainer)
+        strategy: Any = self.trainer.strategy
+        device = strategy.root_device
+        attention = self.encoder.attn_implementation or ""
+        if "flash" in attention and str(self.trainer.precision) == "32-true":
+            raise InputError(
+                f"trainer.precision: model.attn_implementation {attention} needs bf16-mixed or "
+                "16-mixed, found 32-true"
+            )
+        self.encoder.pack(device)
+        if stage == "fit" and device.type == "cpu":
+            freed_memory.keep_freed()
+        if stage == "predict":
+            return
+        mrl_dims = self.mrl_dims if self.use_mrl else None
+        if stage == "fit" and not self._has_projection_settled:
+            self._has_projection_settled = True
+            start_projection(
+                self.encoder, self.projection_init, mrl_dims, self.data, device, strategy.broadcast
+            )
+            self.encoder.raise_max_seq_length(self.encoder.cap(self.data.max_len))
+            prompt = self.data.datasets["train"].rows.prompt
+            if prompt is not None:
+                self.encoder.set_query_prompt(prompt)
+        if not self._has_loss_settled and self.data.format is not None:
+            self._has_loss_settled = True
+            self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data)
+
+    # --- Steps --------------------------------------------------------------------------
+
+    def forward(self, chunks: list[Features]) -> Tensor:
+        """Encode chunks of texts; float32 ``[n, d]``, not normalised.
+
+        With ``grad_cache`` in the memory of one chunk (:class:`GradientCache`).
+        """
+        if self.grad_cache:
+            return self._cache.encode(self.encoder, chunks)
+        return torch.cat([self.encoder(features) for features in chunks])
+
+    def _encode_in_step(self, chunks: list[Features], by_rank: Sequence[int]) -> Tensor:
+        """Encode this rank's chunks, of which each rank has so many."""
+        if shards_parameters(self.trainer.strategy):
+            # Every forward gathers parameters, hence all ranks must run as many: the last chunk
+            # once more, and nobody looks at the result.
+            chunks = chunks + chunks[-1:] * (max(by_rank) - len(chunks))
+        return self(chunks)
+
+    def embeddings(self, batch: Batch, shares: Shares) -> Embeddings:
+        """Encode this rank's share and sort the embeddings by their part in the loss."""
+        encoded = self._encode_in_step(batch.chunks, shares.chunks)
+        return Embeddings(
+            query=encoded[batch.query],
+            positive=encoded[batch.positive] if len(batch.positive) else None,
+            negative=encoded[batch.negative] if len(batch.negative) else None,
+        )
+
+    def _compute_loss(self, batch: Batch) -> tuple[Embeddings, dict[str, Tensor], float]:
+        """Return this rank's embeddings, the loss and its parts, and the weight of this rank."""
+        assert self.loss is not None
+        shares = Shares.exchange(batch.counts, self.device)
+        own = self.embeddings(batch, shares)
+        queries = torch.arange(len(batch.query), device=self.device)
+        target = Target(
+            scores=batch.scores,
+            list_index=batch.list_index,
+            own=torch.searchsorted(batch.list_index, queries),
+            teacher=batch.teacher,
+            query_id=batch.query_id,
+            positive_id=batch.positive_id,
+            negative_id=batch.negative_id if len(batch.negative_id) else None,
+            positive_query_id=batch.query_id[batch.list_index],
+            known_positive_id=batch.known_positive_id,
+        )
+        embeddings, target = in_scope(self.loss.scope, own, target, shares)
+        # Similarities divided by a temperature of 0.02 need all of float32's digits.
+        with torch.autocast(self.device.type, enabled=False):
+            parts = self.loss(embeddings, target)
+        return own, parts, 1.0 if self.loss.scope == "global" else shares.weight
+
+    def on_fit_start(self) -> None:
+        """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
+        self.train()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss, weighted so that its mean over ranks is that over all queries."""
+        # Dropout depends on the step alone: nothing to restore when a run resumes.
+        step = self.trainer.current_epoch, batch_idx
+        torch.manual_seed(step_seed(self.data.seed, *step, self.global_rank))
+        _, parts, weight = self._compute_loss(batch)
+        total = exchange.sum_over_ranks(self._stack(parts) * weight)
+        means = total / self.trainer.world_size
+        for name, value in zip(parts, means, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+        return parts["loss"] if weight == 1 else parts["loss"] * weight
+
+    # --- Evaluation ---------------------------------------------------------------------
+
+    @property
+    def widths(self) -> list[int]:
+        """Matryoshka widths, which are measured beside the full width."""
+        return list(self.mrl_dims) if self.use_mrl else []
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What the last validation logged, if nothing was trained since."""
+        step, metrics = self._measured
+        return metrics if step == self.trainer.global_step else {}
+
+    def on_validation_start(self) -> None:
+        """Check the widths, which a checkpoint may have brought."""
+        widest = max(self.mrl_dims)
+        if self.use_mrl and widest > self.encoder.width:
+            raise InputError(
+                f"model.mrl_dims: expected widths up to the model's {self.encoder.width}, "
+                f"found {widest}"
+            )
+        self.evaluation.restart()
+
+    on_test_start = on_validation_start
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add a batch to the means of a loss, or to the texts of a test set."""
+        self._evaluation_step(self.data.evaluated("val")[dataloader_idx], batch)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Do the same for the sets of ``data.test_path``."""
+        self._evaluation_step(self.data.evaluated("test")[dataloader_idx], batch)
+
+    def _evaluation_step(self, name: str, batch: Batch | TextBatch) -> None:
+        if isinstance(batch, TextBatch):
+            counts = exchange.gather_counts([len(batch.chunks)], self.device)
+            encoded = self._encode_in_step(batch.chunks, [chunks for (chunks,) in counts])
+            self.evaluation.add_texts(name, self.data.testsets[name], batch, encoded)
+        else:
+            _, parts, _ = self._compute_loss(batch)
+            self.evaluation.add_loss(name, list(parts), self._stack(parts), batch.counts[0])
+
+    def _stack(self, parts: dict[str, Any]) -> Tensor:
+        """Return scalars of any type, float32 ``[n]``, without gradient."""
+        values = [torch.as_tensor(value, device=self.device) for value in parts.values()]
+        return torch.stack([value.detach().float() for value in values])
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over all queries of all ranks, and the metrics of the test sets."""
+        if self.trainer.sanity_checking:
+            return
+        metrics = self.evaluation.collect(self.widths, self.device)
+        self._measured = self.trainer.global_step, metrics
+        for name, value in metrics.items():
+            self.log(name, value, prog_bar=name.endswith("/loss"), batch_size=1)
+
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the embeddings of the queries as the exported model gives them, ``[b, d]``."""
+        query = self.embeddings(batch, Shares.exchange(batch.counts, self.device)).query
+        return torch.nn.functional.normalize(query, dim=-1) if self.encoder.normalizes else query
+
+    # --- Optimisation -------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Computed here, for Lightning's ``estimated_stepping_batches`` would set up the loaders
+        before a checkpoint restores its place in the data.
+        """
+        trainer = self.trainer
+        per_epoch = math.ceil(self.data.batches_per_epoch / trainer.accumulate_grad_batches)
+        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+        by_epochs = per_epoch * epochs if epochs >= 0 else math.inf
+        by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+        return max(1, int(min(by_epochs, by_steps)))
+
+    def configure_optimizers(self) -> Any:
+        """Return AdamW and a schedule that moves every step."""
+        optimizer = build_optimizer(self, self.lr, self.weight_decay)
+        schedule = build_schedule(
+            optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion
+        )
+        self._schedule, self._settings = schedule, settings_of(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Let the configuration win over the rates and the decay that a checkpoint remembers."""
+        used = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        if self._schedule is not None and self._schedule in used:  # not a subclass's own
+            restore_settings(self.trainer.optimizers[0], self._schedule, self._settings)
+
+    def match(self, spec: EncoderSpec) -> None:
+        """Append the projection that a checkpoint brings to a model that is only evaluated."""
+        if spec.projection_dim is not None and self.encoder.spec.projection_dim is None:
+            self.encoder.append_projection(spec.projection_dim)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the structure that the checkpoint's weights fit."""
+        self.match(EncoderSpec(**checkpoint["encoder_spec"]))
+        if "loops" in checkpoint:  # more than weights
+            reopen_epoch(checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep beside the weights what rebuilds the encoder, and what its model card tells."""
+        checkpoint["encoder_spec"] = self.encoder.spec._asdict()
+        checkpoint["training_facts"] = training_facts(self.trainer, self)._asdict()

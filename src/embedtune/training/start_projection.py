@@ -1,0 +1,70 @@
+"""Append the projection that a run needs, and start it."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import Tensor
+
+from embedtune.data.collate import Collator
+from embedtune.data.datamodule import EmbeddingDataModule
+from embedtune.data.records import Format
+from embedtune.models.encoder import Encoder
+from embedtune.models.projection import ProjectionInit, init_projection, projection_dim
+
+log = logging.getLogger("embedtune")
+
+PCA_EXAMPLES = 512
+"""Examples whose texts PCA looks at, or as many as the encoder is wide where that is more."""
+PCA_MAX_LEN = 128
+"""Tokens of each of these texts: its beginning is enough to find the principal axes."""
+
+
+def start_projection(
+    encoder: Encoder,
+    init: ProjectionInit,
+    mrl_dims: list[int] | None,
+    data: EmbeddingDataModule,
+    device: torch.device,
+    broadcast: Callable[[Any], Any],
+) -> None:
+    """Append the projection that a run needs, if it needs one.
+
+    Args:
+        encoder: Gets the projection.
+        init: How it starts.
+        mrl_dims: Widths to train; None trains the full width alone.
+        data: The opened data.
+        device: Where PCA's sample is embedded.
+        broadcast: Returns rank 0's object on every rank.
+    """
+    teacher_dim = data.teacher_dim if data.format == Format.DISTILL else None
+    width = projection_dim(encoder, init, mrl_dims, teacher_dim)
+    if width is None:
+        return
+    sample = sample_embeddings(encoder, data, device) if init == "pca" else None
+    linear = encoder.append_projection(width).linear
+    init_projection(linear, init, sample)
+    # Every rank has drawn or computed its own.
+    linear.load_state_dict(broadcast(linear.state_dict()))
+
+
+def sample_embeddings(encoder: Encoder, data: EmbeddingDataModule, device: torch.device) -> Tensor:
+    """Embed queries and positives of a fixed sample of the examples, ``[n, hidden]``."""
+    train = data.datasets["train"]
+    sample = train.sample(max(PCA_EXAMPLES, encoder.width))
+    collate = Collator(encoder, PCA_MAX_LEN, PCA_MAX_LEN, data.tokens_per_chunk)
+    log.info("finding the principal axes of the texts of %s examples", f"{len(sample):,}")
+    encoder.to(device).eval()
+    examples = [
+        example._replace(positives=example.positives[:1], negatives=(), scores=(), tokens=None)
+        for example in sample
+    ]
+    # One batch, whatever the batch size and the ranks: its chunks are as small as any.
+    chunks = move_data_to_device(collate(examples).chunks, device)
+    # Flash attention takes half precision alone.
+    needs_half = "flash" in (encoder.attn_implementation or "")
+    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=needs_half):
+        return torch.cat([encoder(features) for features in chunks]).cpu()

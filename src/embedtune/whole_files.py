@@ -1,0 +1,129 @@
+"""The one way to write what others read: a file or folder is whole, or not there.
+
+It is written beside its place, under a name that ends in ``.part``, reaches the disk, and is then
+renamed. What a killed process left beside is swept by the next one that writes there.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # there are none on Windows, where nothing is swept
+    fcntl = None  # type: ignore[assignment]
+
+PART = ".part"
+FORMER = ".former"
+"""What a folder is called that is about to be replaced: two folders cannot be swapped at once."""
+
+
+def part_of(path: Path) -> Path:
+    """Return where several processes write together what becomes ``path``."""
+    return path.with_name(path.name + PART)
+
+
+def put(part: Path, path: Path) -> None:
+    """Let what was written at ``part``, a file or a folder, take the place of ``path``."""
+    _reach_disk(part)
+    former = path.with_name(path.name + FORMER)
+    remove(former)
+    if path.is_dir() or (part.is_dir() and path.exists()):  # files are replaced at once
+        path.rename(former)
+    part.replace(path)
+    _sync(path.parent)
+    remove(former)
+
+
+@contextmanager
+def writing(path: Path, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield where to write what becomes ``path`` once the block has ended well.
+
+    Any number of processes may write the same at once; the last one wins, or the first.
+
+    Args:
+        path: A file or folder; those that hold it are made.
+        keep_existing: Leave alone what another process has put there meanwhile, and may have mapped
+            into memory.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, f".{path.name}.*{PART}")
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
+    lock = _lock(folder)
+    try:
+        yield folder / path.name
+        if not (keep_existing and path.exists()):
+            put(folder / path.name, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8."""
+    with writing(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def sweep(folder: Path, pattern: str = f"*{PART}") -> None:
+    """Remove what killed processes have left in ``folder``, but not what one is writing now."""
+    for leftover in folder.glob(pattern):
+        lock = _lock(leftover)
+        if lock is not None:
+            remove(leftover)
+            os.close(lock)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _lock(path: Path) -> int | None:
+    """Lock a path until the returned descriptor is closed, or this process ends however it does.
+
+    Returns:
+        None where another process holds the lock, or nothing can be locked.
+    """
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # gone meanwhile
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _reach_disk(path: Path) -> None:
+    """Wait until a file, or all that a folder holds, would survive a loss of power."""
+    for folder, _, files in os.walk(path):
+        for name in files:
+            _sync(Path(folder) / name)
+        _sync(Path(folder))
+    if path.is_file():
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # a link to nothing; Windows opens no folders
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:  # a file system without it
+        return
+    finally:
+        os.close(descriptor)

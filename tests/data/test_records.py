@@ -1,0 +1,153 @@
+"""Rows are validated one by one: what does not fit is named by file, line and field."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from embedtune.data.records import Format, Record, RecordReader
+from embedtune.errors import InputError
+
+PAIR = {"query": "q", "pos": ["p"]}
+TRIPLET = {**PAIR, "neg": ["n"]}
+SCORED = {**PAIR, "scores": [0.5]}
+DISTILL = {"query": "q"}
+
+
+def write(path: Path, rows: list[dict | str]) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def read(path: Path, declared: Format | None = None) -> list[Record]:
+    return list(RecordReader([path], declared))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (PAIR, Format.PAIR),
+        (TRIPLET, Format.TRIPLET),
+        (SCORED, Format.SCORED),
+        (DISTILL, Format.DISTILL),
+        ({**PAIR, "neg": None}, Format.PAIR),
+    ],
+)
+def test_the_fields_tell_the_format(tmp_path, row, expected):
+    reader = RecordReader([write(tmp_path / "f.jsonl", [row, row])])
+    assert len(list(reader)) == 2
+    assert reader.format == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "place", "found"),
+    [
+        ([PAIR] * 6 + ['{"query": "q", "pos": ["p"'], ":7:", "invalid JSON"),
+        ([PAIR, "[1, 2]"], ":2:", "a list [1, 2]"),
+        ([{"query": "q", "pos": "one text"}], ":1:", 'found the string "one text"'),
+        ([PAIR, {"query": "", "pos": ["p"]}], ":2:", "field 'query'"),
+        ([PAIR, {"query": "q", "pos": []}], ":2:", "an empty list"),
+        ([PAIR, {"query": "q", "pos": ["p", " "]}], ":2:", "an empty string at position 1"),
+        ([PAIR, {"pos": ["p"]}], ":2:", "field 'query' is missing"),
+        ([PAIR, {**PAIR, "prompt_for_query": 3}], ":2:", "field 'prompt_for_query'"),
+        ([TRIPLET, {**PAIR, "neg": []}], ":2:", "field 'neg'"),
+        ([TRIPLET, {**PAIR, "neg": ["p", "p"]}], ":2:", "not also a positive"),
+        (
+            [SCORED, {**SCORED, "pos": ["a", "b"]}],
+            ":2:",
+            "expected 2 numbers, one per 'pos', found 1",
+        ),
+        ([SCORED, {**SCORED, "scores": ["0.5"]}], ":2:", "field 'scores'"),
+        ([SCORED, {**SCORED, "scores": [True]}], ":2:", "the boolean true"),
+        ([SCORED, '{"query": "q", "pos": ["p"], "scores": [NaN]}'], ":2:", "finite"),
+        ([PAIR, TRIPLET], ":2:", "found a triplet row"),
+        ([TRIPLET, PAIR], ":2:", "found a pair row"),
+        ([{**TRIPLET, "scores": [1.0]}], ":1:", "ambiguous"),
+        ([PAIR, "", PAIR], ":2:", "blank line"),
+        ([""], "", "an empty file"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, rows, place, found):
+    path = write(tmp_path / "f.jsonl", rows)
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert f"{path}{place}" in str(caught.value)
+    assert found in str(caught.value)
+    assert (
+        "expected" in str(caught.value)
+        or "declare" in str(caught.value)
+        or "JSON" in str(caught.value)
+    )
+
+
+def test_a_mixed_file_names_both_lines(tmp_path):
+    path = write(tmp_path / "f.jsonl", [PAIR, PAIR, SCORED])
+    with pytest.raises(InputError, match=rf"{path}:3: .* {path}:1 is a pair row"):
+        read(path)
+
+
+def test_a_declared_format_wins_over_the_fields(tmp_path):
+    path = write(tmp_path / "f.jsonl", [{**TRIPLET, "scores": [1.0]}, {**TRIPLET, "scores": [0.0]}])
+    reader = RecordReader([path], Format.SCORED)
+    assert [record.scores for record in reader] == [[1.0], [0.0]]
+    assert reader.ignored_fields == {"neg"}
+
+
+def test_unknown_fields_are_counted_and_ignored(tmp_path):
+    reader = RecordReader([write(tmp_path / "f.jsonl", [{**PAIR, "id": 7, "source": "x"}])])
+    assert list(reader) == [Record("q", None, ["p"])]
+    assert reader.ignored_fields == {"id", "source"}
+
+
+def test_compressed_files_read_as_plain_ones(tmp_path):
+    plain = write(tmp_path / "f.jsonl", [{**PAIR, "query": "día 天"}] * 3)
+    gz, zst = tmp_path / "f.jsonl.gz", tmp_path / "f.jsonl.zst"
+    gz.write_bytes(gzip.compress(plain.read_bytes()))
+    zst.write_bytes(zstandard.compress(plain.read_bytes()))
+    assert read(gz) == read(zst) == read(plain)
+
+
+def test_a_damaged_archive_is_one_clear_error(tmp_path):
+    path = tmp_path / "f.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"query": "q"}\n' * 1000)[:-20])
+    with pytest.raises(InputError, match="cannot be decompressed"):
+        read(path)
+
+
+def test_bytes_that_are_not_utf8_are_one_clear_error(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b'{"query": "caf\xe9"}\n')
+    with pytest.raises(InputError, match="expected UTF-8"):
+        read(path)
+
+
+def test_half_a_surrogate_pair_is_one_clear_error(tmp_path):
+    path = write(tmp_path / "f.jsonl", [PAIR, '{"query": "\\ud83d\\ude00", "pos": ["p"]}'])
+    assert read(path)[1].query == "\U0001f600"
+    write(path, [PAIR, '{"query": "\\ud83d alone", "pos": ["p"]}'])
+    with pytest.raises(InputError, match=r":2: .*half a pair"):
+        read(path)
+
+
+def test_trailing_blank_lines_and_a_byte_order_mark_are_harmless(tmp_path):
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(PAIR).encode() + b"\n\n\n")
+    assert len(read(path)) == 1
+
+
+def test_an_empty_prompt_counts_as_none(tmp_path):
+    rows = [{**PAIR, "prompt_for_query": ""}, {**PAIR, "prompt_for_query": None}, PAIR]
+    assert {record.prompt for record in read(write(tmp_path / "f.jsonl", rows))} == {None}
+
+
+def test_a_text_file_is_a_query_a_line(tmp_path):
+    path = tmp_path / "f.txt"
+    path.write_text("first text\n{not json\n")
+    assert [record.query for record in read(path)] == ["first text", "{not json"]
+    compressed = tmp_path / "f.txt.gz"
+    compressed.write_bytes(gzip.compress(path.read_bytes()))
+    assert read(compressed) == read(path)
+    assert read(write(tmp_path / "f.txt.jsonl", [PAIR])) == [Record("q", None, ["p"])]

@@ -1,0 +1,180 @@
+"""Rows stay in a memory-mapped table; negatives are a function of (seed, epoch, example)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from embedtune.data import rows as rows_module
+from embedtune.data.examples import ExampleDataset, draw_negatives
+from embedtune.data.lines import resolve_paths
+from embedtune.data.rows import Rows
+from embedtune.data.sampler import Key
+from embedtune.errors import InputError
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def triplets(count: int) -> list[dict]:
+    return [
+        {"query": f"q{i}", "pos": [f"p{i}", f"r{i}"], "neg": [f"n{i}-{j}" for j in range(6)]}
+        for i in range(count)
+    ]
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = Rows([write(tmp_path / "f.jsonl", triplets(3))])
+    assert rows.table[1] == {
+        "query": "q1",
+        "prompt": None,
+        "positives": ["p1", "r1"],
+        "negatives": [f"n1-{j}" for j in range(6)],
+        "scores": [],
+    }
+
+
+def test_the_cache_follows_the_content(tmp_path, monkeypatch):
+    reads = []
+    write_table = rows_module.write_table
+    monkeypatch.setattr(
+        rows_module, "write_table", lambda *args: (reads.append(args[0]), write_table(*args))
+    )
+    path = write(tmp_path / "f.jsonl", [{"query": "cached"}])
+    Rows([path])
+    Rows([path])
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(path.read_bytes())
+    Rows([copy])
+    assert len(reads) == 1
+    write(path, [{"query": "edited"}])
+    assert Rows([path]).table[0]["query"] == "edited"
+    assert len(reads) == 2
+
+
+def test_a_text_file_is_not_taken_for_json_of_the_same_bytes(tmp_path):
+    line = '{"query": "in json"}\n'
+    for name, expected in (("f.jsonl", "in json"), ("f.txt", line.strip())):
+        (tmp_path / name).write_text(line)
+        assert Rows([tmp_path / name]).table[0]["query"] == expected
+
+
+def test_a_row_that_fails_leaves_no_cache(tmp_path):
+    path = write(tmp_path / "f.jsonl", [{"query": "fails"}, {"query": 3}])
+    for _ in range(2):
+        with pytest.raises(InputError, match=":2:"):
+            Rows([path])
+
+
+def test_a_row_knows_its_file_and_line(tmp_path):
+    first = write(tmp_path / "a.jsonl", [{"query": "a0"}, {"query": "a1"}])
+    second = write(tmp_path / "b.jsonl", [{"query": "b0"}])
+    rows = Rows([first, second])
+    assert [rows.place(i) for i in range(3)] == [f"{first}:1", f"{first}:2", f"{second}:1"]
+
+
+def test_paths_may_be_a_file_a_list_or_a_glob(tmp_path):
+    for name in ("b.jsonl", "a.jsonl"):
+        write(tmp_path / name, [{"query": name}])
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    assert resolve_paths(str(tmp_path / "*.jsonl"), "data.train_path") == files
+    assert resolve_paths([str(files[1]), str(files[0])], "data.train_path") == files[::-1]
+
+
+@pytest.mark.parametrize("spec", ["missing.jsonl", "*.none"])
+def test_a_path_with_nothing_there_is_named_with_its_key(tmp_path, spec):
+    with pytest.raises(InputError, match=r"data\.train_path: .*" + spec.replace("*", r"\*")):
+        resolve_paths(str(tmp_path / spec), "data.train_path")
+
+
+def test_a_row_with_several_positives_is_one_example_each(tmp_path):
+    data = ExampleDataset(Rows([write(tmp_path / "f.jsonl", triplets(3))]), neg_nums=2)
+    assert len(data) == 6
+    assert [data[Key(0, i)].positives for i in range(6)] == [
+        ["p0"],
+        ["r0"],
+        ["p1"],
+        ["r1"],
+        ["p2"],
+        ["r2"],
+    ]
+    assert data[Key(0, 3)].known_positives == ["p1", "r1"]
+    assert [example.example_id for example in data.__getitems__([Key(0, 5), Key(0, 0)])] == [5, 0]
+
+
+def test_a_scored_row_is_one_list(tmp_path):
+    row = {"query": "q", "pos": ["a", "b"], "scores": [1, 0.25]}
+    data = ExampleDataset(Rows([write(tmp_path / "f.jsonl", [row])]))
+    assert len(data) == 1
+    assert (data[Key(0, 0)].positives, data[Key(0, 0)].scores) == (["a", "b"], [1.0, 0.25])
+
+
+def test_negatives_are_redrawn_every_epoch_and_reproducible(tmp_path):
+    rows = Rows([write(tmp_path / "f.jsonl", triplets(8))])
+    data = ExampleDataset(rows, neg_nums=3, seed=1)
+    epochs = [[data[Key(epoch, i)].negatives for i in range(16)] for epoch in range(2)]
+    assert epochs[0] != epochs[1]
+    again = ExampleDataset(rows, neg_nums=3, seed=1)
+    assert [again[Key(1, i)].negatives for i in reversed(range(16))] == epochs[1][::-1]
+    other = ExampleDataset(rows, neg_nums=3, seed=2)
+    assert [other[Key(0, i)].negatives for i in range(16)] != epochs[0]
+    # The two examples of one row do not share their draw.
+    assert any(a != b for a, b in zip(epochs[0][::2], epochs[0][1::2], strict=True))
+
+
+def test_negatives_do_not_repeat_while_there_are_enough():
+    generator = np.random.default_rng(0)
+    for _ in range(50):
+        drawn = draw_negatives(list("abcdef"), ["x"], 6, generator)
+        assert sorted(drawn) == list("abcdef")
+
+
+def test_too_few_negatives_are_resampled_evenly():
+    drawn = draw_negatives(["a", "b", "b"], ["x"], 5, np.random.default_rng(0))
+    assert sorted(drawn.count(text) for text in "ab") == [2, 3]
+
+
+def test_a_negative_is_never_equal_to_a_positive():
+    generator = np.random.default_rng(0)
+    drawn = [text for _ in range(50) for text in draw_negatives(["p", "a"], ["p"], 3, generator)]
+    assert set(drawn) == {"a"}
+
+
+PROBE = """
+import re, sys
+from pathlib import Path
+from embedtune.data import ExampleDataset, Rows
+from embedtune.data.sampler import Key
+def anonymous_mb():
+    return int(re.search(r"Anonymous:\\s+(\\d+)", open("/proc/self/smaps_rollup").read())[1]) / 1024
+before = anonymous_mb()
+data = ExampleDataset(Rows([Path(sys.argv[1])]))
+assert data[Key(0, len(data) - 1)].query.endswith(str(len(data) - 1))
+sys.stdout.write(f"{len(data)} {anonymous_mb() - before}")
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs Linux's /proc")
+def test_a_million_rows_are_not_held_in_memory(tmp_path):
+    path = tmp_path / "million.jsonl"
+    with path.open("w") as file:
+        for i in range(1_000_000):
+            file.write(f'{{"query": "{"what is " * 8}{i}", "pos": ["{"a text " * 20}{i}"]}}\n')
+    environment = {**os.environ, "EMBEDTUNE_CACHE": str(tmp_path / "cache")}
+    for _ in range(2):  # reading the file, and opening the cache
+        run = subprocess.run(
+            [sys.executable, "-c", PROBE, str(path)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        count, megabytes = run.stdout.split()
+        assert int(count) == 1_000_000
+        assert float(megabytes) < 300

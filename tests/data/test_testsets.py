@@ -1,0 +1,170 @@
+"""Test sets: what is read, and what is said of those that cannot be."""
+
+import json
+import logging
+
+import pytest
+from testset_files import HEADER, write_graded_beir, write_plain_beir
+
+from embedtune.data.beir import is_beir, read_beir
+from embedtune.data.scored_pairs import read_scored
+from embedtune.data.testsets import name_sets, open_testset, set_name
+from embedtune.errors import InputError
+
+ROW = '{"_id": "d1", "text": "cat"}\n'
+
+
+# --- BEIR -----------------------------------------------------------------------------------------
+
+
+def test_beir_folder_is_read(tmp_path):
+    data = read_beir(write_graded_beir(tmp_path))
+    assert data.query_ids == [f"q{i}" for i in range(10)]  # q10 and q11 are not judged
+    assert data.document_ids == [f"d{i}" for i in range(150)]
+    assert len(data.queries) == len(data.relevant) == 10
+    assert data.corpus[3].startswith("big dog ")
+    assert data.corpus[4] == data.corpus[4].strip()
+    assert data.relevant[:3] == [{0: 1}, {1: 1, 51: 2}, {2: 1, 52: 2, 102: 3}]
+    assert data.split == "test"
+
+
+def test_grades_headers_and_line_ends(tmp_path):
+    write_graded_beir(tmp_path)
+    dev, bare = tmp_path / "qrels" / "dev.tsv", tmp_path / "qrels" / "bare.tsv"
+    rows = "q_id\td_id\trelevance\r\nq1\td1\t2\r\n\r\nq1\td2\t0\r\nq2\td3\t-1\r\nq1\td1\t2\r\n"
+    dev.write_text(rows, newline="")
+    data = read_beir(dev)
+    assert (data.query_ids, data.relevant, data.split) == (["q1"], [{1: 2}], "dev")
+    bare.write_text("q1\td1\t1\n")
+    assert read_beir(bare).relevant == [{1: 1}]
+
+
+def test_the_split_is_the_first_that_is_there_or_the_only_one(tmp_path):
+    qrels = write_graded_beir(tmp_path) / "qrels"
+    assert read_beir(tmp_path, ("dev", "test")).split == "test"
+    assert read_beir(tmp_path, ("dev",)).split == "test"
+    (qrels / "dev.tsv").write_text("q1\td1\t1\n")
+    assert read_beir(tmp_path, ("dev", "test")).split == "dev"
+    assert read_beir(tmp_path).split == "test"
+    with pytest.raises(InputError, match=r"qrels: expected a\.tsv or b\.tsv.* dev\.tsv, test\.tsv"):
+        read_beir(tmp_path, ("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"corpus": ROW + "{"}, r"corpus\.jsonl:2: "),
+        ({"corpus": ROW + "[1]"}, r"corpus\.jsonl:2: "),
+        ({"corpus": ""}, r"corpus\.jsonl: .*empty"),
+        ({"corpus": ROW + '{"text": "a"}'}, r"corpus\.jsonl:2: _id: .*string.*no such field"),
+        ({"corpus": ROW + '{"_id": 7, "text": "a"}'}, r"corpus\.jsonl:2: _id: .*string.*found 7"),
+        ({"corpus": '{"_id": "a", "text": null}'}, r"corpus\.jsonl:1: text: .*string.*found null"),
+        ({"corpus": '{"_id": "a", "text": "b", "title": 3}'}, r":1: title: .*string.*found 3"),
+        ({"corpus": ROW + ROW}, r"corpus\.jsonl:2: _id: .*once.*'d1' of line 1"),
+        ({"queries": '{"_id": "q1"}'}, r"queries\.jsonl:1: text: .*no such field"),
+        ({"queries": ""}, r"queries\.jsonl: .*empty"),
+        ({"qrels": HEADER + "q1\td1\t1\nq1\tno\t1"}, r"test\.tsv:3: .*corpus\.jsonl, found 'no'"),
+        ({"qrels": HEADER + "no\td1\t1"}, r"test\.tsv:2: .*queries\.jsonl, found 'no'"),
+        ({"qrels": HEADER + "q1 d1 1"}, r"test\.tsv:2: .*tabs, found 1 column"),
+        ({"qrels": "q1\t0\td1\t1"}, r"test\.tsv:1: .*query-id, .*tabs, found 4 columns.*TREC"),
+        ({"qrels": HEADER + "q1 0 d1 1"}, r"test\.tsv:2: .*tabs, found 4 columns.*TREC"),
+        ({"qrels": HEADER + "q1\td1\t0.5"}, r"test\.tsv:2: .*whole score, found '0\.5'"),
+        ({"qrels": "q1\td1\t0.5\n"}, r"test\.tsv:1: .*whole score, found '0\.5'"),
+        ({"qrels": HEADER + "q1\td1\thigh"}, r"test\.tsv:2: .*whole score, found 'high'"),
+        (
+            {"qrels": HEADER + "q1\td1\t1\nq1\td1\t0"},
+            r"test\.tsv:3: expected one score of 'q1' and 'd1', found 0 after 1 in line 2",
+        ),
+        ({"qrels": HEADER}, r"test\.tsv: expected relevant documents .* found none"),
+        ({"qrels": ""}, r"test\.tsv: expected relevant documents .* found none"),
+        ({"qrels": HEADER + "q1\td1\t0"}, r"test\.tsv: expected relevant documents .* found none"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, files, message):
+    with pytest.raises(InputError, match=message):
+        read_beir(write_graded_beir(tmp_path, **files))
+
+
+@pytest.mark.parametrize("name", ["corpus.jsonl", "queries.jsonl", "qrels/test.tsv"])
+def test_a_missing_file_is_named(tmp_path, name):
+    (write_graded_beir(tmp_path) / name).unlink()
+    for path in (tmp_path, tmp_path / "qrels" / "test.tsv"):
+        with pytest.raises(InputError, match=f"{name}: expected a file of a BEIR test set"):
+            open_testset(path)
+
+
+def test_qrels_that_are_not_text(tmp_path):
+    (write_graded_beir(tmp_path) / "qrels" / "test.tsv").write_bytes(b"q1\td1\xff\t1\n")
+    with pytest.raises(InputError, match=r"test\.tsv: expected UTF-8"):
+        read_beir(tmp_path)
+
+
+# --- Scored pairs ---------------------------------------------------------------------------------
+
+
+def test_each_positive_of_a_scored_row_is_a_pair(tmp_path, caplog):
+    path = tmp_path / "sts.jsonl"
+    rows = [
+        {"query": "a", "pos": ["b", "c"], "scores": [1, 0.5], "neg": ["ignored"]},
+        {"query": "d", "pos": ["e"], "scores": [-2]},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level(logging.INFO, "embedtune"):
+        assert open_testset(path) == (["a", "a", "d"], ["b", "c", "e"], [1.0, 0.5, -2.0])
+    assert caplog.messages == []
+    path.write_text(json.dumps(rows[1] | {"prompt_for_query": "query: "}))
+    with caplog.at_level(logging.INFO, "embedtune"):
+        assert read_scored(path).first == ["d"]
+    assert "prompt_for_query is ignored" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"query": "a", "pos": ["b"]}', r"sts\.jsonl:1: field 'scores' is missing"),
+        ('{"query": "a", "pos": ["b"], "scores": [1, 2]}', r":1: field 'scores': .*found 2"),
+        ('{"query": "a", "pos": ["b"], "scores": ["x"]}', r":1: field 'scores': .*numbers"),
+        ("", r"sts\.jsonl: .*empty"),
+    ],
+)
+def test_bad_pairs_are_named(tmp_path, text, message):
+    (tmp_path / "sts.jsonl").write_text(text)
+    with pytest.raises(InputError, match=message):
+        open_testset(tmp_path / "sts.jsonl")
+
+
+# --- Either ---------------------------------------------------------------------------------------
+
+
+def test_which_paths_are_beir(tmp_path):
+    folder = write_graded_beir(tmp_path / "set")
+    assert is_beir(folder)
+    assert is_beir(folder / "qrels" / "test.tsv")
+    stray = tmp_path / "stray.tsv"
+    stray.write_text("")
+    for path in (folder / "qrels" / "none.tsv", folder / "corpus.jsonl", tmp_path, stray):
+        assert not is_beir(path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(InputError, match=r"none: expected a BEIR folder, .* found nothing"):
+        open_testset(tmp_path / "none")
+
+
+def test_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_graded_beir(tmp_path / "set.v2"))
+    paths = [tmp_path / "set.v2", tmp_path / "set.v2" / "qrels" / "dev.tsv"]
+    relative = [path.relative_to(tmp_path / "set.v2") for path in paths]
+    assert {set_name(path) for path in paths + relative} == {"set.v2"}
+    assert set_name(tmp_path / "sts" / "dev.jsonl.zst") == "dev"
+
+
+def test_sets_are_named_after_folders_and_files(tmp_path):
+    beir = write_plain_beir(tmp_path / "beir")
+    files = [str(tmp_path / name) for name in ("dev.jsonl.gz", "more.jsonl")]
+    assert name_sets([beir, *files], "k") == {"beir": [beir], "dev": files}
+    assert name_sets(f"{beir}/qrels/dev.tsv", "k") == {"beir": [f"{beir}/qrels/dev.tsv"]}
+    assert name_sets({"a": beir, "b": files}, "k") == {"a": [beir], "b": files}
+    assert name_sets(None, "k") == {}
+    with pytest.raises(InputError, match="found 'beir' twice"):
+        name_sets([beir, f"{beir}/qrels/dev.tsv"], "k")

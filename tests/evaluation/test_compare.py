@@ -1,0 +1,334 @@
+"""Evaluation of models, against independent loops over the same texts and encoding anew."""
+
+import json
+import logging
+import math
+import sys
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import spearmanr
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from sentence_transformers.util import quantize_embeddings
+from testset_files import WORDS, write_graded_beir
+from transformers import BertConfig, BertModel, BertTokenizerFast
+
+from embedtune.cli import main
+from embedtune.data.beir import read_beir
+from embedtune.data.scored_pairs import ScoredPairs
+from embedtune.errors import InputError
+from embedtune.evaluation.compare import Result, evaluate_models
+from embedtune.evaluation.metrics import RETRIEVAL_METRICS
+from embedtune.evaluation.quantise import as_stored
+from embedtune.reports.model_chart import write_results
+from embedtune.reports.model_table import format_table
+
+PROMPTS = {"query": "the big ", "document": "a red old "}
+WIDTHS = [32, 16, 8]
+
+
+def save_model(folder, width, prompts):
+    (folder / "bert").mkdir(parents=True)
+    vocab = folder / "vocab.txt"
+    vocab.write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]))
+    BertTokenizerFast.from_pretrained(str(folder)).save_pretrained(folder / "bert")
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=5 + len(WORDS),
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=2 * width,
+        max_position_embeddings=64,
+        initializer_range=0.5,  # the default would embed all texts nearly alike
+    )
+    BertModel(config).save_pretrained(folder / "bert")
+    modules = [Transformer(str(folder / "bert")), Pooling(width, pooling_mode="mean")]
+    model = SentenceTransformer(modules=modules, prompts=prompts, device="cpu")
+    model.save_pretrained(str(folder / "model"))
+    return str(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("wide"), 32, PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("narrow"), 16, {})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_graded_beir(tmp_path_factory.mktemp("beir"))
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return read_beir(folder)
+
+
+@pytest.fixture(scope="module")
+def pairs(data):
+    scores = [i % 4 / 4 for i in range(60)]
+    return ScoredPairs(data.corpus[:60], data.corpus[40:100], scores)
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+def embed(path, role, texts, width):
+    model = SentenceTransformer(path, device="cpu")
+    rows = model.encode([PROMPTS[role] + text for text in texts], prompt="")
+    rows = rows[:, :width].astype(np.float64)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def in_codes(documents, precision):
+    """Return what the codes of sentence-transformers say of documents of length 1."""
+    if precision == "float32":
+        return documents
+    if precision == "binary":
+        values = np.unpackbits(quantize_embeddings(documents, "ubinary"), axis=1) * 2.0 - 1
+    else:
+        low, high = documents.min(axis=0), documents.max(axis=0)
+        codes = quantize_embeddings(documents.astype(np.float32), "int8")
+        values = low + (codes + 128.5) * (high - low) / 255
+    return values / np.linalg.norm(values, axis=1, keepdims=True)
+
+
+def loop_metrics(path, data, width, precision="float32"):
+    """Rank every document for every query in plain Python."""
+    documents = in_codes(embed(path, "document", data.corpus, width), precision)
+    queries = embed(path, "query", data.queries, width)
+    sums = dict.fromkeys(RETRIEVAL_METRICS, 0.0)
+    discounts = [1 / math.log2(i + 2) for i in range(10)]
+    for query, grades in zip(queries, data.relevant, strict=True):
+        scores = (documents @ query).round(7)  # equal codes must tie
+        ranking = sorted(range(len(documents)), key=lambda row: (-scores[row], row))
+        best = sorted(grades.values(), reverse=True)
+        gain = sum(grades.get(row, 0) * d for row, d in zip(ranking, discounts, strict=False))
+        sums["ndcg@10"] += gain / sum(g * d for g, d in zip(best, discounts, strict=False))
+        ranks = sorted(ranking.index(row) + 1 for row in grades)
+        reached = [(i + 1) / rank for i, rank in enumerate(ranks) if rank <= 100]
+        sums["mrr@10"] += 1 / ranks[0] if ranks[0] <= 10 else 0
+        sums["map@100"] += sum(reached) / len(ranks)
+        sums["recall@100"] += len(reached) / len(ranks)
+    return {metric: value / len(data.relevant) for metric, value in sums.items()}
+
+
+def test_metrics_equal_a_loop_over_all_documents(model, data):
+    results = evaluate_models([model], {"words": data}, WIDTHS)
+    assert [(r.model, r.data, r.width) for r in results] == [(model, "words", w) for w in WIDTHS]
+    for result in results:
+        expected = loop_metrics(model, data, result.width)
+        for precision in ("int8", "binary"):
+            stored = loop_metrics(model, data, result.width, precision)
+            expected[f"ndcg@10/{precision}"] = stored["ndcg@10"]
+        assert result.metrics == pytest.approx(expected)
+    assert len({result.metrics["ndcg@10"] for result in results}) == 3
+
+
+def test_metrics_equal_encoding_again_at_every_width(model, data):
+    binary = data._replace(relevant=[dict.fromkeys(grades, 1) for grades in data.relevant])
+    ids = [f"{row:03}" for row in range(len(data.corpus))]
+    for result in evaluate_models([model], {"words": binary}, WIDTHS):
+        reference = InformationRetrievalEvaluator(
+            queries=dict(zip(data.query_ids, data.queries, strict=True)),
+            corpus=dict(zip(ids, data.corpus, strict=True)),
+            relevant_docs={
+                query: {ids[row] for row in grades}
+                for query, grades in zip(data.query_ids, data.relevant, strict=True)
+            },
+            precision_recall_at_k=[100],
+            truncate_dim=result.width,
+            write_csv=False,
+        )
+        found = reference(SentenceTransformer(model, device="cpu"))
+        for metric in RETRIEVAL_METRICS:
+            assert result.metrics[metric] == pytest.approx(found[f"cosine_{metric}"], abs=1e-6)
+
+
+def test_scored_pairs_are_compared_by_role_and_rank(model, pairs):
+    for result in evaluate_models([model], {"sts": pairs}, WIDTHS):
+        first = embed(model, "query", pairs.first, result.width)
+        second = embed(model, "document", pairs.second, result.width)
+        for precision in ("float32", "int8", "binary"):
+            cosines = (first * in_codes(second, precision)).sum(axis=1)
+            expected = spearmanr(cosines, pairs.scores).statistic
+            assert result.quality(precision) == pytest.approx(expected, abs=1e-6)
+        assert sorted(result.metrics) == ["spearman", "spearman/binary", "spearman/int8"]
+
+
+def test_codes_are_those_of_sentence_transformers():
+    documents = torch.randn(9000, 20) * torch.linspace(0.1, 3, 20)  # more than a block
+    documents[:, 5] = 0
+    unit = torch.nn.functional.normalize(documents, dim=-1).numpy()
+    ranges = np.stack([unit.min(axis=0), unit.max(axis=0)])
+    step = (ranges[1] - ranges[0]) / 255
+    stored = as_stored(documents, "int8").numpy()
+    inside = unit < ranges[1]  # the highest value has the code of a step of its own
+    assert (np.abs(stored - unit) <= 0.501 * step + 1e-7)[inside].all()
+    codes = quantize_embeddings(unit, "int8")
+    np.testing.assert_allclose(stored, ranges[0] + (codes + 128.5) * step, atol=1e-6)
+    signs = as_stored(documents, "binary").numpy()
+    assert set(np.unique(signs)) == {-1, 1}
+    packed = np.packbits(signs > 0, axis=1)
+    np.testing.assert_array_equal(packed, quantize_embeddings(unit, "ubinary"))
+
+
+def test_texts_are_encoded_once_for_all_widths(model, data, pairs, monkeypatch):
+    encoded = []
+    for role in ("encode_query", "encode_document"):
+        original = getattr(SentenceTransformer, role)
+
+        def counted(self, texts, *args, original=original, **kwargs):
+            encoded.append(len(texts))
+            return original(self, texts, *args, **kwargs)
+
+        monkeypatch.setattr(SentenceTransformer, role, counted)
+    doubled = pairs._replace(
+        first=pairs.first * 2, second=pairs.second * 2, scores=pairs.scores * 2
+    )
+    sets = {"words": data, "sts": pairs, "doubled": doubled}
+    results = evaluate_models([model, model], sets, WIDTHS)
+    assert encoded == [10, 150, 60, 60, 60, 60]
+    for once, twice in zip(results[3:6], results[6:], strict=True):
+        assert once.metrics == pytest.approx(twice.metrics)
+
+
+def test_widths_default_to_the_model_and_larger_ones_are_left_out(model, narrow, data, caplog):
+    sets = {"words": data}
+    own = evaluate_models([model, narrow], sets)
+    assert [(result.model, result.width) for result in own] == [(model, 32), (narrow, 16)]
+    with caplog.at_level(logging.WARNING, "embedtune"):
+        results = evaluate_models([model, narrow], sets, [8, 32, 64, 8])
+    assert [(r.model, r.width) for r in results] == [(model, 32), (model, 8), (narrow, 8)]
+    assert [message.rpartition("/")[2] for message in caplog.messages] == [
+        "model has width 32: left out at 64",
+        "model has width 16: left out at 32, 64",
+    ]
+
+
+@pytest.mark.parametrize("dims", [[], [0, 8], [-1], [512]])
+def test_impossible_widths(model, data, dims):
+    with pytest.raises(InputError, match="dims: expected"):
+        evaluate_models([model], {"words": data}, dims)
+
+
+def test_a_model_that_is_not_there(data, tmp_path):
+    with pytest.raises(InputError, match="found no folder"):
+        evaluate_models([str(tmp_path / "none")], {"words": data})
+
+
+# --- Reporting ------------------------------------------------------------------------------------
+
+
+def result(model, width, quality, data="sets/words", main="ndcg@10"):
+    others = {"mrr@10": 0.5} if main == "ndcg@10" else {}
+    quantised = {f"{main}/int8": quality - 0.01, f"{main}/binary": quality / 2}
+    return Result(model, data, width, {main: quality} | others | quantised)
+
+
+RESULTS = [
+    result("/runs/one/model", 384, 0.5731),
+    result("/runs/one/model", 32, 0.31),
+    result("/runs/two/model", 32, 1.0),
+]
+PAIRS = [
+    result("/runs/one/model", 32, 0.8, "sts/test.jsonl", "spearman"),
+    result("/runs/two/model", 32, -0.05, "sts/test.jsonl", "spearman"),
+]
+
+
+def test_table_has_a_row_a_model_and_a_column_a_width():
+    assert format_table(RESULTS).splitlines() == [
+        "words, nDCG@10     384      32",
+        "one/model        .5731   .3100",
+        "two/model            -  1.0000",
+    ]
+
+
+def test_table_has_a_part_for_each_test_set():
+    assert format_table(RESULTS[:1] + PAIRS).splitlines() == [
+        "words, nDCG@10     384      32",
+        "one/model        .5731       -",
+        "two/model            -       -",
+        "",
+        "test, Spearman     384      32",
+        "one/model            -   .8000",
+        "two/model            -  -.0500",
+    ]
+
+
+def test_models_and_sets_are_named_by_what_tells_them_apart():
+    names = ["/a/x/m/last", "/a/y/m/last", "org/name"]
+    table = format_table([result(name, 8, 0.5) for name in names])
+    assert [row.split()[0] for row in table.splitlines()[1:]] == [
+        "x/m/last",
+        "y/m/last",
+        "org/name",
+    ]
+    splits = ["sets/words", "sets/words/qrels/dev.tsv"]
+    table = format_table([result("m", 8, 0.5, data) for data in splits])
+    assert [row.partition(",")[0] for row in table.splitlines()[::3]] == splits
+
+
+def test_a_long_name_takes_lines_of_its_own():
+    long = "sentence-transformers/paraphrase-multilingual-mpnet-base-v2"
+    assert format_table([result(long, 8, 0.5), result("b", 8, 0.25)]).splitlines() == [
+        "words, nDCG@10                         8",
+        "sentence-transformers/paraphrase-",
+        "multilingual-mpnet-base-v2         .5000",
+        "b                                  .2500",
+    ]
+
+
+def test_results_are_written(tmp_path):
+    write_results(RESULTS + PAIRS, tmp_path / "new" / "folder")
+    rows = json.loads((tmp_path / "new" / "folder" / "evaluation.json").read_text())
+    assert rows[0] == {
+        "model": "/runs/one/model",
+        "data": "sets/words",
+        "width": 384,
+        "ndcg@10": 0.5731,
+        "mrr@10": 0.5,
+        "ndcg@10/int8": pytest.approx(0.5631),
+        "ndcg@10/binary": 0.5731 / 2,
+        "mb_per_million": {"float32": 1536, "int8": 384, "binary": 48},
+    }
+    assert len(rows) == 5
+    assert (tmp_path / "new" / "folder" / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(InputError, match=r"embedtune\[plots\]"):
+        write_results(RESULTS, tmp_path)
+    assert (tmp_path / "evaluation.json").is_file()
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(InputError, match="expected a folder to write to, found a file"):
+        write_results(RESULTS, tmp_path / "taken")
+
+
+def test_the_command_compares_several_models_and_sets(model, narrow, folder, tmp_path, capsys):
+    rows = [{"query": f"cat {word}", "pos": [word], "scores": [len(word)]} for word in WORDS]
+    pairs = tmp_path / "sts.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = [str(folder), str(folder / "qrels" / "test.tsv"), str(pairs)]
+    out = tmp_path / "out"
+    main(["evaluate", model, narrow, "--data", *sets, "--dims", "16,8", "--out", str(out)])
+    table = capsys.readouterr().out
+    assert table.count("nDCG@10") == 2
+    assert table.count("Spearman") == 1
+    found = json.loads((out / "evaluation.json").read_text())
+    keys = [(row["model"], row["data"], row["width"]) for row in found]
+    assert keys == [(m, d, w) for m in (model, narrow) for d in sets for w in (16, 8)]
+    assert found[0]["ndcg@10"] == found[2]["ndcg@10"]  # the same test set, named in two ways

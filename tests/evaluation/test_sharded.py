@@ -1,0 +1,269 @@
+"""A fit is measured on test sets: the base model first, then the trained one, at every width."""
+
+import csv
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import (
+    EmbeddingSimilarityEvaluator,
+    InformationRetrievalEvaluator,
+)
+from testset_files import DOCUMENTS, lines, write_plain_beir
+
+from embedtune.cli import main
+from embedtune.data.beir import read_beir
+from embedtune.data.scored_pairs import read_scored
+from embedtune.evaluation.metrics import retrieval_metrics
+from embedtune.reports.report import write_report
+
+WIDTHS = (32, 16, 8)
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> dict[str, str]:
+    monkeypatch.chdir(tmp_path)
+    return write_data(tmp_path)
+
+
+def write_data(folder: Path) -> dict[str, str]:
+    """Write a retrieval set, scored pairs and training rows; return their paths."""
+    pairs = [{"query": f"{d.split()[1]} {d.split()[0]}", "pos": [d]} for d in DOCUMENTS[1::4]]
+    scored = [
+        {"query": DOCUMENTS[i], "pos": [DOCUMENTS[3 * i]], "scores": [(i * 7 % 11) / 11]}
+        for i in range(30)
+    ]
+    return {
+        "docs": write_plain_beir(folder / "docs"),
+        "sts": lines(folder / "sts.jsonl", scored),
+        "train": lines(folder / "train.jsonl", pairs),
+    }
+
+
+def fit(model, data: dict[str, str], *flags: str) -> list[dict[str, str]]:
+    """Run a fit of two epochs at three widths; return the rows of metrics.csv."""
+    sets = {"docs": data["docs"], "sts": data["sts"], "pairs": data["train"]}
+    main(
+        [
+            *("fit", "--model.model_name_or_path", str(model), "--trainer.accelerator", "cpu"),
+            *("--data.train_path", data["train"], "--data.batch_size", "8", "--model.lr", "1e-3"),
+            *("--model.use_mrl", "true", "--model.mrl_dims", ",".join(map(str, WIDTHS))),
+            *("--data.val_path", json.dumps(sets), "--trainer.precision", "32-true", *flags),
+        ]
+    )
+    return list(csv.DictReader(Path("run/metrics.csv").read_text().splitlines()))
+
+
+def curve(rows: list[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in rows if row.get(name)]
+
+
+def reference(model: str, data: dict[str, str], width: int | None) -> dict[str, float]:
+    """Measure a model with sentence-transformers' own evaluators."""
+    loaded = SentenceTransformer(str(model), device="cpu", truncate_dim=width)
+    beir = read_beir(Path(data["docs"]), ("dev",))
+    queries = dict(zip(beir.query_ids, beir.queries, strict=True))
+    relevant = {
+        name: {beir.document_ids[row] for row in rows}
+        for name, rows in zip(beir.query_ids, beir.relevant, strict=True)
+    }
+    corpus = dict(zip(beir.document_ids, beir.corpus, strict=True))
+    found = InformationRetrievalEvaluator(queries, corpus, relevant)(loaded)
+    pairs = read_scored(Path(data["sts"]))
+    similar = EmbeddingSimilarityEvaluator(pairs.first, pairs.second, pairs.scores)(loaded)
+    names = {"ndcg@10": "ndcg@10", "mrr@10": "mrr@10", "map@100": "map@100"}
+    return {
+        **{f"docs/{ours}": found[f"cosine_{theirs}"] for ours, theirs in names.items()},
+        "sts/spearman": similar["spearman_cosine"],
+    }
+
+
+def test_curves_are_what_sentence_transformers_measures_of_base_and_exports(
+    tiny_bert, data, caplog
+):
+    with caplog.at_level(logging.INFO, logger="embedtune"):
+        rows = fit(tiny_bert, data)
+    models = [tiny_bert, "run/checkpoints/epoch-1", "run/checkpoints/epoch-2"]
+    for width in (None, *WIDTHS):
+        expected = [reference(model, data, width) for model in models]
+        suffix = "" if width is None else f"/{width}"
+        for name in expected[0]:
+            found = curve(rows, f"val/{name}{suffix}")
+            assert found == pytest.approx([metrics[name] for metrics in expected], abs=1e-6), name
+        assert expected[0] != pytest.approx(expected[2], abs=0.01), "training must show"
+    # The base is the first row, of a loss too.
+    assert rows[0]["step"] == "0"
+    assert float(rows[0]["val/docs/ndcg@10"]) > 0
+    losses = curve(rows, "val/pairs/loss")
+    assert len(losses) == 3
+    assert losses[0] > losses[2]
+    assert "model/ is the model of the last step, 8; checkpoint.monitor" in caplog.text
+
+
+def test_the_base_has_its_own_prompt_width_and_longest_input(tiny_bert, data, tmp_path):
+    """A fit changes all three before its first step."""
+    model = SentenceTransformer(str(tiny_bert), device="cpu")
+    model.max_seq_length, model.prompts["query"] = 5, "ask "
+    base = tmp_path / "base"
+    model.save_pretrained(str(base))
+    rows = [json.loads(line) for line in Path(data["train"]).read_text().splitlines()]
+    prompted = [{**row, "prompt_for_query": "find "} for row in rows]
+    data = {**data, "train": lines(tmp_path / "prompted.jsonl", prompted)}
+    widened = ("--model.mrl_dims", "48,16", "--model.projection_init", "random")
+    found = fit(base, data, *widened)
+    expected = [reference(path, data, None) for path in (base, "run/checkpoints/epoch-2")]
+    for name in ("docs/ndcg@10", "docs/mrr@10", "docs/map@100"):
+        values = curve(found, f"val/{name}")
+        assert [values[0], values[2]] == pytest.approx([e[name] for e in expected], abs=1e-6)
+    cut = reference(base, data, 16)["docs/ndcg@10"]
+    assert curve(found, "val/docs/ndcg@10/16")[0] == pytest.approx(cut, abs=1e-6)
+    assert len(curve(found, "val/docs/ndcg@10/48")) == 2  # the base is narrower
+
+
+LATER_IS_WORSE = ("--model.lr", "0.05", "--model.lr_schedule", "constant")
+
+
+def test_the_model_is_the_best_checkpoint_and_says_so(tiny_bert, data, caplog, monkeypatch):
+    written = []
+
+    def write(*args, **given):
+        written.append(given)
+        return write_report(*args, **given)
+
+    monkeypatch.setattr("embedtune.callbacks.run_report.write_report", write)
+    metric = "val/docs/ndcg@10/16"
+    flags = ("--trainer.max_epochs", "4", *LATER_IS_WORSE, "--checkpoint.monitor", metric)
+    with caplog.at_level(logging.INFO, logger="embedtune"):
+        rows = fit(tiny_bert, data, *flags)
+    trained = curve(rows, metric)[1:]
+    best = max(range(4), key=lambda epoch: trained[epoch])
+    assert best < 3, "the last epoch must not be the best, or the test shows nothing"
+    probes = ["red house", "small river of stone"]
+    models = ["run/model", f"run/checkpoints/epoch-{best + 1}", "run/checkpoints/epoch-4"]
+    found, expected, last = (
+        torch.as_tensor(SentenceTransformer(path, device="cpu").encode(probes)) for path in models
+    )
+    torch.testing.assert_close(found, expected)
+    assert (found - last).abs().max() > 0.01
+    told = f"the model of step {4 * (best + 1)}, the best by {metric} ({trained[best]:.4f})"
+    assert told in caplog.text
+    state = torch.load("run/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 16, "a run goes on from the last"
+    # The report and the card are of the same model.
+    report, card = (Path("run", name).read_text() for name in ("report.html", "model/README.md"))
+    assert told in report
+    for text, digits in ((report, 3), (card, 4)):
+        for value in (curve(rows, metric)[0], trained[best]):
+            assert f"{value:.{digits}f}".removeprefix("0") in text
+    assert f"{trained[-1]:.4f}" not in card
+    *_, last_validation, end = written
+    mrr = [curve(rows, "val/docs/mrr@10")[i] for i in (0, best + 1, 4)]
+    relevant = read_beir(Path(data["docs"]), ("dev",)).relevant
+    rankings = [end["comparisons"][0].base, end["comparisons"][0].trained]
+    rankings.append(last_validation["comparisons"][0].trained)
+    for ranking, value in zip(rankings, mrr, strict=True):
+        assert retrieval_metrics(ranking, relevant)["mrr@10"] == pytest.approx(value)
+    assert last_validation["model_note"] == "The fit is running: step 16 of 16"
+
+    # A fit that goes on from the best does what this one did.
+    again = fit(tiny_bert, data, *flags, "--ckpt_path", "best")
+    assert curve(again, metric) == trained[best + 1 :]
+
+
+def test_the_best_checkpoint_is_found_by_its_name(tiny_bert, data, capsys):
+    rows = fit(tiny_bert, data, "--checkpoint.monitor", "val/sts/spearman")
+    best = max(curve(rows, "val/sts/spearman")[1:])
+    Path("run").rename("moved")
+    capsys.readouterr()
+    main(
+        [
+            *("validate", "--model.model_name_or_path", str(tiny_bert), "--ckpt_path", "best"),
+            *("--data.val_path", data["sts"], "--trainer.default_root_dir", "moved"),
+            *("--trainer.accelerator", "cpu", "--checkpoint.monitor", "val/sts/spearman"),
+        ]
+    )
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if "val/sts/spearman" in x]
+    assert float(line.split()[-2]) == pytest.approx(best, abs=1e-5)
+
+
+def test_a_fit_ends_when_it_gets_no_better(tiny_bert, data):
+    flags = ("--trainer.max_epochs", "9", *LATER_IS_WORSE)
+    stopping = ("--checkpoint.monitor", "val/docs/mrr@10", "--early_stopping_patience", "1")
+    values = curve(fit(tiny_bert, data, *flags, *stopping), "val/docs/mrr@10")[1:]
+    assert len(values) < 9
+    assert values[-1] <= max(values[:-1])
+    assert values[-2] == max(values)
+
+
+def test_an_anchor_that_falls_is_told(tiny_bert, data, caplog):
+    with caplog.at_level(logging.INFO, logger="embedtune"):
+        rows = fit(tiny_bert, data, "--model.lr", "0.05", "--anchors", '{"docs": 0.01, "sts": 2}')
+    values = curve(rows, "val/docs/ndcg@10")
+    fell = values[0] - values[2]
+    assert fell > 0.01, "or the test shows nothing"
+    told = f"anchor docs: val/docs/ndcg@10 fell to {values[2]:.4f}, {fell:.4f} below the base"
+    assert told in caplog.text
+    assert "anchor sts" not in caplog.text
+
+
+def test_a_set_of_which_texts_are_left_out_is_not_measured(tiny_bert, data, monkeypatch, caplog):
+    monkeypatch.setattr("embedtune.data.datamodule.TEXTS_PER_BATCH", 25)
+    rows = fit(tiny_bert, data, "--trainer.limit_val_batches", "2")
+    assert "val/docs: not measured" in caplog.text
+    assert len(curve(rows, "val/docs/ndcg@10")) == 1  # the base, which is measured whole
+    assert len(curve(rows, "val/sts/spearman")) == 1
+
+
+def test_resuming_keeps_the_base_for_comparison(tiny_bert, data, caplog):
+    fit(tiny_bert, data, "--trainer.max_epochs", "1")
+    with caplog.at_level(logging.INFO, logger="embedtune"):
+        rows = fit(tiny_bert, data, "--ckpt_path", "last")
+    base = reference(tiny_bert, data, None)["docs/ndcg@10"]
+    (value,) = curve(rows, "val/docs/ndcg@10")  # only what this run has trained
+    assert f"step 8: val/docs/ndcg@10 {value:.4f} ({value - base:+.4f})" in caplog.text
+
+
+# --- Bad input --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--checkpoint.monitor", "val/docs/ndcg@5"),
+            "checkpoint.monitor: expected a metric of data.val_path (val/pairs/loss, "
+            "val/docs/ndcg@10, val/docs/mrr@10, ",
+        ),
+        (("--early_stopping_patience", "2"), "expected checkpoint.monitor to name the metric"),
+        (
+            ("--early_stopping_patience", "0", "--checkpoint.monitor", "val/sts/spearman"),
+            "early_stopping_patience: expected a positive number, found 0",
+        ),
+        (("--anchors", '{"dosc": 0.1}'), "(docs, sts), found 'dosc'"),
+        (("--anchors", '{"docs": -0.1}'), "anchors: docs: expected a fall of 0 or more"),
+        (("--anchors", '{"pairs": 0.1}'), "retrieval sets or scored sets of data.val_path"),
+        (("--data.val_path", '{"a/b": "train.jsonl"}'), "names without '/', found 'a/b'"),
+        (("--data.val_path", '{"a": ["docs", "docs"]}'), "expected one BEIR folder or files"),
+        (("--data.val_path", "neg.jsonl"), "expected pair rows as those of training, scored rows"),
+        (("--data.val_path", "nowhere"), "found nothing at nowhere"),
+        (("--data.val_path", "empty"), "expected a jsonl file or a BEIR folder, found the folder"),
+    ],
+)
+def test_mistakes_are_one_message(tiny_bert, data, capsys, flags, message):
+    lines(Path("neg.jsonl"), [{"query": "a", "pos": ["b"], "neg": ["c"]}])
+    Path("empty").mkdir()
+    with pytest.raises(SystemExit) as caught:
+        fit(tiny_bert, data, *flags)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bad_qrels_stop_a_fit_before_its_first_step(tiny_bert, data, capsys):
+    Path("docs/qrels/dev.tsv").write_text("query-id\tcorpus-id\tscore\nq1\tdX\t1\n")
+    with pytest.raises(SystemExit):
+        fit(tiny_bert, data)
+    assert "docs/qrels/dev.tsv:2: " in capsys.readouterr().err
+    assert not Path("run/metrics.csv").exists()

@@ -1,0 +1,265 @@
+"""The exported folder is the trained model, or it is marked and the command fails."""
+
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+
+from embedtune import Embedding, EmbeddingDataModule, EmbeddingModule, ExportModel, InputError
+from embedtune.cli import main
+from embedtune.errors import ExportError
+from embedtune.export import probes
+from embedtune.export.folder import TOLERANCE, UNVERIFIED, export_encoder
+from embedtune.export.rebuild import export_checkpoint
+from embedtune.models.encoder import Encoder
+from embedtune.models.spec import EncoderSpec
+
+
+@pytest.fixture
+def encoder(tiny_bert) -> Encoder:
+    encoder = Encoder(EncoderSpec(str(tiny_bert)))
+    encoder.append_projection(48)
+    with torch.no_grad():
+        for parameter in encoder.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    return encoder
+
+
+def modules(folder: Path) -> list[str]:
+    return [m["type"].rpartition(".")[2] for m in json.loads((folder / "modules.json").read_text())]
+
+
+def test_an_export_loads_and_equals_the_training_graph(encoder, tmp_path):
+    encoder.set_query_prompt("find: ")
+    folder = tmp_path / "model"
+    assert export_encoder(encoder, folder) <= TOLERANCE
+    assert modules(folder) == ["Transformer", "Pooling", "Dense", "Normalize"]
+    assert not (folder / UNVERIFIED).exists()
+    assert not list(folder.rglob("*.bin"))
+    model = SentenceTransformer(str(folder), device="cpu")
+    assert model.prompts["query"] == "find: "
+    assert model.similarity_fn_name == "cosine"
+    with torch.no_grad():
+        features = encoder.eval().tokenize(["find: a text"], "query", None, 64)
+        expected = torch.nn.functional.normalize(encoder(features), dim=-1)
+    torch.testing.assert_close(torch.as_tensor(model.encode_query(["a text"])), expected)
+
+
+def test_a_model_without_normalize_gets_none(tiny_transformer, tmp_path):
+    export_encoder(Encoder(EncoderSpec(str(tiny_transformer))), tmp_path / "model")
+    assert modules(tmp_path / "model") == ["Transformer", "Pooling"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "default"),
+    [
+        ({"query": "q: ", "passage": "p: "}, None),
+        ({"query": "q: ", "document": "d: ", "passage": "p: "}, None),
+        ({"task": "t: "}, "task"),
+    ],
+)
+def test_prompts_are_those_of_encode_query_and_encode_document(
+    tiny_bert, tmp_path, prompts, default
+):
+    model = SentenceTransformer(
+        str(tiny_bert), device="cpu", prompts=prompts, default_prompt_name=default
+    )
+    model.save_pretrained(str(tmp_path / "prompted"))
+    encoder = Encoder(EncoderSpec(str(tmp_path / "prompted")))
+    assert export_encoder(encoder, tmp_path / "model") <= TOLERANCE
+    exported = SentenceTransformer(str(tmp_path / "model"), device="cpu").prompts
+    document = prompts.get("document", prompts.get("passage", ""))
+    assert (exported["query"], exported["document"]) == (prompts.get("query", ""), document)
+
+
+def test_a_model_that_truncates_is_trained_and_exported_at_its_full_width(tiny_bert, tmp_path):
+    SentenceTransformer(str(tiny_bert), device="cpu", truncate_dim=16).save_pretrained(
+        str(tmp_path / "cut")
+    )
+    assert SentenceTransformer(str(tmp_path / "cut"), device="cpu").truncate_dim == 16
+    encoder = Encoder(EncoderSpec(str(tmp_path / "cut")))
+    assert encoder.width == 32
+    assert export_encoder(encoder, tmp_path / "model") <= TOLERANCE
+
+
+def test_training_goes_on_after_an_export(encoder, tmp_path):
+    before = [id(parameter) for parameter in encoder.parameters()]
+    export_encoder(encoder, tmp_path / "model")
+    assert [id(parameter) for parameter in encoder.parameters()] == before
+    assert len(encoder.model) == 3
+
+
+def damage(folder: Path) -> None:
+    weights = load_file(folder / "2_Dense" / "model.safetensors")
+    weights["linear.weight"][0, 0] += 0.01
+    save_file(weights, folder / "2_Dense" / "model.safetensors")
+
+
+def test_a_folder_that_differs_is_marked_and_the_command_fails(
+    encoder, tmp_path, monkeypatch, capsys
+):
+    load = probes.load_sentence_transformer
+
+    def load_damaged(path, **kwargs):
+        damage(Path(path))
+        return load(path, **kwargs)
+
+    monkeypatch.setattr(probes, "load_sentence_transformer", load_damaged)
+    with pytest.raises(ExportError, match="differ"):
+        export_encoder(encoder, tmp_path / "model")
+    assert "differ" in (tmp_path / "model" / UNVERIFIED).read_text()
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+    checkpoint = {
+        "encoder_spec": encoder.spec._asdict(),
+        "state_dict": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
+    }
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(SystemExit) as caught:
+        main(["export", str(tmp_path / "last.ckpt"), str(tmp_path / "again")])
+    assert caught.value.code == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_weights_that_are_not_numbers_are_not_verified(encoder, tmp_path):
+    with torch.no_grad():
+        encoder.dense.linear.weight[0, 0] = float("nan")
+    with pytest.raises(ExportError):
+        export_encoder(encoder, tmp_path / "model")
+
+
+def test_missing_weights_are_an_error(encoder, tmp_path):
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    del state["encoder.model.2.linear.bias"]
+    checkpoint = {"encoder_spec": encoder.spec._asdict(), "state_dict": state}
+    torch.save(checkpoint, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=r"model\.2\.linear\.bias"):
+        export_checkpoint(tmp_path / "last.ckpt", tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_an_export_replaces_an_export_and_nothing_else(encoder, tmp_path):
+    export_encoder(encoder, tmp_path / "model")
+    export_encoder(encoder, tmp_path / "model")
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="found something else"):
+        export_encoder(encoder, precious)
+    assert (precious / "thesis.txt").exists()
+
+
+def test_longer_training_texts_lengthen_the_exported_input(tiny_bert, tmp_path):
+    model = SentenceTransformer(str(tiny_bert), device="cpu")
+    model.max_seq_length = 16
+    model.save_pretrained(str(tmp_path / "short"))
+    for trained, expected in ((32, 32), (8, 16)):
+        encoder = Encoder(EncoderSpec(str(tmp_path / "short"), max_seq_length=trained))
+        export_encoder(encoder, tmp_path / "model")
+        exported = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+        assert exported.max_seq_length == expected
+
+
+# --- Model card -----------------------------------------------------------------------------
+
+
+def fit(folder: Path, model: Path, ckpt_path: Path | None = None, **settings) -> None:
+    """Fit two epochs of three steps, each of them validated, checkpointed and exported."""
+    folder.mkdir()
+    train = [{"query": f"query {i}", "pos": [f"text {i}"], "neg": [f"{i}"]} for i in range(12)]
+    dev = [{"query": f"query {i}", "pos": [f"text {i}"], "scores": [i % 5]} for i in range(12)]
+    for name, rows in (("train", train), ("dev", dev)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = EmbeddingDataModule(str(folder / "train.jsonl"), str(folder / "dev.jsonl"), batch_size=4)
+    module = EmbeddingModule(str(model), use_mrl=True, mrl_dims="32,8")
+    module.base_metrics = {"val/dev/spearman": 0.25, "val/dev/spearman/8": 0.125}
+    keep = ModelCheckpoint(folder / "kept", "{epoch}-{step}", save_top_k=-1, **settings)
+    pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=str(folder),
+        callbacks=[keep, ExportModel()],
+    ).fit(module, datamodule=data, ckpt_path=ckpt_path)
+
+
+def read_card(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_exported_checkpoint_has_the_card_of_the_running_export(tiny_bert, tmp_path):
+    fit(tmp_path / "run", tiny_bert)
+    first, last = sorted((tmp_path / "run" / "kept").glob("*.ckpt"))
+    exports = tmp_path / "run" / "checkpoints"
+    for number, checkpoint in ((1, first), (2, last)):
+        export_checkpoint(checkpoint, tmp_path / "model")
+        assert read_card(tmp_path / "model") == read_card(exports / f"epoch-{number}")
+        assert f"after step {3 * number}, in epoch {number}" in read_card(tmp_path / "model")
+    assert read_card(tmp_path / "model") == read_card(tmp_path / "run" / "model")
+    facts = torch.load(last, weights_only=True)["training_facts"]
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["data"] | {"rows": 12, "examples": 12} == facts["data"]
+    assert facts["configuration"] | {"steps": 6, "batch size": 4} == facts["configuration"]
+    assert (facts["mrl_dims"], facts["data"]["files"]) == ([32, 8], ["train.jsonl"])
+    rows = [row for row in read_card(tmp_path / "model").splitlines() if "| Spearman" in row]
+    assert [row.split(" | ")[2:4] for row in rows] == [["full", "0.2500"], ["8", "0.1250"]]
+    assert str(tmp_path) not in read_card(tmp_path / "model")
+    assert "matryoshka" in ModelCard.load(tmp_path / "model" / "README.md").data.tags
+
+
+def test_a_run_that_goes_on_counts_on(tiny_bert, tmp_path):
+    fit(tmp_path / "run", tiny_bert, every_n_train_steps=2)
+    (middle,) = (tmp_path / "run" / "kept").glob("*step=4.ckpt")
+    export_checkpoint(middle, tmp_path / "model")
+    assert "after step 4, in epoch 2" in read_card(tmp_path / "model")
+    fit(tmp_path / "again", tiny_bert, middle)
+    assert read_card(tmp_path / "again" / "model") == read_card(tmp_path / "run" / "model")
+
+
+def test_a_checkpoint_without_facts_has_a_card_without_them(encoder, tmp_path):
+    checkpoint = {
+        "encoder_spec": encoder.spec._asdict(),
+        "state_dict": {f"encoder.{k}": v for k, v in encoder.state_dict().items()},
+    }
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    export_checkpoint(tmp_path / "old.ckpt", tmp_path / "model")
+    assert "## Training" not in read_card(tmp_path / "model")
+    assert "matryoshka" not in ModelCard.load(tmp_path / "model" / "README.md").data.tags
+
+
+# --- Embedding ------------------------------------------------------------------------------
+
+
+def test_embedding_encodes_in_order_without_gradients(encoder, tmp_path):
+    export_encoder(encoder, tmp_path / "model")
+    embedding = Embedding.from_pretrained(tmp_path / "model").to("cpu")
+    texts = [f"text {'x ' * (i % 7)}{i}" for i in range(50)]
+    found = embedding.encode(texts, batch_size=8)
+    expected = SentenceTransformer(str(tmp_path / "model"), device="cpu").encode(texts)
+    assert found.shape == (50, 48)
+    assert (found.device.type, found.dtype, found.requires_grad) == ("cpu", torch.float32, False)
+    torch.testing.assert_close(found, torch.as_tensor(expected))
+    (found * 2).sum()  # an ordinary tensor, not one of inference mode
+    assert not found.is_inference()
+
+
+def test_embedding_takes_a_prompt_and_a_longest_input(tiny_bert):
+    embedding = Embedding.from_pretrained(tiny_bert)
+    prompted = embedding.encode(["text"], prompt="query: ")
+    torch.testing.assert_close(prompted, embedding.encode(["query: text"]))
+    long_text = "a b c d e f g h i j k l m n o p"
+    torch.testing.assert_close(
+        embedding.encode([long_text], max_len=6), embedding.encode(["a b c d"])
+    )
+    assert embedding.encode([]).shape == (0, 32)
+    # Longer than the model's 64 positions, by the default of 512 tokens.
+    torch.testing.assert_close(embedding.encode(["a " * 100]), embedding.encode(["a " * 62]))

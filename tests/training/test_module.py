@@ -1,0 +1,391 @@
+"""What the module settles from its data, and what it computes in a step."""
+
+import json
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
+
+from embedtune import EmbeddingDataModule, EmbeddingModule, InputError
+from embedtune.callbacks.throughput import Throughput
+from embedtune.data.collate import Collator
+from embedtune.data.teacher_store import TeacherWriter
+from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL, Matryoshka
+from embedtune.models.encoder import Encoder
+from embedtune.models.spec import EncoderSpec
+from embedtune.training.optimizer import build_optimizer, build_schedule
+from embedtune.training.start_projection import sample_embeddings
+
+ROWS = {
+    "pair": [{"query": f"query {i}", "pos": [f"document {i} " + "x " * i]} for i in range(12)],
+    "triplet": [
+        {
+            "query": f"query {i}",
+            "pos": [f"document {i}"],
+            "neg": [f"wrong {i} {j}" for j in range(4)],
+        }
+        for i in range(12)
+    ],
+    "scored": [
+        {"query": f"query {i}", "pos": [f"a {i}", f"b {i}"], "scores": [0.8, 0.1]}
+        for i in range(12)
+    ],
+    "distill": [{"query": f"text {i}"} for i in range(12)],
+}
+
+
+def write(folder: Path, name: str, rows: list[dict] | None = None) -> str:
+    path = folder / f"{name}.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS[name]))
+    return str(path)
+
+
+def teacher(folder: Path, width: int, rows: int = 12) -> str:
+    path = folder / f"teacher-{width}.f32"
+    generator = torch.Generator().manual_seed(width)
+    TeacherWriter(path, rows, width).write(torch.randn(rows, width, generator=generator).numpy())
+    return str(path)
+
+
+def trainer(folder: Path, **kwargs) -> pl.Trainer:
+    settings = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": str(folder),
+        **kwargs,
+    }
+    return pl.Trainer(**settings)
+
+
+def fit(folder, model, name, data=None, trainer_kwargs=None, **module):
+    """Train one run; return the module and the weights it started from."""
+    pl.seed_everything(1, verbose=False)
+    module = module.pop("kind", EmbeddingModule)(str(model), **module)
+    data = EmbeddingDataModule(write(folder, name), **{"batch_size": 4, **(data or {})})
+    start = {k: v.clone() for k, v in module.encoder.state_dict().items()}
+    trainer(folder, **(trainer_kwargs or {})).fit(module, data)
+    return module, start
+
+
+def movement(module, start):
+    return max(
+        (value - start[name]).abs().max().item()
+        for name, value in module.encoder.state_dict().items()
+        if name in start and value.is_floating_point()
+    )
+
+
+class SGDModule(EmbeddingModule):
+    """Plain SGD shows a wrong gradient scale, which AdamW would hide."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("use_mrl", [False, True])
+@pytest.mark.parametrize("name", ["pair", "triplet", "scored", "distill"])
+def test_every_format_trains_with_and_without_mrl(tmp_path, tiny_bert, name, use_mrl):
+    data = {"neg_nums": 2}
+    if name == "distill":
+        data = {"teacher_path": teacher(tmp_path, 48), "teacher_embedding_dim": 48}
+    module, start = fit(tmp_path, tiny_bert, name, data, use_mrl=use_mrl, mrl_dims="16,40", lr=1e-3)
+    assert movement(module, start) > 1e-4
+    width = 48 if name == "distill" else 40 if use_mrl else 32
+    assert module.encoder.width == width
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("pair", InfoNCE), ("triplet", InfoNCE), ("scored", ListwiseKL), ("distill", Distillation)],
+)
+def test_the_default_loss_follows_the_format(tmp_path, tiny_bert, name, expected):
+    data = {"teacher_path": teacher(tmp_path, 32)} if name == "distill" else None
+    module, _ = fit(tmp_path, tiny_bert, name, data)
+    assert type(module.loss) is expected
+
+
+def test_mrl_wraps_the_loss_and_distillation_takes_the_widths_itself(tmp_path, tiny_bert):
+    module, _ = fit(tmp_path, tiny_bert, "pair", use_mrl=True, mrl_dims=[8, 32])
+    assert isinstance(module.loss, Matryoshka)
+    data = {"teacher_path": teacher(tmp_path, 32)}
+    module, _ = fit(tmp_path, tiny_bert, "distill", data, use_mrl=True, mrl_dims=[8, 32])
+    assert isinstance(module.loss, Distillation)
+    assert module.loss.mrl_dims == [8, 32]
+
+
+def test_temperature_is_that_of_the_default_loss(tmp_path, tiny_bert):
+    module, _ = fit(tmp_path, tiny_bert, "pair", temperature=0.5)
+    assert module.loss.temperature == 0.5
+    with pytest.raises(InputError, match=r"init_args\.temperature"):
+        EmbeddingModule(str(tiny_bert), loss=InfoNCE(), temperature=0.5)
+
+
+def test_two_teachers_are_concatenated(tmp_path, tiny_bert):
+    paths = [teacher(tmp_path, 24), teacher(tmp_path, 16)]
+    module, _ = fit(tmp_path, tiny_bert, "distill", {"teacher_path": paths})
+    assert module.encoder.width == 40
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "module", "message"),
+    [
+        ("pair", {}, {"use_mrl": True, "mrl_dims": [64], "projection_init": "none"}, "mrl_dims"),
+        ("pair", {}, {"loss": CoSENT()}, "CoSENT takes scored data, found pair"),
+        ("pair", {"teacher_path": "t"}, {}, "expected distill data"),
+        ("distill", {}, {}, "data.teacher_path"),
+        ("pair", {"batch_size": 0}, {}, "data.batch_size"),
+        ("pair", {}, {"warmup_proportion": 2}, "warmup_proportion"),
+        ("pair", {}, {"lr": 0.0}, "model.lr"),
+    ],
+)
+def test_settings_that_do_not_fit_are_an_error(tmp_path, tiny_bert, name, data, module, message):
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path, tiny_bert, name, data, **module)
+
+
+def test_singleton_lists_are_refused_and_cosent_is_named(tmp_path, tiny_bert):
+    rows = [*ROWS["scored"], {"query": "q", "pos": ["p"], "scores": [0.5]}]
+    path = write(tmp_path, "lists", rows)
+    with pytest.raises(InputError, match=r"lists.jsonl:13: .*CoSENT"):
+        trainer(tmp_path).fit(EmbeddingModule(str(tiny_bert)), EmbeddingDataModule(path))
+
+
+def test_a_wider_reused_dense_is_an_error(tmp_path, tiny_bert):
+    module, _ = fit(tmp_path, tiny_bert, "pair", use_mrl=True, mrl_dims=[8, 16])
+    module.encoder.model.save_pretrained(str(tmp_path / "dense"))
+    again, _ = fit(tmp_path, tmp_path / "dense", "pair", use_mrl=True, mrl_dims=[4, 16])
+    assert len(again.encoder.model) == len(module.encoder.model)
+    with pytest.raises(InputError, match="it ends in a Dense"):
+        fit(tmp_path, tmp_path / "dense", "pair", use_mrl=True, mrl_dims=[8, 32])
+
+
+def test_pca_starts_from_the_training_texts(tmp_path, tiny_bert):
+    module, _ = fit(
+        tmp_path, tiny_bert, "pair", trainer_kwargs={"max_steps": 0}, use_mrl=True, mrl_dims=[32]
+    )
+    weight = module.encoder.dense.linear.weight.detach()
+    torch.testing.assert_close(weight @ weight.T, torch.eye(32), atol=1e-5, rtol=0)
+    embeddings = sample_embeddings(module.encoder, module.data, module.device)
+    energy = embeddings.square().mean(dim=0)
+    assert energy[:8].sum() > 0.5 * energy.sum()
+
+
+def test_flash_attention_in_float32_is_an_error(tmp_path, tiny_bert):
+    class Flash(EmbeddingModule):
+        def setup(self, stage):
+            self.encoder.attn_implementation = "flash_attention_2"
+            super().setup(stage)
+
+    with pytest.raises(InputError, match=r"trainer.precision: .*flash_attention_2 needs bf16"):
+        fit(tmp_path, tiny_bert, "pair", kind=Flash)
+
+
+def test_the_time_of_a_validation_is_not_waited_for(tmp_path, tiny_bert):
+    class SlowValidation(pl.Callback):
+        def on_validation_start(self, trainer, module):
+            time.sleep(1)
+
+    callbacks = [SlowValidation(), Throughput()]
+    settings = {"callbacks": callbacks, "val_check_interval": 1, "max_epochs": 1}
+    validated = {"val_path": write(tmp_path, "pair")}
+    module, _ = fit(tmp_path, tiny_bert, "pair", validated, trainer_kwargs=settings)
+    logged = module.trainer.callback_metrics
+    assert logged["train/input_wait"] < 0.5
+    assert logged["train/padding_efficiency"] == 1
+
+
+def test_a_router_s_texts_are_not_tokenised_ahead(tiny_bert, tmp_path):
+    routes = [list(SentenceTransformer(str(tiny_bert), device="cpu")) for _ in range(2)]
+    router = Router.for_query_document(query_modules=routes[0], document_modules=routes[1])
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path))
+    assert Collator(Encoder(EncoderSpec(str(tmp_path))), 8, 8, 64).tokens_key is None
+    assert Collator(Encoder(EncoderSpec(str(tiny_bert))), 8, 8, 64).tokens_key is not None
+
+
+def test_the_encoder_trains_with_dropout(tmp_path, tiny_bert):
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen.append(all(layer.training for layer in module.encoder.modules()))
+
+    fit(tmp_path, tiny_bert, "pair", trainer_kwargs={"callbacks": [Watch()]})
+    assert seen == [True] * 3
+
+
+def test_the_loss_is_computed_in_float32_outside_autocast(tmp_path, tiny_bert):
+    seen = []
+
+    class Watched(InfoNCE):
+        def forward(self, embeddings, target):
+            seen.append((embeddings.query.dtype, torch.is_autocast_enabled("cpu")))
+            return super().forward(embeddings, target)
+
+    fit(
+        tmp_path,
+        tiny_bert,
+        "pair",
+        loss=Watched(),
+        trainer_kwargs={"precision": "bf16-mixed"},
+    )
+    assert set(seen) == {(torch.float32, False)}
+
+
+def test_two_accumulated_batches_give_the_gradient_of_one(tmp_path, tiny_bert):
+    """ListwiseKL has no coupling between lists, so halves must average to the whole."""
+
+    def weights(batch_size, accumulate):
+        module, start = fit(
+            tmp_path,
+            no_dropout(tiny_bert, tmp_path),
+            "scored",
+            {"batch_size": batch_size, "shuffle": False},
+            {"accumulate_grad_batches": accumulate},
+            kind=SGDModule,
+        )
+        assert module.trainer.global_step == 3
+        return module, start
+
+    (whole, start), (halves, _) = weights(4, 1), weights(2, 2)
+    moved = movement(whole, start)
+    assert moved > 1e-3
+    assert movement(halves, whole.encoder.state_dict()) < 1e-4 * moved
+
+
+def no_dropout(model, folder):
+    from sentence_transformers import SentenceTransformer
+    from transformers import AutoConfig
+
+    out = folder / "no_dropout"
+    if not out.exists():
+        st = SentenceTransformer(str(model), device="cpu")
+        st[0].auto_model.config.hidden_dropout_prob = 0.0
+        st[0].auto_model.config.attention_probs_dropout_prob = 0.0
+        st.save_pretrained(str(out))
+    assert AutoConfig.from_pretrained(str(out)).hidden_dropout_prob == 0.0
+    return out
+
+
+def test_biases_and_norms_are_not_decayed(tiny_bert, tiny_qwen):
+    for model in (tiny_bert, tiny_qwen):
+        module = EmbeddingModule(str(model))
+        optimizer = build_optimizer(module, lr=1e-3, weight_decay=0.1)
+        decayed, undecayed = (
+            {id(parameter) for parameter in group["params"]} for group in optimizer.param_groups
+        )
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+        names = {id(p): name for name, p in module.named_parameters() if p.requires_grad}
+        assert decayed | undecayed == set(names)
+        assert all(
+            name.endswith("bias") or "norm" in name.lower() for name in map(names.get, undecayed)
+        )
+        assert not any(
+            name.endswith("bias") or "norm" in name.lower() for name in map(names.get, decayed)
+        )
+
+
+@pytest.mark.parametrize(("name", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])
+def test_the_learning_rate_rises_and_follows_its_schedule(name, last):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = build_schedule(optimizer, name, num_steps=20, warmup_proportion=0.25)
+    rates = []
+    for _ in range(21):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert rates[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[20] == pytest.approx(last, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_epochs": 2}, 6),
+        ({"max_epochs": 2, "accumulate_grad_batches": 2}, 4),
+        ({"max_epochs": 2, "limit_train_batches": 2}, 4),
+        ({"max_epochs": 5, "max_steps": 7}, 7),
+        ({"max_epochs": -1, "max_steps": 7}, 7),
+    ],
+)
+def test_the_schedule_ends_with_the_run(tmp_path, tiny_bert, settings, expected):
+    module, _ = fit(tmp_path, tiny_bert, "pair", trainer_kwargs=settings)
+    assert module.num_steps == expected == module.trainer.global_step
+    assert module.lr_schedulers().get_last_lr()[0] == pytest.approx(0, abs=1e-7)
+
+
+def test_a_checkpoint_loads_without_a_trainer(tmp_path, tiny_bert):
+    settings = {"enable_checkpointing": True, "default_root_dir": str(tmp_path)}
+    module, _ = fit(
+        tmp_path, tiny_bert, "pair", trainer_kwargs=settings, use_mrl=True, mrl_dims=[8, 40]
+    )
+    (path,) = tmp_path.rglob("*.ckpt")
+    loaded = EmbeddingModule.load_from_checkpoint(path, model_name_or_path=str(tiny_bert))
+    assert movement(loaded, module.encoder.state_dict()) == 0
+
+
+def test_known_positives_are_not_pushed_away(tmp_path, tiny_bert):
+    """Two rows of one query: with identity-aware targets each keeps the other's positive."""
+    rows = [{"query": "same", "pos": ["first", "second"]}, {"query": "same", "pos": ["third"]}]
+    module = EmbeddingModule(str(tiny_bert))
+    data = EmbeddingDataModule(write(tmp_path, "same", rows), batch_size=3)
+    losses = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            losses.append(outputs["loss"].item())
+
+    trainer(tmp_path, callbacks=[Watch()]).fit(module, data)
+    assert losses == [0.0]
+
+
+def test_validation_logs_loss_and_spearman(tmp_path, tiny_bert):
+    module = EmbeddingModule(str(tiny_bert), loss=CoSENT())
+    rows = [{"query": f"q {i}", "pos": [f"p {i}"], "scores": [i / 10]} for i in range(10)]
+    path = write(tmp_path, "val", rows)
+    run = trainer(tmp_path)
+    metrics = run.validate(module, EmbeddingDataModule(val_path=path, batch_size=4), verbose=False)[
+        0
+    ]
+    assert set(metrics) == {"val/val/loss", "val/val/spearman"}
+
+    from scipy.stats import spearmanr
+
+    embeddings = [
+        torch.as_tensor(module.encoder.model.encode([row[side] for row in flat]))
+        for flat in [[{"q": r["query"], "p": r["pos"][0]} for r in rows]]
+        for side in ("q", "p")
+    ]
+    cosine = torch.nn.functional.cosine_similarity(*embeddings)
+    expected = spearmanr(cosine, [row["scores"][0] for row in rows]).statistic
+    assert metrics["val/val/spearman"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_data_module_serves_fit_validate_and_predict(tmp_path, tiny_bert):
+    path = write(tmp_path, "triplet")
+    module = EmbeddingModule(str(tiny_bert), use_mrl=True, mrl_dims=[8, 16])
+    data = EmbeddingDataModule(path, val_path=path, predict_path=path, neg_nums=2)
+    run = trainer(tmp_path)
+    run.validate(module, data, verbose=False)
+    run.fit(module, data)
+    assert module.encoder.width == 16
+    (embeddings,) = run.predict(module, data)
+    assert embeddings.shape == (12, 16)
+    run.fit(module, data)
+
+
+def test_workers_give_the_batches_of_the_main_process(tmp_path, tiny_bert):
+    runs = [
+        fit(tmp_path, tiny_bert, "triplet", {"num_workers": workers, "neg_nums": 2})[0]
+        for workers in (0, 2)
+    ]
+    states = [run.encoder.state_dict() for run in runs]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
