@@ -1,0 +1,536 @@
+"""What the package leans on and does not own: private and undocumented names of its dependencies.
+
+docs/architecture.md lists them. Each has a test here that fails by its name when a release changes
+it, so that an upgrade says at once what has to be looked at.
+"""
+
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.demos.boring_classes import BoringModel
+
+DOCS = Path(__file__).parents[2] / "docs" / "architecture.md"
+BORROWED: dict[str, Callable[[Path], None]] = {}
+
+
+def borrows(name: str) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
+    """Register a check under the name that the documentation lists."""
+
+    def register(check: Callable[[Path], None]) -> Callable[[Path], None]:
+        assert name not in BORROWED
+        BORROWED[name] = check
+        return check
+
+    return register
+
+
+def takes(function: Callable, *names: str) -> bool:
+    """Tell whether a function has parameters of these names."""
+    return set(names) <= set(inspect.signature(function).parameters)
+
+
+def has_default(module: str, attribute: str, value: object) -> bool:
+    return getattr(import_module(module), attribute) == value
+
+
+def source_of(thing: object) -> str:
+    return inspect.getsource(thing)
+
+
+@pytest.mark.parametrize("name", BORROWED)
+def test_a_borrowed_name_is_what_it_was(name, tmp_path):
+    if name.startswith("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("DeepSpeed is not installed")
+    BORROWED[name](tmp_path)
+
+
+def test_the_documentation_lists_each():
+    table = DOCS.read_text(encoding="utf-8").partition("## What is borrowed")[2]
+    listed = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    assert sorted(listed) == sorted(BORROWED)
+
+
+# --- torch ----------------------------------------------------------------------------------------
+
+
+@borrows("torch: AdamW._step_supports_amp_scaling")
+def _(folder):
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], fused=True)
+    assert optimizer._step_supports_amp_scaling is True
+    scaler = import_module("torch.amp.grad_scaler").GradScaler
+    assert "_step_supports_amp_scaling" in source_of(scaler.step)
+
+
+@borrows("torch: LambdaLR.base_lrs, lr_lambdas, _last_lr")
+def _(folder):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert schedule.base_lrs == [2.0]
+    assert schedule.lr_lambdas[0](schedule.last_epoch) == 0.5
+    schedule._last_lr = [3.0]
+    assert schedule.get_last_lr() == [3.0]
+
+
+@borrows("torch: _softmax_backward_data")
+def _(folder):
+    scores = torch.randn(2, 3, requires_grad=True)
+    probabilities = scores.softmax(-1)
+    gradient = torch.randn(2, 3)
+    probabilities.backward(gradient)
+    found = gradient.clone()
+    torch._softmax_backward_data(found, probabilities.detach(), -1, torch.float32, grad_input=found)
+    torch.testing.assert_close(found, scores.grad)
+
+
+@borrows("torch: distributed.checkpoint.FileSystemReader.read_metadata")
+def _(folder):
+    dcp = import_module("torch.distributed.checkpoint")
+    dcp.save({"model.a": torch.ones(2, 3)}, checkpoint_id=folder, no_dist=True)
+    assert (folder / ".metadata").is_file()
+    (facts,) = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata.values()
+    assert isinstance(facts, dcp.metadata.TensorStorageMetadata)
+    assert (facts.size, facts.properties.dtype) == ((2, 3), torch.float32)
+
+
+@borrows("torch: distributed.checkpoint.api.CheckpointException.failures")
+def _(folder):
+    kind = import_module("torch.distributed.checkpoint.api").CheckpointException
+    assert not issubclass(kind, Exception), "it has to be caught by its own name"
+    error = kind("failed", {0: (ValueError("why"), None)})
+    assert str(next(iter(error.failures.values()))[0]) == "why"
+
+
+@borrows("torch: distributed.fsdp.sharded_grad_scaler.ShardedGradScaler")
+def _(folder):
+    module = import_module("torch.distributed.fsdp.sharded_grad_scaler")
+    assert takes(module.ShardedGradScaler, "device")
+
+
+# --- lightning ------------------------------------------------------------------------------------
+
+
+def strategy(name: str) -> type:
+    return getattr(import_module("lightning.pytorch.strategies"), name)
+
+
+@borrows("lightning: FSDPStrategy._setup_model")
+def _(folder):
+    assert takes(strategy("FSDPStrategy")._setup_model, "model")
+    source = source_of(strategy("FSDPStrategy")._setup_model)
+    assert "isinstance(mod, FullyShardedDataParallel)" in source, "a wrapped model is left alone"
+
+
+@borrows("lightning: FSDPStrategy._determine_device_ids")
+def _(folder):
+    assert "_determine_device_ids" in source_of(strategy("FSDPStrategy").barrier)
+
+
+@borrows("lightning: FSDPStrategy.kwargs, mixed_precision_config, cpu_offload, sharding_strategy")
+def _(folder):
+    made = strategy("FSDPStrategy")(auto_wrap_policy={torch.nn.Linear})
+    assert "auto_wrap_policy" in made.kwargs
+    assert made.mixed_precision_config is None
+    assert made.cpu_offload.offload_params is False
+    assert made.sharding_strategy.name == "FULL_SHARD"
+
+
+@borrows("lightning: FSDPPrecision.scaler, convert_input, mixed_precision_config")
+def _(folder):
+    kind = import_module("lightning.pytorch.plugins.precision").FSDPPrecision
+    assert kind("32-true").scaler is None
+    assert takes(kind.convert_input, "data")
+    assert isinstance(inspect.getattr_static(kind, "mixed_precision_config"), property)
+
+
+@borrows("lightning: Strategy._precision_plugin")
+def _(folder):
+    made = strategy("SingleDeviceStrategy")()
+    plugin = object()
+    made._precision_plugin = plugin
+    assert made.precision_plugin is plugin
+
+
+@borrows("lightning: DeepSpeedStrategy.config, deepspeed_engine, zero_stage_3")
+def _(folder):
+    kind = strategy("DeepSpeedStrategy")
+    for name in ("deepspeed_engine", "zero_stage_3"):
+        assert isinstance(inspect.getattr_static(kind, name), property), name
+    assert "self.config" in source_of(kind.__init__)
+
+
+@borrows("lightning: DeepSpeedStrategy.setup_environment checks for CUDA")
+def _(folder):
+    kind = strategy("DeepSpeedStrategy")
+    assert "CUDAAccelerator" in source_of(kind.setup_environment)
+    assert "super().setup_environment()" in source_of(kind.setup_environment)
+
+
+@borrows("lightning: Strategy.handles_gradient_accumulation, block_backward_sync")
+def _(folder):
+    kind = strategy("DeepSpeedStrategy")
+    assert isinstance(inspect.getattr_static(kind, "handles_gradient_accumulation"), property)
+    loop = import_module("lightning.pytorch.loops.optimization.automatic")
+    assert "handles_gradient_accumulation" in source_of(loop)
+    assert "block_backward_sync" in source_of(loop)
+
+
+@borrows("lightning: fit_loop._should_accumulate")
+def _(folder):
+    trainer = run(folder, accumulate_grad_batches=2)
+    assert trainer.fit_loop._should_accumulate() in (True, False)
+
+
+@borrows("lightning: StrategyRegistry.available_strategies")
+def _(folder):
+    registry = import_module("lightning.pytorch.strategies").StrategyRegistry
+    assert {"ddp", "fsdp", "deepspeed_stage_3"} <= set(registry.available_strategies())
+
+
+@borrows("lightning: the FSDP folder's meta.pt")
+def _(folder):
+    assert has_default("lightning.fabric.utilities.load", "_METADATA_FILENAME", "meta.pt")
+
+
+def run(folder: Path, **settings: object) -> pl.Trainer:
+    """Train three batches of Lightning's own small model."""
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        default_root_dir=folder,
+        limit_train_batches=3,
+        limit_val_batches=0,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **{"max_epochs": 1, **settings},
+    )
+    trainer.fit(BoringModel())
+    return trainer
+
+
+@borrows("lightning: fit_loop.epoch_loop.batch_progress, epoch_progress")
+def _(folder):
+    loop = run(folder, max_epochs=2).fit_loop
+    assert loop.epoch_loop.batch_progress.current.ready == 3
+    assert loop.epoch_progress.current.ready == 2
+
+
+@borrows("lightning: checkpoint['loops']['fit_loop']")
+def _(folder):
+    trainer = run(folder, max_epochs=2)
+    trainer.save_checkpoint(folder / "a.ckpt")
+    loops = torch.load(folder / "a.ckpt", weights_only=True)["loops"]["fit_loop"]
+    for progress in loops["epoch_progress"].values():
+        assert {"ready", "processed", "completed"} <= set(progress)
+    assert loops["epoch_loop.batch_progress"]["current"]["ready"] == 3
+
+
+@borrows("lightning: checkpoint['callbacks']['ModelCheckpoint..']")
+def _(folder):
+    keeper = pl.callbacks.ModelCheckpoint(folder, monitor="step", save_last=True)
+    trainer = run(folder, callbacks=[keeper])
+    trainer.save_checkpoint(folder / "a.ckpt")
+    states = torch.load(folder / "a.ckpt", weights_only=True)["callbacks"]
+    (state,) = (s for name, s in states.items() if name.startswith("ModelCheckpoint"))
+    assert {"monitor", "best_model_path"} <= set(state)
+
+
+@borrows("lightning: Trainer.callbacks, the order of its hooks")
+def _(folder):
+    order: list[str] = []
+
+    class First(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            order.append("first")
+
+    class Second(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            order.append("second")
+
+    run(folder, callbacks=[Second(), First()])
+    assert order == ["second", "first"]
+
+
+@borrows("lightning: Trainer.lr_scheduler_configs")
+def _(folder):
+    (config,) = run(folder).lr_scheduler_configs
+    assert isinstance(config.scheduler, torch.optim.lr_scheduler.LRScheduler)
+
+
+@borrows("lightning: Precision.val_step_context")
+def _(folder):
+    trainer = run(folder, precision="bf16-mixed")
+    with trainer.precision_plugin.val_step_context():
+        assert torch.is_autocast_enabled("cpu")
+
+
+@borrows("lightning: rank_zero_only.rank")
+def _(folder):
+    assert import_module("lightning.pytorch.utilities").rank_zero_only.rank == 0
+
+
+@borrows("lightning: where the number of a rank is looked for")
+def _(folder):
+    from embedtune.cli.processes import RANK_VARIABLES
+
+    source = source_of(import_module("lightning.fabric.utilities.rank_zero"))
+    source += source_of(import_module("lightning_utilities.core.rank_zero"))
+    assert f"rank_keys = {RANK_VARIABLES!r}".replace("'", '"') in source
+
+
+@borrows("lightning: LightningCLI._parse_ckpt_path, _parser, callback_keys, config_init")
+def _(folder):
+    module = import_module("lightning.pytorch.cli")
+    cli = source_of(module.LightningCLI)
+    assert "self._parse_ckpt_path()" in cli
+    assert "self._parser(self.subcommand).callback_keys" in cli
+    assert "self.config_init = self.parser.instantiate_classes(self.config)" in cli
+
+
+@borrows("lightning: SaveConfigCallback.save_config, parser, config")
+def _(folder):
+    kind = import_module("lightning.pytorch.cli").SaveConfigCallback
+    assert takes(kind.save_config, "trainer", "pl_module", "stage")
+    assert takes(kind, "parser", "config", "save_to_log_dir")
+
+
+# --- jsonargparse ---------------------------------------------------------------------------------
+
+
+@borrows("jsonargparse: ArgumentParser._actions, error")
+def _(folder):
+    parser = import_module("jsonargparse").ArgumentParser()
+    parser.add_argument("--known.key", type=int)
+    assert "known.key" in [action.dest for action in parser._actions]
+    assert takes(parser.error, "message", "ex")
+
+
+@borrows("jsonargparse: how it says that it does not know a key")
+def _(folder):
+    from embedtune.cli.parser import UNKNOWN_KEY
+
+    jsonargparse = import_module("jsonargparse")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--known", type=int)
+    (folder / "a.yaml").write_text("unknown: 1\n")
+    parser.add_argument("--config", action="config")
+    for argv, key in ((["--unknwon", "1"], "unknwon"), (["--config", "a.yaml"], "unknown")):
+        arguments = [str(folder / a) if a.endswith(".yaml") else a for a in argv]
+        with pytest.raises(jsonargparse.ArgumentError) as caught:
+            parser.parse_args(arguments)
+        assert UNKNOWN_KEY.search(str(caught.value))[1] == key
+
+
+# --- transformers ---------------------------------------------------------------------------------
+
+
+@borrows("transformers: integrations.sdpa_attention.sdpa_attention_forward")
+def _(folder):
+    module = import_module("transformers.integrations.sdpa_attention")
+    names = ("module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal")
+    assert takes(module.sdpa_attention_forward, *names)
+
+
+@borrows("transformers: masking_utils.sdpa_mask")
+def _(folder):
+    interface = import_module("transformers").AttentionMaskInterface()
+    assert interface["sdpa"] is import_module("transformers.masking_utils").sdpa_mask
+
+
+def bert() -> torch.nn.Module:
+    transformers = import_module("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.BertModel(
+        transformers.BertConfig(vocab_size=9, intermediate_size=8, **sizes)
+    )
+
+
+@borrows("transformers: PreTrainedModel.set_attn_implementation, config._attn_implementation")
+def _(folder):
+    model = bert()
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation == "eager"
+
+
+@borrows("transformers: PreTrainedModel.is_backend_compatible")
+def _(folder):
+    assert bert().is_backend_compatible() is True
+
+
+@borrows("transformers: PreTrainedModel._no_split_modules")
+def _(folder):
+    named = set(bert()._no_split_modules)
+    assert named & {type(module).__name__ for module in bert().modules()}
+
+
+@borrows("transformers: cu_seq_lens_q and position_ids reach attention")
+def _(folder):
+    from embedtune.models.packing import PACKED_INPUTS
+
+    flash = source_of(import_module("transformers.modeling_flash_attention_utils"))
+    assert all(name in flash for name in PACKED_INPUTS)
+    seen = {}
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        seen.update(kwargs)
+        return torch.zeros_like(query.transpose(1, 2)), None
+
+    transformers = import_module("transformers")
+    transformers.AttentionInterface.register("remembers", attention)
+    transformers.AttentionMaskInterface.register("remembers", lambda *_, **__: None)
+    model = bert()
+    model.set_attn_implementation("remembers")
+    ids = torch.ones(1, 5, dtype=torch.long)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    model(input_ids=ids, position_ids=torch.arange(5)[None], cu_seq_lens_q=starts)
+    assert seen["cu_seq_lens_q"] is starts
+
+
+@borrows("transformers: config.layer_types, sliding_window")
+def _(folder):
+    transformers = import_module("transformers")
+    config = transformers.Qwen3Config(num_hidden_layers=2, use_sliding_window=True)
+    assert set(config.layer_types) <= {"full_attention", "sliding_attention"}
+    assert config.sliding_window
+
+
+@borrows("transformers: embeddings.position_embeddings.padding_idx")
+def _(folder):
+    transformers = import_module("transformers")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.RobertaConfig(vocab_size=9, intermediate_size=8, **sizes)
+    model = transformers.RobertaModel(config)
+    assert model.embeddings.position_embeddings.padding_idx == config.pad_token_id
+    assert bert().embeddings.position_embeddings.padding_idx is None
+
+
+@borrows("transformers: PreTrainedTokenizerFast.backend_tokenizer.to_str")
+def _(folder):
+    tokenizers = import_module("tokenizers")
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    fast = import_module("transformers").PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert '"a":0' in fast.backend_tokenizer.to_str()
+
+
+# --- sentence-transformers ------------------------------------------------------------------------
+
+
+@borrows("sentence_transformers: base.modules, sentence_transformer.modules")
+def _(folder):
+    modules = import_module("sentence_transformers.base.modules")
+    assert {"Dense", "Normalize", "Router", "Transformer"} <= set(dir(modules))
+    assert hasattr(import_module("sentence_transformers.sentence_transformer.modules"), "Pooling")
+
+
+@borrows("sentence_transformers: Transformer.can_flatten_inputs, model_forward_params, backend")
+def _(folder):
+    kind = import_module("sentence_transformers.base.modules").Transformer
+    source = source_of(kind)
+    assert "self.can_flatten_inputs" in source
+    assert "self.model_forward_params" in source
+    assert "self.backend" in source
+    assert hasattr(kind, "auto_model") or "def auto_model" in source
+
+
+@borrows("sentence_transformers: SentenceTransformer.preprocess(max_length, task)")
+def _(folder):
+    import sentence_transformers
+
+    source = source_of(sentence_transformers.SentenceTransformer.preprocess)
+    assert takes(sentence_transformers.SentenceTransformer.preprocess, "prompt")
+    assert "kwargs" in source
+
+
+@borrows("sentence_transformers: encode(processing_kwargs)")
+def _(folder):
+    import sentence_transformers
+
+    assert takes(sentence_transformers.SentenceTransformer.encode, "processing_kwargs")
+
+
+@borrows("sentence_transformers: util.quantization.quantize_embeddings")
+def _(folder):
+    quantize = import_module("sentence_transformers.util.quantization").quantize_embeddings
+    ranges = torch.tensor([[0.0, 0.0], [1.0, 1.0]]).numpy()
+    codes = quantize(torch.tensor([[0.0, 1.0]]), "int8", ranges=ranges)
+    assert codes.tolist() == [[-128, 127]]
+
+
+# --- DeepSpeed ------------------------------------------------------------------------------------
+
+
+@borrows("deepspeed: DeepSpeedEngine._config.load_universal_checkpoint")
+def _(folder):
+    engine = import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    assert "self._config.load_universal_checkpoint" in source_of(engine.load_universal_checkpoint)
+
+
+@borrows("deepspeed: DeepSpeedEngine.set_gradient_accumulation_boundary, backward(scale_wrt_gas)")
+def _(folder):
+    engine = import_module("deepspeed.runtime.engine").DeepSpeedEngine
+    assert takes(engine.set_gradient_accumulation_boundary, "is_boundary")
+    assert takes(engine.backward, "scale_wrt_gas")
+
+
+@borrows("deepspeed: zero_force_ds_cpu_optimizer")
+def _(folder):
+    config = import_module("deepspeed.runtime.config")
+    assert "zero_force_ds_cpu_optimizer" in source_of(config)
+
+
+@borrows("deepspeed: accelerator.cpu_accelerator.CPU_Accelerator, set_accelerator")
+def _(folder):
+    kind = import_module("deepspeed.accelerator.cpu_accelerator").CPU_Accelerator
+    assert kind().device_name() == "cpu"
+    assert callable(import_module("deepspeed.accelerator").set_accelerator)
+
+
+@borrows("deepspeed: the names of the files of a ZeRO checkpoint")
+def _(folder):
+    engine = source_of(import_module("deepspeed.runtime.engine").DeepSpeedEngine)
+    for name in ("_model_states.pt", "_optim_states.pt", '"zero_pp_rank_{}"', "'latest'"):
+        assert name in engine.replace('"latest"', "'latest'"), name
+
+
+@borrows("deepspeed: checkpoint.ds_to_universal")
+def _(folder):
+    module = import_module("deepspeed.checkpoint.ds_to_universal")
+    source = source_of(module)
+    for name in ("--input_folder", "--output_folder", "--inject_missing_state"):
+        assert f"'{name}'" in source.replace('"', "'"), name
+    assert "latest_universal" in source
+
+
+@borrows("deepspeed: zero.GatheredParameters, ds_tensor")
+def _(folder):
+    zero = import_module("deepspeed").zero
+    assert takes(zero.GatheredParameters, "params", "modifier_rank")
+
+
+# --- datasets, huggingface_hub --------------------------------------------------------------------
+
+
+@borrows("datasets: config.HF_DATASETS_CACHE, Dataset.data")
+def _(folder):
+    datasets = import_module("datasets")
+    assert Path(datasets.config.HF_DATASETS_CACHE).name == "datasets"
+    table = datasets.Dataset.from_dict({"a": [[1, 2], [3]]}).data
+    (values, *_) = table.column("a")
+    assert values.values.to_pylist() == [1, 2]
+
+
+@borrows("huggingface_hub: repocard.metadata_load, utils.validate_repo_id")
+def _(folder):
+    (folder / "README.md").write_text("---\nlicense: mit\n---\ntext\n")
+    load = import_module("huggingface_hub.repocard").metadata_load
+    assert load(folder / "README.md") == {"license": "mit"}
+    utilities = import_module("huggingface_hub.utils")
+    with pytest.raises(utilities.HFValidationError):
+        utilities.validate_repo_id("a/b/c")

@@ -1,0 +1,132 @@
+"""What is written is whole or not there, whoever else writes and whenever a process dies."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedtune.whole_files import part_of, put, remove, sweep, write_text, writing
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def folder_of(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "file").write_text(text)
+    return path
+
+
+def test_a_file_takes_the_place_of_the_former_and_leaves_nothing(tmp_path):
+    path = tmp_path / "below" / "a.txt"
+    for text in ("first", "second"):
+        write_text(path, text)
+        assert path.read_text() == text
+        assert names(path.parent) == ["a.txt"]
+
+
+def test_a_block_that_fails_leaves_the_former(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "former")
+
+    def fail() -> None:
+        with writing(path) as part:
+            part.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "former"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_the_first_of_two_writers_stays_where_asked(tmp_path):
+    for keep, expected in ((True, "other"), (False, "own")):
+        path = tmp_path / f"{keep}.txt"
+        with writing(path, keep_existing=keep) as part:
+            part.write_text("own")
+            path.write_text("other")  # as another process would meanwhile
+        assert path.read_text() == expected
+
+
+@pytest.mark.parametrize("former", ["nothing", "file", "folder"])
+def test_a_folder_takes_the_place_of_anything(tmp_path, former):
+    path = tmp_path / "model"
+    if former == "file":
+        path.write_text("old")
+    elif former == "folder":
+        folder_of(path, "old")
+    put(folder_of(part_of(path), "new"), path)
+    assert (path / "file").read_text() == "new"
+    assert names(tmp_path) == ["model"]
+
+
+def test_a_file_takes_the_place_of_a_folder(tmp_path):
+    path = folder_of(tmp_path / "last.ckpt", "old")
+    part_of(path).write_text("new")
+    put(part_of(path), path)
+    assert path.read_text() == "new"
+    assert names(tmp_path) == ["last.ckpt"]
+
+
+def test_a_link_is_removed_and_not_what_it_points_to(tmp_path):
+    target = folder_of(tmp_path / "target", "kept")
+    (tmp_path / "link").symlink_to(target)
+    remove(tmp_path / "link")
+    remove(tmp_path / "link")
+    assert names(tmp_path) == ["target"]
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from embedtune.whole_files import writing
+with writing(Path(sys.argv[1])) as part:
+    part.write_text("half")
+    print("writing", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing is swept there")
+def test_what_a_killed_process_left_is_swept_and_a_living_one_is_let_be(tmp_path):
+    path = tmp_path / "a.txt"
+    command = [sys.executable, "-c", WRITER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "writing\n"
+        write_text(path, "own")
+        assert len(names(tmp_path)) == 2, "that of the living"
+        other.send_signal(signal.SIGKILL)
+        other.wait()
+    write_text(path, "again")
+    assert names(tmp_path) == ["a.txt"]
+    assert path.read_text() == "again"
+
+
+def test_sweeping_takes_parts_alone(tmp_path):
+    for name in ("a.part", "a.ckpt", "b.txt"):
+        (tmp_path / name).touch()
+    folder_of(tmp_path / "c.part", "half")
+    sweep(tmp_path, "*.part")
+    assert names(tmp_path) == ["a.ckpt", "b.txt"]
+
+
+def test_what_is_put_has_reached_the_disk(tmp_path, monkeypatch):
+    synced: list[str] = []
+    fsync = os.fsync
+
+    def remember(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("no /proc")
+    monkeypatch.setattr(os, "fsync", remember)
+    path = tmp_path / "model"
+    put(folder_of(part_of(path), "new"), path)
+    # What it holds, itself, and then its name in the folder above.
+    assert synced == ["file", "model.part", tmp_path.name]
