@@ -57,9 +57,10 @@ test: lint type ## Lint, types and the fast tests: what CI runs
 test-all: lint type ## The same with the slow tests
 	$(call run,pytest -m "" $(PYTEST_ARGS))
 
-lint: .venv/.installed ## Check style and format
+lint: .venv/.installed ## Check style, format, and who imports whom
 	$(call run,ruff check)
 	$(call run,ruff format --check)
+	$(call run,lint-imports --no-cache --no-logo)
 
 type: .venv/.installed ## Check types
 	$(call run,mypy)

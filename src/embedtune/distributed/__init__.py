@@ -5,7 +5,7 @@ gradient; a Lightning strategy that gives the weights of one process. A new stra
 class, and its name in ``strategies.NAMED``.
 
 Read first: ``exchange`` (every collective of this package), ``strategies`` (names), then ``fsdp``
-or ``zero``. Imports from ``checkpoints`` and ``models``.
+or ``zero``. Imports from ``checkpoints``.
 """
 
 from embedtune.distributed.fsdp import FSDP
