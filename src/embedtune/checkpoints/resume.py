@@ -1,78 +1,148 @@
-"""Go on where a checkpoint was saved."""
+"""Where a fit is in its data, and how it goes on from there.
 
-from typing import Any
+The place is a fact of its own, which each checkpoint carries. Lightning's counters, of which many
+combinations mean the same place, are set from it and never read.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from embedtune.errors import InputError
 
 
-def reopen_epoch(checkpoint: dict[str, Any]) -> None:
-    """Let a run that was stopped within an epoch, by time or steps, go on within it.
-
-    Lightning counts such an epoch as done.
-    """
-    loops = checkpoint["loops"]["fit_loop"]
-    epochs = loops["epoch_progress"]
-    trained = loops["epoch_loop.batch_progress"]["current"]["ready"]
-    is_open = 0 < trained < checkpoint.get("EmbeddingDataModule", {}).get("batches", 0)
-    if is_open and epochs["current"]["processed"] == epochs["current"]["ready"]:
-        for progress in epochs.values():
-            progress["processed"] -= 1
-            progress["completed"] = progress["processed"]
-
-
-Cursor = tuple[int, int]
-"""Where an epoch's batches start: (epoch, number of batches of it already trained on)."""
-
-
-class Place:
-    """Where a fit is in its data, as a checkpoint brings it.
+class Place(NamedTuple):
+    """A place in the data of a fit.
 
     Attributes:
-        saved: What the place depends on, as the checkpoint says: ``batches`` of an epoch,
-            ``examples`` and ``global_batch``; empty without a checkpoint.
+        epoch: Counted from 0.
+        batch: Batches of the epoch that are trained on.
+        step: Optimiser steps of the fit.
+        batches: Batches of an epoch.
+        examples: Examples of an epoch.
+        global_batch: Examples of a full global batch.
     """
 
-    def __init__(self) -> None:
-        """Start at the beginning."""
-        self.saved: dict[str, int] = {}
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    batches: int = 0
+    examples: int = 0
+    global_batch: int = 0
 
-    def cursor(self, trainer: Any) -> Cursor:
-        """Return where an epoch goes on: asked at its start, and after a resume in its middle."""
-        if self._ended_with_an_epoch(trainer):
-            # Loader workers ask before Lightning has turned to the next epoch.
-            return trainer.fit_loop.epoch_progress.current.ready, 0
-        return trainer.current_epoch, self._trained(trainer)
+    def among(self, batches: int) -> "Place":
+        """Return the same place where an epoch has so many batches: its end is the next's start."""
+        if self.batch < min(batches, self.batches or batches):
+            return self._replace(batches=batches)
+        return self._replace(epoch=self.epoch + 1, batch=0, batches=batches)
 
-    def _trained(self, trainer: Any) -> int:
-        return trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
-    def _ended_with_an_epoch(self, trainer: Any) -> bool:
-        return bool(self.saved) and self._trained(trainer) >= self.saved["batches"]
+def place_of(checkpoint: dict[str, Any]) -> Place:
+    """Return the place that a checkpoint carries.
 
-    def refuse_another_order(self, now: dict[str, int], batch_size: int, trainer: Any) -> None:
-        """Refuse to go on in the middle of an epoch whose order is another.
+    Raises:
+        InputError: It carries none.
+    """
+    if "place" not in checkpoint:
+        raise InputError(
+            "ckpt_path: expected a checkpoint that tells its place in the data, found one of an "
+            "older version; embedtune export makes a model of it to start from"
+        )
+    return Place(**checkpoint["place"])
 
-        Args:
-            now: The same as ``saved``, of this run.
-            batch_size: Examples per rank in a batch.
-            trainer: The Trainer.
 
-        Raises:
-            InputError: The data or the global batch is another.
-        """
-        saved = self.saved
-        if not saved or not self._trained(trainer) or self._ended_with_an_epoch(trainer):
-            return
-        if saved["examples"] != now["examples"]:
-            raise InputError(
-                "ckpt_path: it was saved in the middle of an epoch: expected the same data, "
-                f"{saved['examples']:,} examples, found {now['examples']:,}"
-            )
-        if saved["global_batch"] != now["global_batch"]:
-            ranks = trainer.world_size
-            raise InputError(
-                "ckpt_path: it was saved in the middle of an epoch: expected its global batch of "
-                f"{saved['global_batch']}, found data.batch_size {batch_size} x {ranks} "
-                f"rank(s) = {now['global_batch']}; give data.batch_size "
-                f"{saved['global_batch'] / ranks:g}"
-            )
+def set_counters(checkpoint: dict[str, Any], place: Place, accumulated: int) -> None:
+    """Let Lightning's counters in a checkpoint say what ``place`` says.
+
+    Args:
+        checkpoint: Its ``loops`` are changed.
+        place: Within an epoch, or at the start of one.
+        accumulated: Batches of an optimiser step.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epoch, trained = place.epoch, place.batch
+    is_within = trained > 0
+    # Within an epoch: as on_train_batch_end finds them after the last batch.
+    epochs = _counters(epoch + is_within, processed=epoch, completed=epoch)
+    loops["epoch_progress"] = {"total": epochs, "current": dict(epochs)}
+    total = epoch * place.batches + trained
+    loops["epoch_loop.batch_progress"] = {
+        "total": _counters(total, processed=total, completed=total - is_within),
+        "current": _counters(trained, processed=trained, completed=trained - is_within),
+        "is_last_batch": False,
+    }
+    # Lightning adds a step when it starts within an epoch, where no gradients are being gathered.
+    adds = is_within and trained % accumulated == 0
+    loops["epoch_loop.state_dict"]["_batches_that_stepped"] = place.step - adds
+
+
+def _counters(ready: int, processed: int, completed: int) -> dict[str, int]:
+    return {"ready": ready, "started": ready, "processed": processed, "completed": completed}
+
+
+def start_epoch(trainer: Any) -> None:
+    """Let an epoch begin as any other, though a checkpoint was loaded.
+
+    With ``max_steps`` Lightning would take it for one that was interrupted.
+    """
+    fit_loop = trainer.fit_loop
+    for loop in (fit_loop, fit_loop.epoch_loop, fit_loop.epoch_loop.val_loop):
+        loop._restarting = False
+        loop.reset_restart_stage()
+
+
+def refuse_another_order(saved: Place, now: Place, batch_size: int, ranks: int) -> None:
+    """Refuse to go on in the middle of an epoch whose order is another.
+
+    Args:
+        saved: Of the checkpoint.
+        now: Of this run.
+        batch_size: Examples per rank in a batch.
+        ranks: Number of processes.
+
+    Raises:
+        InputError: The data or the global batch is another.
+    """
+    if not saved.batch:
+        return
+    if saved.examples != now.examples:
+        raise InputError(
+            "ckpt_path: it was saved in the middle of an epoch: expected the same data, "
+            f"{saved.examples:,} examples, found {now.examples:,}"
+        )
+    if saved.global_batch != now.global_batch:
+        raise InputError(
+            "ckpt_path: it was saved in the middle of an epoch: expected its global batch of "
+            f"{saved.global_batch}, found data.batch_size {batch_size} x {ranks} rank(s) = "
+            f"{now.global_batch}; give data.batch_size {saved.global_batch / ranks:g}"
+        )
+
+
+def follow_move(callbacks: list[Any], states: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Let what callbacks remember of the checkpoints that they kept be true of this run's folder.
+
+    A run folder may have been moved or copied, or be seen from another working folder. What was
+    kept in a folder that this run does not write to is forgotten: it is another run's.
+
+    Args:
+        callbacks: Those that keep checkpoints.
+        states: Of callbacks by their keys, as a checkpoint brings them; changed.
+        folder: Where the checkpoint lies that brings them.
+    """
+    for callback in callbacks:
+        state = states.get(callback.state_key)
+        if state is None:
+            continue
+        own = Path(str(callback.dirpath))
+        is_here = own.resolve() == folder.resolve()
+
+        def here(path: str, own: Path = own, is_here: bool = is_here) -> str:
+            kept = own / Path(path).name
+            return str(kept) if path and is_here and kept.exists() else ""
+
+        state["dirpath"] = callback.dirpath
+        for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+            state[name] = here(state.get(name, ""))
+        kept = {here(path): score for path, score in state.get("best_k_models", {}).items()}
+        state["best_k_models"] = {path: score for path, score in kept.items() if path}
+        if not state["best_model_path"]:
+            state["best_model_score"] = None

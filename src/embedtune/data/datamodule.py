@@ -8,14 +8,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from embedtune.checkpoints.resume import Place
+from embedtune.checkpoints.resume import Place, refuse_another_order
 from embedtune.data.beir import is_beir, read_beir
 from embedtune.data.collate import Collator
 from embedtune.data.examples import ExampleDataset
 from embedtune.data.lines import read_lines, resolve_paths
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
-from embedtune.data.sampler import GlobalBatchSampler
+from embedtune.data.sampler import Cursor, GlobalBatchSampler
 from embedtune.data.scored_pairs import scored_pairs
 from embedtune.data.teacher_store import open_teacher
 from embedtune.data.testset_batches import TEXTS_PER_BATCH, TextCollator, TextDataset
@@ -119,7 +119,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
         self.datasets: dict[str, ExampleDataset] = {}
         self.testsets: dict[str, TextDataset] = {}
         self._tokens: TokenTable | None = None
-        self._place = Place()
+        self.resumed = Place()
 
     # --- Reading ------------------------------------------------------------------------
 
@@ -259,8 +259,15 @@ class EmbeddingDataModule(pl.LightningDataModule):
             len(self.datasets[name]),
             self.batch_size,
             shuffle=self.shuffle and is_train,
-            cursor=lambda: self._place.cursor(self.trainer) if is_train else (0, 0),
+            cursor=self._cursor if is_train else lambda: (0, 0),
         )
+
+    def _cursor(self) -> Cursor:
+        """Return where an epoch starts: asked at its start, and after a resume in its middle."""
+        loop = self.trainer.fit_loop
+        # Overfitting is on the same batches again and again.
+        epoch = 0 if self.trainer.overfit_batches else loop.epoch_progress.current.completed
+        return epoch, loop.epoch_loop.batch_progress.current.ready
 
     def _order(self, count: int, batch_size: int, **more: Any) -> GlobalBatchSampler:
         ranks = {"rank": self.trainer.global_rank, "num_ranks": self.trainer.world_size}
@@ -274,20 +281,21 @@ class EmbeddingDataModule(pl.LightningDataModule):
             return min(batches, limit)
         return batches if limit is None else int(batches * limit)
 
-    def state_dict(self) -> dict[str, int]:
-        """Return what a place in the middle of an epoch depends on."""
-        if "train" not in self.datasets:
-            return {}
-        sampler = self.sampler("train")
-        return {
-            "global_batch": sampler.global_batch_size,
-            "examples": sampler.num_examples,
-            "batches": self.batches_per_epoch,
-        }
+    @property
+    def start(self) -> Place:
+        """The start of the training data, with what a place in the middle of an epoch depends on.
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Take over the state of a checkpoint."""
-        self._place.saved = state_dict
+        A checkpoint may be saved without any (``fit`` in another order of the Python API): then it
+        tells nothing.
+        """
+        if "train" not in self.datasets:
+            return Place()
+        sampler = self.sampler("train")
+        return Place(
+            batches=self.batches_per_epoch,
+            examples=sampler.num_examples,
+            global_batch=sampler.global_batch_size,
+        )
 
     def collator(self, encoder: Encoder, name: str = "train") -> Collator:
         """Return what makes batches of a data set for ``encoder``."""
@@ -300,7 +308,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, in the order of :class:`GlobalBatchSampler`."""
-        self._place.refuse_another_order(self.state_dict(), self.batch_size, self.trainer)
+        refuse_another_order(self.resumed, self.start, self.batch_size, self.trainer.world_size)
         return self._loader("train")
 
     def val_dataloader(self) -> list[DataLoader]:

@@ -6,8 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import torch.utils.data
 
-from embedtune.checkpoints.resume import Cursor
-
 
 class Key(NamedTuple):
     """An example in an epoch.
@@ -22,6 +20,10 @@ class Key(NamedTuple):
     epoch: int
     example: int
     spare: bool = False
+
+
+Cursor = tuple[int, int]
+"""Where an epoch's batches start: (epoch, number of batches of it already trained on)."""
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:

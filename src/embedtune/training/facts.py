@@ -28,8 +28,7 @@ def training_facts(trainer: Any, module: Any) -> TrainingFacts:
         configuration=_configuration(trainer, module),
         mrl_dims=list(module.mrl_dims) if module.use_mrl else None,
         step=trainer.global_step,
-        # ``current_epoch`` is another at the end of an epoch than at the end of the fit.
-        epoch=trainer.fit_loop.epoch_progress.current.ready,
+        epoch=module.place.epoch + 1,
         base_metrics={name: float(value) for name, value in module.base_metrics.items()},
         metrics={name: float(value) for name, value in module.metrics.items()},
     )

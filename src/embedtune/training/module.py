@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from embedtune.checkpoints.resume import reopen_epoch
+from embedtune.checkpoints.resume import Place, follow_move, place_of, set_counters, start_epoch
 from embedtune.data.batch import Batch
 from embedtune.data.sampler import step_seed
 from embedtune.data.testset_batches import TextBatch
@@ -115,6 +116,7 @@ class EmbeddingModule(pl.LightningModule):
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
         self._measured: tuple[int, dict[str, float]] = (-1, {})
+        self._place = Place()
         self.grad_cache, self._cache = grad_cache, GradientCache()
         spec = EncoderSpec(
             model_name_or_path,
@@ -216,6 +218,16 @@ class EmbeddingModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
         self.train()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Remember where in the data this batch is: what is saved is saved after it."""
+        self._place = self._place._replace(epoch=self.trainer.current_epoch, batch=batch_idx + 1)
+
+    @property
+    def place(self) -> Place:
+        """Where the fit is in its data."""
+        epoch, batch, *_ = self._place
+        return self.data.start._replace(epoch=epoch, batch=batch, step=self.trainer.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss, weighted so that its mean over ranks is that over all queries."""
@@ -320,22 +332,42 @@ class EmbeddingModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Let the configuration win over the rates and the decay that a checkpoint remembers."""
+        if not self._place.batch:
+            start_epoch(self.trainer)
         used = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         if self._schedule is not None and self._schedule in used:  # not a subclass's own
             restore_settings(self.trainer.optimizers[0], self._schedule, self._settings)
 
     def match(self, spec: EncoderSpec) -> None:
-        """Append the projection that a checkpoint brings to a model that is only evaluated."""
+        """Take over the structure that a checkpoint's weights were trained with."""
         if spec.projection_dim is not None and self.encoder.spec.projection_dim is None:
             self.encoder.append_projection(spec.projection_dim)
+        if spec.max_seq_length is not None:
+            self.encoder.raise_max_seq_length(spec.max_seq_length)
+        if spec.query_prompt is not None:
+            self.encoder.set_query_prompt(spec.query_prompt)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
         self.match(EncoderSpec(**checkpoint["encoder_spec"]))
-        if "loops" in checkpoint:  # more than weights
-            reopen_epoch(checkpoint)
+        # A checkpoint may hold weights alone, and be loaded without a Trainer.
+        if "loops" in checkpoint and self._trainer is not None and self.trainer.training:
+            self._resume(checkpoint)
+
+    def _resume(self, checkpoint: dict[str, Any]) -> None:
+        """Go on at the place that a checkpoint carries."""
+        trainer, path = self.trainer, Path(str(self.trainer.ckpt_path))
+        self._place = place_of(checkpoint).among(self.data.batches_per_epoch)
+        self.data.resumed = self._place
+        set_counters(checkpoint, self._place, trainer.accumulate_grad_batches)
+        states = checkpoint.get("callbacks", {})
+        follow_move(trainer.checkpoint_callbacks, states, path.absolute().parent)
+        facts = checkpoint.get("training_facts", {})
+        # These weights are not measured anew before they are trained on.
+        self._measured = self._place.step, facts.get("metrics", {})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep beside the weights what rebuilds the encoder, and what its model card tells."""
         checkpoint["encoder_spec"] = self.encoder.spec._asdict()
+        checkpoint["place"] = self.place._asdict()
         checkpoint["training_facts"] = training_facts(self.trainer, self)._asdict()
