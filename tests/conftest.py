@@ -30,6 +30,10 @@ PUNCTUATION = string.punctuation + "，。！？、；：（）"
 BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--chains", type=int, default=40, help="chains of stops that are tried")
+
+
 @pytest.fixture(scope="session")
 def arrow_cache(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("arrow_cache")

@@ -13,6 +13,10 @@ class ExportError(RuntimeError):
     """An exported folder does not give the embeddings of the trained model; the exit code is 1."""
 
 
+class TrainingError(RuntimeError):
+    """A fit that cannot go on, though nothing that it was given is wrong; the exit code is 1."""
+
+
 def require_positive(key: str, value: float) -> float:
     """Return ``value``.
 

@@ -1,17 +1,28 @@
 """What a fit does beside its steps, a file a callback.
 
 Comes in: the hooks of Lightning's Trainer. Goes out: metrics of the base model, a summary, speed,
-exported folders, the report, predicted embeddings. A new callback goes here, and its place in the
-order into ``cli.assembly``.
+exported folders, the report, predicted embeddings; an end in time where a loss is no number or a
+signal comes. A new callback goes here, and its place in the order into ``cli.assembly``.
 
 Read first: ``export_model``. Imports from ``training``, ``export``, ``reports`` and all below.
 """
 
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.export_model import ExportModel
+from embedtune.callbacks.finite import Finite
 from embedtune.callbacks.run_report import RunReport
 from embedtune.callbacks.run_summary import RunSummary
+from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.callbacks.throughput import Throughput
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
 
-__all__ = ["Baseline", "ExportModel", "RunReport", "RunSummary", "Throughput", "WriteEmbeddings"]
+__all__ = [
+    "Baseline",
+    "ExportModel",
+    "Finite",
+    "RunReport",
+    "RunSummary",
+    "StopOnSignal",
+    "Throughput",
+    "WriteEmbeddings",
+]

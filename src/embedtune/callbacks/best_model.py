@@ -22,10 +22,11 @@ def describe_choice(trainer: pl.Trainer) -> str:
     """Return a sentence that says which model ``model/`` is."""
     keeper = best_keeper(trainer)
     if keeper is None:
-        return (
-            f"model/ is the model of the last step, {trainer.global_step:,}; checkpoint.monitor "
-            "makes it the best by a metric of data.val_path"
-        )
+        last = f"model/ is the model of the last step, {trainer.global_step:,}"
+        asked = [getattr(callback, "monitor", None) for callback in trainer.checkpoint_callbacks]
+        if any(asked):
+            return f"{last}: {next(filter(None, asked))} was not measured"
+        return f"{last}; checkpoint.monitor makes it the best by a metric of data.val_path"
     step = read_facts(Path(keeper.best_model_path))["global_step"]
     score = float(cast(Tensor, keeper.best_model_score))
     return f"model/ is the model of step {step:,}, the best by {keeper.monitor} ({score:.4f})"

@@ -8,8 +8,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.export_model import ExportModel
+from embedtune.callbacks.finite import Finite
 from embedtune.callbacks.run_report import RunReport
 from embedtune.callbacks.run_summary import RunSummary
+from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.callbacks.throughput import Throughput
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
 from embedtune.checkpoints.write import SavesFolders, WholeFiles
@@ -53,6 +55,7 @@ def callbacks_of(config: Any, command: str) -> list[pl.Callback]:
         callbacks.append(TQDMProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary()
+        callbacks += [Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]

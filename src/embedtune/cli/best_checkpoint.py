@@ -8,10 +8,11 @@ from embedtune.errors import InputError, require_positive
 
 
 def keep_the_best(checkpoint: Any) -> None:
-    """Settle what follows from ``checkpoint.monitor``."""
+    """Settle what follows from ``checkpoint.monitor`` where the user does not say otherwise."""
     metric = checkpoint.monitor.split("/")
-    if metric[0] in ("train", "val"):
-        checkpoint.mode = "min" if "loss" in metric else "max"
+    is_ours = metric[0] in ("train", "val")
+    if checkpoint.mode is None:
+        checkpoint.mode = "max" if is_ours and "loss" not in metric else "min"
     if metric[0] == "val" and checkpoint.save_on_train_epoch_end is None:
         checkpoint.save_on_train_epoch_end = False  # but with the validation, before any export
     checkpoint.filename = checkpoint.filename or "best-{epoch}-{step}"
@@ -39,4 +40,12 @@ def early_stopping(config: Any) -> list[EarlyStopping]:
             "early_stopping_patience: expected checkpoint.monitor to name the metric, found null"
         )
     require_positive("early_stopping_patience", patience)
-    return [EarlyStopping(monitor, patience=patience, mode=config.checkpoint.mode)]
+    return [
+        EarlyStopping(
+            monitor,
+            patience=patience,
+            mode=config.checkpoint.mode,
+            # With each validation, for an epoch may end without one.
+            check_on_train_epoch_end=not monitor.startswith("val/"),
+        )
+    ]

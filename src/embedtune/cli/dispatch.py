@@ -8,7 +8,7 @@ from pathlib import Path
 from embedtune import __version__
 from embedtune.cli.mistakes import fail, nearest
 from embedtune.cli.processes import let_rank_0_speak
-from embedtune.errors import ExportError, InputError
+from embedtune.errors import ExportError, InputError, TrainingError
 
 OVERVIEW = """\
 usage: embedtune COMMAND ...
@@ -65,7 +65,7 @@ def _run(args: list[str]) -> None:
             getattr(tools, TOOL_COMMANDS[command])(rest)
     except InputError as error:
         fail(str(error))
-    except ExportError as error:
+    except (ExportError, TrainingError) as error:
         fail(str(error), code=1)
     except Exception:
         let_rank_0_speak()

@@ -5,11 +5,14 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
+from embedtune.cli.best_checkpoint import keep_the_best
 from embedtune.cli.run_folder import LoggerName
+
+EPOCHS = 2
+"""Of a fit that is given neither ``trainer.max_epochs`` nor ``max_steps``."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "run",
-    "max_epochs": 2,
     "gradient_clip_val": 1.0,
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
@@ -21,8 +24,14 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 def add_keys(parser: LightningArgumentParser) -> None:
     """Add the keys of a run."""
     parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+    # What is None here follows from other keys, see ``settle``.
     parser.set_defaults(
-        {"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False}
+        {
+            "checkpoint.save_last": "link",
+            "checkpoint.enable_version_counter": False,
+            "checkpoint.mode": None,
+            "trainer.max_epochs": None,
+        }
     )
     parser.add_argument(
         "--save_on_epoch_end",
@@ -49,12 +58,33 @@ def add_keys(parser: LightningArgumentParser) -> None:
         help="Validations without a better checkpoint.monitor after which a fit ends.",
     )
     parser.add_argument(
+        "--skip_nonfinite",
+        type=int,
+        default=0,
+        help="Steps whose gradient is no number that are left out before a fit ends.",
+    )
+    parser.add_argument(
         "--anchors",
         type=dict[str, float] | None,
         default=None,
         help="By how much sets of data.val_path may fall below the base model, by name.",
     )
     parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
+
+
+def settle(config: Any) -> None:
+    """Give keys that the user left alone the values that follow from others.
+
+    Args:
+        config: The configuration of a command; changed.
+    """
+    trainer, checkpoint = config.trainer, config.checkpoint
+    if trainer.max_epochs is None:
+        # An asked max_steps means that many, however many epochs they take.
+        trainer.max_epochs = EPOCHS if trainer.max_steps < 0 else -1
+    if checkpoint.monitor:
+        keep_the_best(checkpoint)
+    checkpoint.mode = checkpoint.mode or "min"
 
 
 def _data_seed(seed_everything: bool | int) -> int:

@@ -16,8 +16,7 @@ from embedtune.cli.assembly import (
     sort_callbacks,
     trainer_settings,
 )
-from embedtune.cli.best_checkpoint import keep_the_best
-from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys
+from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, settle
 from embedtune.cli.log_lines import quiet_libraries
 from embedtune.cli.parser import Parser
 from embedtune.cli.processes import end_with_rank_0
@@ -71,8 +70,7 @@ class TrainerCLI(LightningCLI):
             )
         if not isinstance(config.seed_everything, bool):
             config.data.seed = config.seed_everything
-        if self.subcommand == "fit" and config.checkpoint.monitor:
-            keep_the_best(config.checkpoint)
+        settle(config)
 
     def instantiate_classes(self) -> None:
         """Build module, data module and Trainer.

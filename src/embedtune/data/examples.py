@@ -83,6 +83,13 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
         """Return the same examples, with the token ids of their texts."""
         return ExampleDataset(self.rows, self.neg_nums, self.seed, self.teacher, tokens)
 
+    def place(self, example: int) -> str:
+        """Return ``file:line`` of the row that an example is of."""
+        row = example
+        if self._starts is not None:
+            row = int(np.searchsorted(self._starts, example, side="right")) - 1
+        return self.rows.place(row)
+
     def sample(self, count: int) -> list[Example]:
         """Return ``count`` examples, or all, evenly spread; always the same ones."""
         count = min(len(self), count)

@@ -42,6 +42,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return total
 
 
+def max_over_ranks(value: Tensor) -> Tensor:
+    """Return the largest of every rank's ``value``, without gradient."""
+    if not is_distributed():
+        return value
+    largest = value.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
 def gather_rows(rows: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return the rows of all ranks in their order, ``[sum(sizes), ..]``, with gradient.
 

@@ -128,6 +128,11 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
         # Lightning has divided the loss by the number of accumulated batches.
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
+    def gradient_norm(self) -> float | None:
+        """Return the norm of the last step's gradient over all ranks, None where none is known."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
     def whole_weights(self, encoder: nn.Module) -> dict[str, Tensor]:
         """Return the encoder's weights put together, float32, on rank 0 alone."""
         import deepspeed

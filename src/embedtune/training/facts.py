@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -79,6 +80,7 @@ def _configuration(trainer: Any, module: Any) -> dict[str, Any]:
     return {label: value for label, value in values.items() if value is not None}
 
 
+@cache  # looked for on disk
 def _versions() -> str:
     found = []
     for name in LIBRARIES:

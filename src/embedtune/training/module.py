@@ -225,9 +225,14 @@ class EmbeddingModule(pl.LightningModule):
 
     @property
     def place(self) -> Place:
-        """Where the fit is in its data."""
-        epoch, batch, *_ = self._place
-        return self.data.start._replace(epoch=epoch, batch=batch, step=self.trainer.global_step)
+        """Where the fit is in its data: of batches being accumulated, where the first one starts.
+
+        No checkpoint holds their gradients, so that a run that goes on trains on them once more.
+        """
+        start, batch = self.data.start, self._place.batch
+        if batch != start.batches:
+            batch -= batch % self.trainer.accumulate_grad_batches
+        return start._replace(epoch=self._place.epoch, batch=batch, step=self.trainer.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss, weighted so that its mean over ranks is that over all queries."""
@@ -319,7 +324,14 @@ class EmbeddingModule(pl.LightningModule):
         epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
         by_epochs = per_epoch * epochs if epochs >= 0 else math.inf
         by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-        return max(1, int(min(by_epochs, by_steps)))
+        steps = min(by_epochs, by_steps)
+        if steps == math.inf and self.lr_schedule != "constant":
+            raise InputError(
+                f"model.lr_schedule: {self.lr_schedule} falls to zero at the last step: expected "
+                "trainer.max_epochs or max_steps to tell which that is, or constant"
+            )
+        # Without an end the rate rises as it would over one epoch.
+        return max(1, int(per_epoch if steps == math.inf else steps))
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and a schedule that moves every step."""

@@ -1,0 +1,79 @@
+"""End a fit that is told to stop as one that can go on: the step is finished, and saved."""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from embedtune.distributed import exchange
+
+log = logging.getLogger("embedtune")
+
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
+"""Of schedulers, of the keyboard, and of SLURM before a job's time ends."""
+
+
+class StopOnSignal(pl.Callback):
+    """Finish the step, save ``last.ckpt``, say how to go on, and exit with 128 + the signal.
+
+    A signal to any rank stops all; a second one to this process ends it at once.
+    """
+
+    def __init__(self) -> None:
+        """Start without a signal."""
+        self._received = 0
+        self._former: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over, but for one that somebody else handles already."""
+        for name in SIGNALS:
+            number = getattr(signal, name, None)
+            if number is None or (name == "SIGUSR1" and signal.getsignal(number) != signal.SIG_DFL):
+                continue  # SLURM's requeueing is Lightning's
+            self._former[number] = signal.getsignal(number)
+            signal.signal(number, self._receive_in(os.getpid()))
+
+    def _receive_in(self, process: int) -> Any:
+        def receive(number: int, frame: FrameType | None) -> None:
+            if self._received or os.getpid() != process:  # a loader's worker has no step to finish
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            self._received = number
+
+        return receive
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Stop on every rank where one was told to."""
+        told = torch.tensor(self._received, device=pl_module.device)
+        number = int(exchange.max_over_ranks(told))
+        if not number:
+            return
+        name = signal.Signals(number).name
+        saved = self._save(trainer)
+        if trainer.is_global_zero:
+            on = f"saved {saved}; go on with --ckpt_path last" if saved else "nothing is saved"
+            log.warning("%s: stopped after step %s: %s", name, f"{trainer.global_step:,}", on)
+        sys.exit(128 + number)
+
+    def _save(self, trainer: pl.Trainer) -> Path | None:
+        folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
+        folder = next(filter(None, folders), None)
+        if folder is None:
+            return None
+        path = Path(folder) / "last.ckpt"
+        trainer.save_checkpoint(path)
+        return path
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, former in self._former.items():
+            signal.signal(number, former)
+        self._former.clear()

@@ -1,0 +1,111 @@
+"""A fit that is told to stop finishes its step, saves, and says how to go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from embedtune.checkpoints import last_checkpoint, read_facts
+from embedtune.cli import main
+
+ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(24)]
+LOSSES = """
+import os, signal
+from embedtune.losses import InfoNCE
+
+
+class Told(InfoNCE):
+    def __init__(self, at: int, number: int, times: int = 1, rank: int = 0):
+        super().__init__()
+        self.left, self.number, self.times, self.rank = at, number, times, rank
+
+    def forward(self, embeddings, target):
+        if self.left == 0 and int(os.environ.get("LOCAL_RANK", 0)) == self.rank:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+        self.left -= 1
+        return super().forward(embeddings, target)
+"""
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    Path("told.py").write_text(LOSSES)
+
+
+def flags(model, root: str, *more: str) -> list[str]:
+    """Return those of a fit of 12 steps, 6 an epoch."""
+    given = {
+        "model.model_name_or_path": model,
+        "data.train_path": "train.jsonl",
+        "data.batch_size": 4,
+        "trainer.default_root_dir": root,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.enable_progress_bar": False,
+        "log_with": "csv",
+    }
+    return ["fit", *(f"--{name}={value}" for name, value in given.items()), *more]
+
+
+def told(at: int, number: int, **more: int) -> list[str]:
+    values = {"at": at, "number": int(number), **more}
+    arguments = [f"--model.loss.init_args.{name}={value}" for name, value in values.items()]
+    return ["--model.loss=told.Told", *arguments]
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
+def test_the_step_is_finished_and_saved_and_the_run_goes_on(tiny_bert, caplog, number, code):
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as caught:
+        main(flags(tiny_bert, "run", *told(4, number)))
+    assert caught.value.code == code
+    name = signal.Signals(number).name
+    saved = "run/checkpoints/last.ckpt"
+    assert (
+        f"{name}: stopped after step 5: saved {saved}; go on with --ckpt_path last" in caplog.text
+    )
+    assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 5
+    assert signal.getsignal(number) == handler
+    assert not Path("run/model").exists()
+    main(flags(tiny_bert, "run", "--ckpt_path=last"))
+    main(flags(tiny_bert, "whole"))
+    stopped, whole = (Path(root, "model/model.safetensors") for root in ("run", "whole"))
+    assert stopped.read_bytes() == whole.read_bytes()
+
+
+def test_without_checkpoints_nothing_is_said_to_be_saved(tiny_bert, caplog):
+    no = "--trainer.enable_checkpointing=false"
+    with pytest.raises(SystemExit):
+        main(flags(tiny_bert, "run", *told(1, signal.SIGTERM), no))
+    assert "SIGTERM: stopped after step 2: nothing is saved" in caplog.text
+
+
+def run(model, *more: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "embedtune", *flags(model, "run", *more)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_a_second_signal_ends_it_at_once(tiny_bert):
+    done = run(tiny_bert, *told(1, signal.SIGTERM, times=2))
+    assert done.returncode == -signal.SIGTERM
+    assert "stopped after" not in done.stderr
+    assert not Path("run/checkpoints/last.ckpt").exists()
+
+
+def test_a_signal_to_one_rank_stops_all(tiny_bert):
+    two = ("--trainer.devices=2", "--data.batch_size=2")
+    done = run(tiny_bert, *told(2, signal.SIGTERM, rank=1), *two)
+    assert done.returncode == 143, done.stderr
+    assert done.stderr.count("SIGTERM: stopped after step 3: saved") == 1
+    assert "Traceback" not in done.stderr
+    assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 3

@@ -1,0 +1,151 @@
+"""When a fit ends, and which model it leaves: steps, epochs, metrics, and what contradicts them."""
+
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from embedtune.checkpoints import last_checkpoint, read_facts
+from embedtune.cli import main
+
+PAIRS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(8)]
+SCORED = [{"query": f"a {i}", "pos": [f"b {i}"], "scores": [i / 4]} for i in range(5)]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("train.jsonl", PAIRS), ("sts.jsonl", SCORED)):
+        Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fit(model, *flags: str, root: str = "run") -> int:
+    """Train with 4 batches an epoch; return how many steps were logged."""
+    given = {
+        "model.model_name_or_path": model,
+        "data.train_path": "train.jsonl",
+        "data.batch_size": 2,
+        "trainer.default_root_dir": root,
+        "trainer.accelerator": "cpu",
+        "trainer.enable_progress_bar": False,
+        "save_on_epoch_end": False,
+        "log_with": "csv",
+    }
+    main(["fit", *(f"--{name}={value}" for name, value in given.items()), *flags])
+    with Path(root, "metrics.csv").open() as lines:
+        return sum(bool(row["train/loss"]) for row in csv.DictReader(lines))
+
+
+def error(capsys, model, *flags: str) -> str:
+    with pytest.raises(SystemExit) as caught:
+        fit(model, *flags)
+    said = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ((), 8),
+        (("--trainer.max_steps=11",), 11),
+        (("--trainer.max_steps=3",), 3),
+        (("--trainer.max_steps=11", "--trainer.max_epochs=1"), 4),
+        (("--trainer.max_epochs=3",), 12),
+    ],
+)
+def test_an_asked_number_of_steps_is_trained(tiny_bert, flags, steps):
+    assert fit(tiny_bert, *flags) == steps
+
+
+def test_a_fit_may_have_a_time_alone_with_a_constant_rate(tiny_bert, capsys):
+    flags = ("--trainer.max_epochs=-1", "--trainer.max_time={seconds: 3}")
+    said = error(capsys, tiny_bert, *flags)
+    assert "model.lr_schedule: cosine falls to zero at the last step" in said
+    assert fit(tiny_bert, *flags, "--model.lr_schedule=constant") > 0
+    assert Path("run/model/modules.json").is_file()
+
+
+def test_overfitting_is_on_the_same_batches(tiny_bert):
+    still = ("--model.lr=1e-12", "--model.dropout=0", "--trainer.precision=32-true")
+    fit(tiny_bert, "--trainer.overfit_batches=2", "--trainer.max_epochs=4", *still)
+    with Path("run/metrics.csv").open() as lines:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(lines) if row["train/loss"]]
+    assert losses[:2] * 4 == pytest.approx(losses, abs=1e-6)
+    assert losses[0] != losses[1]
+
+
+def test_a_monitored_fit_that_ends_before_it_is_measured_leaves_its_last_model(tiny_bert, caplog):
+    monitored = ("--data.val_path=sts.jsonl", "--checkpoint.monitor=val/sts/spearman")
+    with caplog.at_level("INFO", logger="embedtune"):
+        fit(tiny_bert, *monitored, "--early_stopping_patience=2", "--trainer.max_steps=2")
+    assert "the last step, 2: val/sts/spearman was not measured" in caplog.text
+    assert "checkpoint.monitor makes it" not in caplog.text
+    assert Path("run/model/modules.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode", "expected"),
+    [
+        ("val/sts/spearman", None, "max"),
+        ("val/sts/spearman", "min", "min"),
+        ("val/pairs/loss", None, "min"),
+        ("train/loss", "max", "max"),
+    ],
+)
+def test_what_is_best_follows_from_the_metric_unless_given(tiny_bert, monitor, mode, expected):
+    sets = "--data.val_path={sts: sts.jsonl, pairs: train.jsonl}"
+    flags = () if mode is None else (f"--checkpoint.mode={mode}",)
+    fit(tiny_bert, sets, f"--checkpoint.monitor={monitor}", "--trainer.max_steps=4", *flags)
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert saved["checkpoint"]["mode"] == expected
+
+
+def test_a_run_folder_may_move_and_be_seen_from_elsewhere(tiny_bert, tmp_path, monkeypatch):
+    monitored = ("--data.val_path=sts.jsonl", "--checkpoint.monitor=val/sts/spearman")
+    fit(tiny_bert, *monitored, "--trainer.max_epochs=1", "--model.lr=1e-5")
+    before = read_facts(last_checkpoint(Path("run/checkpoints")))["callbacks"]
+    shutil.move("run", "moved")
+    fit(tiny_bert, *monitored, "--trainer.max_epochs=2", "--ckpt_path=last", root="moved")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    for name in ("train.jsonl", "sts.jsonl"):
+        Path(name).symlink_to(tmp_path / name)
+    root = str(tmp_path / "moved")
+    fit(tiny_bert, *monitored, "--trainer.max_epochs=3", "--ckpt_path=last", root=root)
+    after = read_facts(last_checkpoint(tmp_path / "moved" / "checkpoints"))["callbacks"]
+    key = next(key for key, state in before.items() if state.get("monitor"))
+    scores = [states[key]["best_model_score"] for states in (before, after)]
+    assert scores[1] >= scores[0]
+    best = Path(after[key]["best_model_path"])
+    assert best.is_file()
+    assert best.parent == tmp_path / "moved" / "checkpoints"
+
+
+def test_a_checkpoint_of_another_folder_brings_no_best_of_its_own(tiny_bert, caplog):
+    monitored = ("--data.val_path=sts.jsonl", "--checkpoint.monitor=val/sts/spearman")
+    fit(tiny_bert, *monitored, "--trainer.max_epochs=1")
+    last = "--ckpt_path=run/checkpoints/last.ckpt"
+    fit(tiny_bert, *monitored, "--trainer.max_epochs=2", last, root="second")
+    (state, *_) = [
+        state
+        for state in read_facts(last_checkpoint(Path("second/checkpoints")))["callbacks"].values()
+        if state.get("monitor")
+    ]
+    assert "second" in state["best_model_path"]
+    assert Path("run/checkpoints/last.ckpt").exists()
+
+
+def test_a_checkpoint_of_an_older_version_is_named(tiny_bert, capsys):
+    fit(tiny_bert, "--trainer.max_epochs=1")
+    path = last_checkpoint(Path("run/checkpoints"))
+    old = torch.load(path, weights_only=True)
+    del old["place"]
+    torch.save(old, "old.ckpt")
+    said = error(capsys, tiny_bert, "--ckpt_path=old.ckpt", "--trainer.max_epochs=2")
+    assert "ckpt_path: expected a checkpoint that tells its place in the data" in said
