@@ -149,3 +149,29 @@ def test_a_checkpoint_of_an_older_version_is_named(tiny_bert, capsys):
     torch.save(old, "old.ckpt")
     said = error(capsys, tiny_bert, "--ckpt_path=old.ckpt", "--trainer.max_epochs=2")
     assert "ckpt_path: expected a checkpoint that tells its place in the data" in said
+
+
+def test_a_second_run_in_a_folder_keeps_its_files_apart(tiny_bert, caplog):
+    epochs = ("--save_on_epoch_end=true",)
+    fit(tiny_bert, *epochs, "--trainer.max_epochs=3")
+    with caplog.at_level("WARNING", logger="embedtune"):
+        fit(tiny_bert, *epochs, "--trainer.max_epochs=1")
+    assert "run: an earlier run's checkpoints are now in run/checkpoints-1" in caplog.text
+    now, before = (
+        {path.name for path in Path("run", name).iterdir()}
+        for name in ("checkpoints", "checkpoints-1")
+    )
+    assert {"epoch-1", "epoch-2", "epoch-3", "last.ckpt"} <= before
+    assert "epoch-2" not in now
+    fit(tiny_bert, *epochs, "--trainer.max_epochs=2", "--ckpt_path=last")  # the second run's
+    assert not Path("run/checkpoints-2").exists()
+    assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 8
+
+
+def test_a_run_does_not_replace_its_own_base(tiny_bert, capsys):
+    fit(tiny_bert, "--trainer.max_steps=1")
+    before = Path("run/model/model.safetensors").read_bytes()
+    said = error(capsys, "run/model", "--trainer.max_steps=1")
+    assert "model.model_name_or_path: expected a model outside of what this run writes" in said
+    assert Path("run/model/model.safetensors").read_bytes() == before
+    fit("run/model", "--trainer.max_steps=1", root="second")

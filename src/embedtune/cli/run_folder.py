@@ -1,6 +1,7 @@
 """What a fit keeps in its run folder beside checkpoints: configuration and loggers."""
 
 import itertools
+import logging
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,8 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_only
 
 from embedtune.errors import InputError
+
+log = logging.getLogger("embedtune")
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
 
@@ -47,7 +50,21 @@ def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> l
 @rank_zero_only
 def keep_earlier_metrics(folder: Path) -> None:
     """Rename the metrics of an earlier run in this folder, which CSVLogger would delete."""
-    metrics = folder / "metrics.csv"
-    if metrics.exists():
-        numbered = (folder / f"metrics-{number}.csv" for number in itertools.count(1))
-        metrics.rename(next(path for path in numbered if not path.exists()))
+    _set_aside(folder / "metrics.csv")
+
+
+@rank_zero_only
+def keep_earlier_checkpoints(folder: Path) -> None:
+    """Rename the checkpoints of an earlier run in this folder, which are none of the new one's."""
+    checkpoints = folder / "checkpoints"
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        aside = _set_aside(checkpoints)
+        log.warning("%s: an earlier run's checkpoints are now in %s", folder, aside)
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Rename a file or folder to the first of NAME-1, NAME-2, .. that is free."""
+    if not path.exists():
+        return None
+    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+    return path.rename(next(other for other in numbered if not other.exists()))

@@ -20,7 +20,7 @@ from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, settle
 from embedtune.cli.log_lines import quiet_libraries
 from embedtune.cli.parser import Parser
 from embedtune.cli.processes import end_with_rank_0
-from embedtune.cli.run_folder import SaveConfig
+from embedtune.cli.run_folder import SaveConfig, keep_earlier_checkpoints
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.distributed import exchange
 from embedtune.distributed.strategies import refuse_checkpoint
@@ -131,11 +131,31 @@ class TrainerCLI(LightningCLI):
                 )
             if path is None:
                 log.info("ckpt_path: last: there is no checkpoint yet")
+        if path is None and command == "fit":
+            self._start_afresh()
         if path is not None and str(path) not in CHECKPOINT_NAMES:
             refuse_checkpoint(self.trainer.strategy, Path(path))
             if command != "fit":
                 self.model.match(read_spec(Path(path)))
         getattr(self.trainer, command)(ckpt_path=path, **kwargs)
+
+    def _start_afresh(self) -> None:
+        """Tell this run's files from those that an earlier one has left in its folder.
+
+        Raises:
+            InputError: The base model is what the run would replace by its own.
+        """
+        config = self.config_init[self.subcommand]
+        folder, base = Path(config.trainer.default_root_dir), self.model.encoder.spec
+        own = (folder / "model").resolve(), (folder / "checkpoints").resolve()
+        path = Path(base.model_name_or_path).resolve()
+        if any(path.is_relative_to(place) for place in own):
+            raise InputError(
+                "model.model_name_or_path: expected a model outside of what this run writes, found "
+                f"{base.model_name_or_path}; give another trainer.default_root_dir than {folder}"
+            )
+        if Path(config.checkpoint.dirpath) == folder / "checkpoints":
+            keep_earlier_checkpoints(folder)
 
 
 def trainer_command(argv: Sequence[str]) -> None:

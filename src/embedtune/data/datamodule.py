@@ -1,5 +1,6 @@
 """The LightningDataModule: files in, batches out."""
 
+import logging
 import multiprocessing
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,8 @@ from embedtune.data.testsets import name_sets
 from embedtune.data.token_table import TokenTable
 from embedtune.errors import InputError, require_positive
 from embedtune.models.encoder import Encoder
+
+log = logging.getLogger("embedtune")
 
 Part = Literal["train", "val", "test", "predict"]
 Evaluated = str | list[str] | dict[str, str | list[str]] | None
@@ -157,6 +160,9 @@ class EmbeddingDataModule(pl.LightningDataModule):
         rows = Rows(paths, None if is_scored else self.declared)
         if rows.format == Format.SCORED:
             self.testsets[name] = TextDataset(scored_pairs(rows.records()))
+            low, high = rows.score_range or (0.0, 0.0)
+            if low == high:
+                log.warning("%s: all scores are %g: a Spearman correlation is 0", name, low)
             # Sentence pairs have no default loss; nobody asked for one to be validated.
             has_loss = "train" in self.datasets or self.trainer.lightning_module.loss is not None
             if not has_loss and rows.list_lengths.min() < 2:

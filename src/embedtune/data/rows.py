@@ -94,6 +94,12 @@ class Rows:
         return self._lengths("positives")
 
     @property
+    def score_range(self) -> tuple[float, float] | None:
+        """The lowest and the highest score, None without any."""
+        found = pc.min_max(pc.list_flatten(self.table.data.column("scores"))).as_py()
+        return None if found["min"] is None else (found["min"], found["max"])
+
+    @property
     def texts_per_row(self) -> np.ndarray:
         """Number of texts that each row holds, int64 ``[rows]``."""
         return 1 + self.list_lengths + self._lengths("negatives")

@@ -1,5 +1,7 @@
 """Choose the loss of a run by the format of its data."""
 
+import logging
+
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.data.records import Format
 from embedtune.errors import InputError
@@ -8,6 +10,8 @@ from embedtune.losses.distillation import Distillation
 from embedtune.losses.infonce import InfoNCE
 from embedtune.losses.matryoshka import Matryoshka
 from embedtune.losses.scored import ListwiseKL
+
+log = logging.getLogger("embedtune")
 
 
 def choose_loss(
@@ -35,14 +39,37 @@ def choose_loss(
             f"model.loss: {type(loss).__name__} takes {' or '.join(sorted(loss.formats))} "
             f"data, found {row_format} rows"
         )
-    if isinstance(loss, ListwiseKL) and loss.over == "list":
-        _refuse_singleton_lists(data)
+    _refuse_without_signal(loss, data)
     if mrl_dims is None:
         return loss
     if isinstance(loss, Distillation):
         loss.mrl_dims = loss.mrl_dims or mrl_dims
         return loss
     return Matryoshka(loss, mrl_dims)
+
+
+def _refuse_without_signal(loss: Loss, data: EmbeddingDataModule) -> None:
+    """Refuse data that a loss learns nothing from, and warn of some."""
+    while isinstance(loss, Matryoshka):  # given by the user
+        loss = loss.loss
+    if isinstance(loss, ListwiseKL) and loss.over == "list":
+        _refuse_singleton_lists(data)
+    if isinstance(loss, InfoNCE) and data.format == Format.PAIR and "train" in data.datasets:
+        _refuse_lonely_pairs(loss, data)
+    for name, examples in data.datasets.items():
+        scores = examples.rows.score_range
+        if scores is not None and scores[0] == scores[1]:
+            log.warning("%s: all scores are %g: they order nothing", name, scores[0])
+
+
+def _refuse_lonely_pairs(loss: InfoNCE, data: EmbeddingDataModule) -> None:
+    batch = data.sampler("train").global_batch_size
+    seen = data.batch_size if loss.over == "rank" else min(batch, len(data.datasets["train"]))
+    if seen < 2:
+        raise InputError(
+            f"data.batch_size: InfoNCE takes the other pairs of a batch for negatives: expected "
+            f"at least 2 pairs in a batch, found {seen}"
+        )
 
 
 def _refuse_singleton_lists(data: EmbeddingDataModule) -> None:

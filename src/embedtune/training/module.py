@@ -24,7 +24,7 @@ from embedtune.losses.scope import Shares, in_scope
 from embedtune.models import freed_memory
 from embedtune.models.encoder import Encoder
 from embedtune.models.projection import ProjectionInit, parse_dims
-from embedtune.models.spec import EncoderSpec, Features, PoolingMode
+from embedtune.models.spec import EncoderSpec, Features, PoolingMode, Role
 from embedtune.training.choose_loss import choose_loss
 from embedtune.training.facts import training_facts
 from embedtune.training.gradient_cache import GradientCache
@@ -160,9 +160,27 @@ class EmbeddingModule(pl.LightningModule):
             prompt = self.data.datasets["train"].rows.prompt
             if prompt is not None:
                 self.encoder.set_query_prompt(prompt)
+            self._refuse_long_prompts()
         if not self._has_loss_settled and self.data.format is not None:
             self._has_loss_settled = True
             self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data)
+
+    def _refuse_long_prompts(self) -> None:
+        limits: tuple[tuple[Role, str, int], ...] = (
+            ("query", "data.query_max_len", self.data.query_max_len),
+            ("document", "data.passage_max_len", self.data.passage_max_len),
+        )
+        for role, key, limit in limits:
+            prompt, longest = self.encoder.default_prompt(role), self.encoder.cap(limit)
+            if prompt is None:
+                continue
+            features = self.encoder.tokenize(["a"], role, prompt, longest)
+            without = self.encoder.tokenize([""], role, prompt, longest)
+            if features["input_ids"].shape == without["input_ids"].shape:
+                raise InputError(
+                    f"{key}: expected more tokens than the {role} prompt {prompt!r} takes, found "
+                    f"{longest}: nothing would be left of a text"
+                )
 
     # --- Steps --------------------------------------------------------------------------
 
