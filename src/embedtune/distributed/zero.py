@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from embedtune.checkpoints.read import read_facts, read_weights
 from embedtune.checkpoints.shards import divide_anew, zero_ranks
 from embedtune.checkpoints.write import SavesFolders
+from embedtune.distributed.compilation import prepare_compilation
 from embedtune.errors import InputError
 
 
@@ -81,6 +82,7 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         set_accelerator(CPU_Accelerator())
+        prepare_compilation(self.num_nodes, self.is_global_zero)
         # DeepSpeed wants a number from every device.
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(devices))]
         super(DeepSpeedStrategy, self).setup_environment()
