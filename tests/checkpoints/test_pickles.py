@@ -105,6 +105,15 @@ def test_a_shard_outside_the_folder_is_refused(tmp_path):
         read_weights(path)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_shard_that_is_missing_is_no_code(tmp_path):
+    path = save_fsdp(tmp_path / "a.ckpt")
+    for shard in path.glob("*.distcp"):
+        shard.unlink()
+    with pytest.raises(InputError, match=r"a\.ckpt: cannot read all of its weights: "):
+        read_weights(path)
+
+
 @pytest.mark.parametrize(
     "name",
     [
