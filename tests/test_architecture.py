@@ -19,7 +19,13 @@ SOURCE = ROOT / "src" / "embedtune"
 ROOMS = sorted(path.name for path in SOURCE.iterdir() if (path / "__init__.py").is_file())
 
 # Of torch, import-linter sees the name alone.
-DISTRIBUTED = {"distributed.exchange", "distributed.fsdp", "checkpoints.read", "checkpoints.shards"}
+DISTRIBUTED = {
+    "checkpoints.pickles",
+    "checkpoints.read",
+    "checkpoints.shards",
+    "distributed.exchange",
+    "distributed.fsdp",
+}
 LAZY = ("deepspeed", "peft")  # optional, and slow to import: only inside functions
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
 MAX_FUNCTION = 40

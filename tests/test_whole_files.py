@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from embedtune.whole_files import part_of, put, remove, sweep, write_text, writing
+from embedtune.whole_files import FORMER, part_of, put, remove, sweep, write_text, writing
 
 
 def names(folder: Path) -> list[str]:
@@ -63,6 +63,20 @@ def test_a_folder_takes_the_place_of_anything(tmp_path, former):
     put(folder_of(part_of(path), "new"), path)
     assert (path / "file").read_text() == "new"
     assert names(tmp_path) == ["model"]
+
+
+def test_a_folder_that_cannot_be_replaced_keeps_its_name(tmp_path, monkeypatch):
+    path = folder_of(tmp_path / "model", "old")
+    part = folder_of(part_of(path), "new")
+
+    def fail(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        put(part, path)
+    assert (path / "file").read_text() == "old"
+    assert not path.with_name(path.name + FORMER).exists()
 
 
 def test_a_file_takes_the_place_of_a_folder(tmp_path):

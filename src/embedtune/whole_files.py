@@ -33,9 +33,20 @@ def put(part: Path, path: Path) -> None:
     remove(former)
     if path.is_dir() or (part.is_dir() and path.exists()):  # files are replaced at once
         path.rename(former)
-    part.replace(path)
+    try:
+        part.replace(path)
+    except OSError:
+        bring_back(path)
+        raise
     _sync(path.parent)
     remove(former)
+
+
+def bring_back(path: Path) -> None:
+    """Give a folder its name again, which a killed process took from it to put another there."""
+    former = path.with_name(path.name + FORMER)
+    if former.is_dir() and not path.exists():
+        former.rename(path)
 
 
 @contextmanager
@@ -66,7 +77,7 @@ def writing(path: Path, keep_existing: bool = False) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8."""
     with writing(path) as part:
-        part.write_text(text, encoding="utf-8")
+        part.write_text(text, encoding="utf-8", newline="\n")
 
 
 def sweep(folder: Path, pattern: str = f"*{PART}") -> None:

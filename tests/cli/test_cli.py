@@ -13,6 +13,7 @@ import torch
 import yaml
 from sentence_transformers import SentenceTransformer
 
+from embedtune import EmbeddingModule, whole_files
 from embedtune.cli import main
 from embedtune.distributed import FSDP, ZeRO
 from embedtune.distributed.strategies import NAMED
@@ -277,6 +278,56 @@ def test_predict_writes_what_encode_gives_in_order(tiny_bert, name):
     expected = SentenceTransformer(str(tiny_bert), device="cpu").encode(texts)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_a_prediction_that_breaks_off_leaves_the_former(tiny_bert, monkeypatch):
+    name = write("lines.txt", [f"text {i}" for i in range(20)])
+    argv = [
+        *("predict", "--model.model_name_or_path", str(tiny_bert), "--data.predict_path", name),
+        *("--trainer.default_root_dir", "out", "--trainer.accelerator", "cpu"),
+        *("--data.batch_size", "8"),
+    ]
+    main(argv)
+    before, step = Path("out/embeddings.npy").read_bytes(), EmbeddingModule.predict_step
+
+    def fail_later(self, batch, batch_idx):
+        if batch_idx == 1:
+            raise OSError("killed")
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EmbeddingModule, "predict_step", fail_later)
+        with pytest.raises(OSError, match="killed"):
+            main(argv)
+    assert Path("out/embeddings.npy").read_bytes() == before
+    main(argv)
+    assert Path("out/embeddings.npy").read_bytes() == before
+    assert not list(Path("out").glob("*.part"))
+
+
+def test_a_configuration_is_whole_or_the_former(tiny_bert, monkeypatch):
+    fit(tiny_bert, "--trainer.max_epochs", "1")
+    before = Path("run/config.yaml").read_text()
+
+    def fail(part, path):
+        raise OSError("killed")
+
+    monkeypatch.setattr(whole_files, "put", fail)
+    with pytest.raises(OSError, match="killed"):
+        fit(tiny_bert, "--trainer.max_epochs", "2")
+    assert Path("run/config.yaml").read_text() == before
+
+
+def test_a_configuration_of_several_files_is_kept_whole(tiny_bert):
+    data = write("train.jsonl", PAIRS)
+    Path("data.yaml").write_text(yaml.safe_dump({"train_path": data, "batch_size": 4}))
+    main(
+        [
+            *("fit", "--model.model_name_or_path", str(tiny_bert), "--data", "data.yaml"),
+            *("--trainer.accelerator", "cpu", "--trainer.max_steps", "1"),
+        ]
+    )
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["data"]["batch_size"] == 4
 
 
 def test_teach_writes_a_store_that_distills(tiny_bert, tiny_transformer):

@@ -99,6 +99,13 @@ def _(folder, model):
     assert (facts.size, facts.properties.dtype) == ((2, 3), torch.float32)
 
 
+@borrows("torch: distributed.checkpoint pickles the classes of .metadata")
+def _(folder, model):
+    saved = {"model.a": torch.ones(2, 3), "model.b": torch.ones(2).half(), "lr": 0.5}
+    import_module("torch.distributed.checkpoint").save(saved, checkpoint_id=folder, no_dist=True)
+    import_module("embedtune.checkpoints.pickles").refuse_code_in_fsdp(folder)
+
+
 @borrows("torch: distributed.checkpoint.api.CheckpointException.failures")
 def _(folder, model):
     kind = import_module("torch.distributed.checkpoint.api").CheckpointException
@@ -503,6 +510,13 @@ def _(folder, model):
     engine = source_of(import_module("deepspeed.runtime.engine").DeepSpeedEngine)
     for name in ("_model_states.pt", "_optim_states.pt", '"zero_pp_rank_{}"', "'latest'"):
         assert name in engine.replace('"latest"', "'latest'"), name
+
+
+@borrows("deepspeed: the classes in the files of a ZeRO checkpoint")
+def _(folder, model):
+    for name in import_module("embedtune.checkpoints.pickles").DEEPSPEED:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(import_module(module), attribute).__module__ == module
 
 
 @borrows("deepspeed: checkpoint.ds_to_universal")

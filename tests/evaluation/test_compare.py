@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -303,6 +304,22 @@ def test_results_are_written(tmp_path):
     }
     assert len(rows) == 5
     assert (tmp_path / "new" / "folder" / "quality.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_chart_that_cannot_be_drawn_leaves_the_former(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    write_results(RESULTS, tmp_path)
+    before = (tmp_path / "quality.png").read_bytes()
+
+    def fill_the_disk(self, path, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(figure, "savefig", fill_the_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_results(RESULTS, tmp_path)
+    assert (tmp_path / "quality.png").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "quality.png"]
 
 
 def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The exported folder is the trained model, or it is marked and the command fails."""
 
 import json
+import shutil
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -8,10 +9,12 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, InputError
+from embedtune.checkpoints import read_spec
 from embedtune.cli import main
 from embedtune.errors import ExportError
 from embedtune.export import probes
@@ -127,6 +130,82 @@ def test_a_folder_that_differs_is_marked_and_the_command_fails(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("Error while serializing: No space left on device"),
+        KeyboardInterrupt(),
+    ],
+)
+def test_an_export_that_cannot_be_written_leaves_the_former(encoder, tmp_path, monkeypatch, error):
+    folder = tmp_path / "model"
+    export_encoder(encoder, folder)
+    before, save = contents(folder), type(encoder.model).save_pretrained
+
+    def fill_the_disk(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise error
+
+    monkeypatch.setattr(type(encoder.model), "save_pretrained", fill_the_disk)
+    expected = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ExportError
+    with pytest.raises(expected):
+        export_encoder(encoder, folder)
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert len(encoder.model) == 3
+
+
+def break_off(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"half")
+
+
+@pytest.mark.parametrize("spoil", [damage, break_off])
+def test_a_verified_export_is_not_replaced_by_one_that_is_not(
+    encoder, tmp_path, monkeypatch, spoil
+):
+    folder, beside = tmp_path / "model", tmp_path / "model.unverified"
+    export_encoder(encoder, folder)
+    before, load = contents(folder), probes.load_sentence_transformer
+
+    def load_spoilt(path, **kwargs):
+        spoil(Path(path))
+        return load(path, **kwargs)
+
+    monkeypatch.setattr(probes, "load_sentence_transformer", load_spoilt)
+    for _ in range(2):
+        with pytest.raises(ExportError, match=r"it is kept as .*model\.unverified, marked"):
+            export_encoder(encoder, folder)
+        assert contents(folder) == before
+        assert (beside / UNVERIFIED).exists()
+    first = tmp_path / "first"
+    with pytest.raises(ExportError, match=r"first: .*; it is marked UNVERIFIED"):
+        export_encoder(encoder, first)
+    assert (first / UNVERIFIED).exists()
+
+
+def test_a_former_export_that_a_kill_left_without_its_name_is_not_lost(
+    encoder, tmp_path, monkeypatch
+):
+    folder = tmp_path / "model"
+    export_encoder(encoder, folder)
+    before = contents(folder)
+    folder.rename(tmp_path / "model.former")  # as just before the new one takes its place
+
+    def fill_the_disk(self, *args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(encoder.model), "save_pretrained", fill_the_disk)
+    with pytest.raises(ExportError):
+        export_encoder(encoder, folder)
+    assert contents(folder) == before
+
+
 def test_weights_that_are_not_numbers_are_not_verified(encoder, tmp_path):
     with torch.no_grad():
         encoder.dense.linear.weight[0, 0] = float("nan")
@@ -234,6 +313,66 @@ def test_a_checkpoint_without_facts_has_a_card_without_them(encoder, tmp_path):
     export_checkpoint(tmp_path / "old.ckpt", tmp_path / "model")
     assert "## Training" not in read_card(tmp_path / "model")
     assert "matryoshka" not in ModelCard.load(tmp_path / "model" / "README.md").data.tags
+
+
+# --- The base model of a checkpoint ---------------------------------------------------------
+
+
+def save_checkpoint(path: Path, spec: EncoderSpec, encoder: Encoder) -> Path:
+    path.parent.mkdir(parents=True)
+    state = {f"encoder.{k}": v for k, v in encoder.state_dict().items()}
+    torch.save({"encoder_spec": spec._asdict(), "state_dict": state}, path)
+    return path
+
+
+@pytest.mark.parametrize("base", ["models/base", "./models/base", "models/../models/base"])
+def test_a_base_model_is_found_from_another_folder_and_after_a_move(
+    tiny_bert, tmp_path, monkeypatch, base
+):
+    work = tmp_path / "work"
+    shutil.copytree(tiny_bert, work / "models" / "base")
+    monkeypatch.chdir(work)
+    spec = EncoderSpec(base)
+    encoder = Encoder(spec)
+    path = Path("run") / "checkpoints" / "last.ckpt"
+    save_checkpoint(path, spec.kept_in(Path("run")), encoder)
+    monkeypatch.chdir(tmp_path)
+    assert export_checkpoint(work / path, Path("model")) <= TOLERANCE
+    work.rename("moved")
+    assert export_checkpoint(Path("moved") / path, Path("model")) <= TOLERANCE
+    assert str(tmp_path) not in read_card(Path("model"))
+    (Path("moved") / "models" / "base").rename("base")
+    with pytest.raises(InputError, match=r"work/models/.*base: say with --model_name_or_path"):
+        export_checkpoint(Path("moved") / path, Path("again"))
+    argv = ["export", str(Path("moved") / path), "again", "--model_name_or_path", "base"]
+    main(argv)
+    assert (Path("again") / "modules.json").exists()
+
+
+def test_a_hub_name_is_kept_as_it_is(tmp_path):
+    spec = EncoderSpec("org/model")
+    assert spec.kept_in(tmp_path) == spec
+
+
+def test_a_fit_keeps_where_its_base_model_is(tiny_bert, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_bert.parent)
+    fit(tmp_path / "run", Path(tiny_bert.name))
+    monkeypatch.chdir(tmp_path)
+    checkpoint = next((tmp_path / "run" / "kept").glob("*.ckpt"))
+    spec = read_spec(checkpoint)
+    assert spec.model_name_or_path == str(tiny_bert)
+    assert (tmp_path / "run" / spec.from_run_folder).resolve() == tiny_bert.resolve()
+    assert str(tiny_bert.parent) not in read_card(tmp_path / "run" / "model")
+
+
+def test_a_checkpoint_cannot_allow_itself_to_run_code(tiny_bert, tmp_path):
+    spec = EncoderSpec(str(tiny_bert), trust_remote_code=True)
+    path = save_checkpoint(tmp_path / "run" / "a.ckpt", spec, Encoder(EncoderSpec(str(tiny_bert))))
+    with pytest.raises(InputError, match="give --trust_remote_code true"):
+        export_checkpoint(path, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    main(["export", str(path), str(tmp_path / "model"), "--trust_remote_code", "true"])
+    assert "trust_remote_code=True" in read_card(tmp_path / "model")
 
 
 # --- Embedding ------------------------------------------------------------------------------

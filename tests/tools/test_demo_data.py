@@ -6,10 +6,11 @@ import sys
 
 import pytest
 
+from embedtune import whole_files
 from embedtune.data.lines import read_lines
 from embedtune.data.records import Format, detect_format, parse_record
 from embedtune.errors import InputError
-from embedtune.tools import docstrings
+from embedtune.tools import demo_data, docstrings
 from embedtune.tools.demo_data import (
     MAX_DOCUMENT_CHARACTERS,
     Pair,
@@ -130,6 +131,22 @@ def test_a_file_in_the_way_is_named(tmp_path):
     for out in (path, path / "below"):
         with pytest.raises(InputError, match="expected a folder to write to, found a file"):
             harvest(out)
+
+
+def test_what_is_written_is_whole_or_the_former(tmp_path, monkeypatch, pairs):
+    monkeypatch.setattr(demo_data, "collect_pairs", lambda found: pairs)
+    harvest(tmp_path)
+    before = files(tmp_path)
+    assert len(before) == 8
+
+    def fail(part, path):
+        raise OSError("killed")
+
+    monkeypatch.setattr(demo_data, "collect_pairs", lambda found: pairs[::2])
+    monkeypatch.setattr(whole_files, "put", fail)
+    with pytest.raises(OSError, match="killed"):
+        harvest(tmp_path)
+    assert files(tmp_path) == before
 
 
 # --- Parts ----------------------------------------------------------------------------------------

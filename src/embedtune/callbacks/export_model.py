@@ -12,7 +12,7 @@ from embedtune.callbacks.best_model import best_keeper, describe_choice
 from embedtune.distributed.fsdp import FSDP
 from embedtune.distributed.strategies import whole_weights
 from embedtune.distributed.zero import ZeRO
-from embedtune.errors import InputError
+from embedtune.errors import ExportError, InputError
 from embedtune.export.folder import LOOSE_TOLERANCE, TOLERANCE, export_encoder
 from embedtune.export.probes import embed_probes
 from embedtune.export.rebuild import export_checkpoint, rebuild
@@ -24,26 +24,31 @@ log = logging.getLogger("embedtune")
 
 
 def export_running(trainer: pl.Trainer, module: EmbeddingModule, folder: Path) -> None:
-    """Export the model of a running fit; all ranks must call it."""
+    """Export the model of a running fit; all ranks must call it, and rank 0 alone may fail."""
     strategy, encoder = trainer.strategy, module.encoder
     training, facts = encoder.training, training_facts(trainer, module)
-    # Attention that was asked for may be one that a CPU does not have.
-    if isinstance(strategy, FSDP | ZeRO) or encoder.attn_implementation is not None:
-        trained = _embed_probes_in_training(trainer, module)
-        weights = whole_weights(strategy, encoder)
-        if trainer.is_global_zero:
-            exact = strategy.root_device.type == "cpu" and trainer.precision == "32-true"
-            tolerance = TOLERANCE if exact else LOOSE_TOLERANCE
-            whole = rebuild(encoder.spec, weights, "the weights of all ranks")
-            difference = export_encoder(whole, folder, trained, tolerance, facts)
-    elif trainer.is_global_zero:
-        device = module.device
-        difference = export_encoder(encoder, folder, facts=facts)
-        encoder.to(device)
-    module.train(training)
-    if trainer.is_global_zero:
-        log.info("exported and verified %s (largest difference %.1e)", folder, difference)
-    strategy.barrier()
+    try:
+        # Attention that was asked for may be one that a CPU does not have.
+        if isinstance(strategy, FSDP | ZeRO) or encoder.attn_implementation is not None:
+            trained = _embed_probes_in_training(trainer, module)
+            weights = whole_weights(strategy, encoder)
+            if trainer.is_global_zero:
+                exact = strategy.root_device.type == "cpu" and trainer.precision == "32-true"
+                tolerance = TOLERANCE if exact else LOOSE_TOLERANCE
+                whole = rebuild(encoder.spec, weights, "the weights of all ranks")
+                _log_export(folder, export_encoder(whole, folder, trained, tolerance, facts))
+        elif trainer.is_global_zero:
+            device = module.device
+            try:
+                _log_export(folder, export_encoder(encoder, folder, facts=facts))
+            finally:
+                encoder.to(device)
+    finally:
+        module.train(training)
+
+
+def _log_export(folder: Path, difference: float) -> None:
+    log.info("exported and verified %s (largest difference %.1e)", folder, difference)
 
 
 def _embed_probes_in_training(trainer: pl.Trainer, module: EmbeddingModule) -> Tensor:
@@ -64,7 +69,7 @@ class ExportModel(pl.Callback):
 
     ``<default_root_dir>/model`` is the best checkpoint where ``checkpoint.monitor`` tells which is,
     else the model of the last step; ``checkpoints/epoch-1``, ``epoch-2``, .. are those of the
-    epochs.
+    epochs. An epoch that cannot be exported is logged; a fit that cannot be is an error.
     """
 
     def __init__(self, save_on_epoch_end: bool = True, num_max_checkpoints: int = 5) -> None:
@@ -79,30 +84,76 @@ class ExportModel(pl.Callback):
                 f"num_max_checkpoints: expected at least 1, found {num_max_checkpoints}"
             )
         self.save_on_epoch_end, self.num_max_checkpoints = save_on_epoch_end, num_max_checkpoints
+        self._ended_epoch: int | None = None
+        self._has_ended = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the fit before."""
+        self._ended_epoch, self._has_ended = None, False
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export the epoch, and delete the folder that is one too many."""
-        if not self.save_on_epoch_end:
+        """Remember the epoch: Lightning saves checkpoints after this hook, whatever the order."""
+        self._ended_epoch = trainer.current_epoch + 1 if self.save_on_epoch_end else None
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the epoch before."""
+        self._export_epoch(trainer, cast(EmbeddingModule, pl_module))
+
+    def _export_epoch(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
+        """Export the epoch that has ended, and delete the folder that is one too many."""
+        number, self._ended_epoch = self._ended_epoch, None
+        if number is None:
             return
         epochs = Path(trainer.default_root_dir) / "checkpoints"
-        number = trainer.current_epoch + 1
-        export_running(trainer, cast(EmbeddingModule, pl_module), epochs / f"epoch-{number}")
+        try:
+            export_running(trainer, module, epochs / f"epoch-{number}")
+        except (ExportError, InputError) as error:
+            log.error("epoch %d is not exported: %s", number, error)
+        trainer.strategy.barrier()
         oldest = number - self.num_max_checkpoints
         if oldest >= 1 and trainer.is_global_zero:
             shutil.rmtree(epochs / f"epoch-{oldest}", ignore_errors=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Export the final model: the best checkpoint, or what the strategy still holds."""
+        """Export the last epoch and the final model: the best, or what the strategy still holds."""
+        module = cast(EmbeddingModule, pl_module)
+        self._export_epoch(trainer, module)
+        self._has_ended = True
         if cast(Any, trainer).fast_dev_run:
             return
-        folder = Path(trainer.default_root_dir) / "model"
         keeper = best_keeper(trainer)
         if keeper is None:
-            export_running(trainer, cast(EmbeddingModule, pl_module), folder)
+            export_running(trainer, module, _model_folder(trainer))
         else:
-            if trainer.is_global_zero:
-                difference = export_checkpoint(Path(keeper.best_model_path), folder)
-                log.info("exported and verified %s (largest difference %.1e)", folder, difference)
-            trainer.strategy.barrier()
+            _export_saved(trainer, module, Path(keeper.best_model_path))
+        trainer.strategy.barrier()
         if trainer.is_global_zero:
             log.info(describe_choice(trainer))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export what a fit went on from that had nothing left to train.
+
+        It may have been killed before its model was exported. Lightning calls no other hook of its
+        end, and by now the strategy holds nothing.
+        """
+        if self._has_ended or trainer.ckpt_path is None:
+            return
+        keeper = best_keeper(trainer)
+        path = trainer.ckpt_path if keeper is None else keeper.best_model_path
+        _export_saved(trainer, cast(EmbeddingModule, pl_module), Path(path))
+        if trainer.is_global_zero:
+            log.info(describe_choice(trainer))
+
+
+def _model_folder(trainer: pl.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "model"
+
+
+def _export_saved(trainer: pl.Trainer, module: EmbeddingModule, checkpoint: Path) -> None:
+    """Export a checkpoint, on rank 0; it was saved by this fit, which knows what it trusts."""
+    if trainer.is_global_zero:
+        folder, spec = _model_folder(trainer), module.encoder.spec
+        difference = export_checkpoint(
+            checkpoint, folder, spec.trust_remote_code, spec.model_name_or_path
+        )
+        _log_export(folder, difference)

@@ -36,6 +36,11 @@ class RunReport(pl.Callback):
         self.summary, self.baseline = summary, baseline
         self._best = ""
         self._found: dict[str, Tensor] = {}
+        self._has_ended = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the fit before."""
+        self._has_ended = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember which checkpoint was the best before a run goes on."""
@@ -55,10 +60,20 @@ class RunReport(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write about the model that was exported."""
-        module, keeper = cast(EmbeddingModule, pl_module), best_keeper(trainer)
-        if cast(Any, trainer).fast_dev_run:
+        self._has_ended = True
+        if not cast(Any, trainer).fast_dev_run:
+            self._write_end(trainer, cast(EmbeddingModule, pl_module))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write about a fit that had nothing left to train: Lightning calls no other hook of it."""
+        if self._has_ended or trainer.ckpt_path is None or not trainer.is_global_zero:
             return
-        metrics = module.metrics
+        module = cast(EmbeddingModule, pl_module)
+        self.summary.collect(trainer, module)
+        self._write_end(trainer, module)
+
+    def _write_end(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
+        metrics, keeper = module.metrics, best_keeper(trainer)
         if keeper is not None and trainer.is_global_zero:
             metrics = read_facts(Path(keeper.best_model_path))["training_facts"]["metrics"]
         self._write(trainer, module, metrics, describe_choice(trainer), self._found)

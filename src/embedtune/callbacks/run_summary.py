@@ -35,10 +35,14 @@ class RunSummary(pl.Callback):
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, EmbeddingModule)
-        self.facts = {**_about_data(pl_module.data, pl_module), **_about_run(trainer, pl_module)}
+        self.collect(trainer, pl_module)
         width = max(map(len, self.facts))
         lines = [f"  {name.ljust(width)}  {fact}" for name, fact in self.facts.items()]
         log.info("this run:\n%s", "\n".join(lines))
+
+    def collect(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
+        """Set the facts of a fit that has been set up."""
+        self.facts = {**_about_data(module.data, module), **_about_run(trainer, module)}
 
 
 def _about_data(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str, str]:

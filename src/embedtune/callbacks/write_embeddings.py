@@ -10,12 +10,16 @@ from torch import Tensor
 
 from embedtune.data.batch import Batch
 from embedtune.data.datamodule import EmbeddingDataModule
+from embedtune.whole_files import part_of, put
 
 log = logging.getLogger("embedtune")
 
 
 class WriteEmbeddings(pl.Callback):
-    """Write ``<default_root_dir>/embeddings.npy``, float32 ``[rows, width]``, as batches come."""
+    """Write ``<default_root_dir>/embeddings.npy``, float32 ``[rows, width]``.
+
+    Rows are written beside as batches come; the file is there when all ranks have finished.
+    """
 
     def __init__(self) -> None:
         """Start without a file."""
@@ -35,7 +39,7 @@ class WriteEmbeddings(pl.Callback):
             self._file = self._create(trainer, outputs.shape[1])
         # Not by the memory map: ranks on other nodes may hold the same page of it.
         embeddings = outputs.float().cpu().numpy()
-        with self.path(trainer).open("r+b", buffering=0) as file:
+        with part_of(self.path(trainer)).open("r+b", buffering=0) as file:
             for row, embedding in zip(batch.example_id.tolist(), embeddings, strict=False):
                 file.seek(self._file.offset + row * embedding.nbytes)
                 file.write(embedding.tobytes())
@@ -43,7 +47,7 @@ class WriteEmbeddings(pl.Callback):
     def _create(self, trainer: Any, width: int) -> np.memmap:
         data = trainer.datamodule
         assert isinstance(data, EmbeddingDataModule)
-        path = self.path(trainer)
+        path = part_of(self.path(trainer))
         if trainer.is_global_zero:
             path.parent.mkdir(parents=True, exist_ok=True)
             shape = (len(data.datasets["predict"]), width)
@@ -52,10 +56,15 @@ class WriteEmbeddings(pl.Callback):
         return np.lib.format.open_memmap(path, mode="r")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say where the file is."""
+        """Put the file in its place, and say where it is."""
         assert self._file is not None
-        log.info("wrote %s, float32 %s", self.path(trainer), list(self._file.shape))
-        self._file = None
+        shape, self._file = list(self._file.shape), None
+        path = self.path(trainer)
+        trainer.strategy.barrier()
+        if trainer.is_global_zero:
+            put(part_of(path), path)
+        trainer.strategy.barrier()
+        log.info("wrote %s, float32 %s", path, shape)
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:

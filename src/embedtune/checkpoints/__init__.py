@@ -4,8 +4,9 @@ Comes in: the path of a checkpoint of any strategy, a file or a folder of shards
 weights in float32 on one machine, what the fit said of itself, and the place in the data where it
 goes on.
 
-Read first: ``read`` (weights and facts), ``write`` (whole or not there), ``resume`` (where a fit
-goes on). Imports from ``models`` what describes an encoder, and no weights of its own.
+Read first: ``read`` (weights and facts), ``pickles`` (no code of strangers), ``write`` (whole or
+not there), ``resume`` (where a fit goes on). Imports from ``models`` what describes an encoder, and
+no weights of its own.
 """
 
 from embedtune.checkpoints.find import best_checkpoint, last_checkpoint

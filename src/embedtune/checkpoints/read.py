@@ -4,10 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from embedtune.checkpoints.pickles import load_tensors, load_zero
 from embedtune.checkpoints.shards import (
     FSDP_FACTS,
     Kind,
@@ -37,16 +37,15 @@ def read_facts(path: Path) -> dict[str, Any]:
         InputError: Not a checkpoint of embedtune.
     """
     kind = kind_of(path)
-    if kind == "zero":
-        # Any rank's will do. DeepSpeed's own objects are in it, hence not weights_only.
-        file, safe = zero_states(path), False
-    else:
-        file, safe = (path if kind == "file" else path / FSDP_FACTS), True
     try:
-        facts = torch.load(file, map_location="cpu", weights_only=safe, mmap=True)
+        if kind == "zero":  # any rank's will do
+            facts = load_zero(zero_states(path))
+        else:
+            facts = load_tensors(path if kind == "file" else path / FSDP_FACTS)
         EncoderSpec(**facts["encoder_spec"])
     except Exception as error:
-        raise InputError(f"{path}: expected a checkpoint of embedtune fit: {error}") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: expected a checkpoint of embedtune fit: {reason}") from error
     return facts
 
 
@@ -72,6 +71,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     }
     try:
         return readers[kind_of(path)](path)
+    except InputError:
+        raise
     except (Exception, CheckpointException) as error:
         cause: BaseException = error
         if isinstance(error, CheckpointException):  # it wraps what happened on a rank
@@ -97,4 +98,4 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    return load_tensors(path)["state_dict"]

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from embedtune.checkpoints.pickles import load_zero, refuse_code_in_fsdp, refuse_code_in_zero
 from embedtune.errors import InputError
 from embedtune.whole_files import remove
 
@@ -19,6 +20,8 @@ FSDP_FACTS = "meta.pt"
 """What Lightning's FSDP strategy saves beside the shards: all but weights and optimiser states."""
 DEEPSPEED_TAG = "latest"
 """File with the name of the folder that holds DeepSpeed's shards."""
+UNIVERSAL_TAG = "latest_universal"
+"""The same of those that were divided anew."""
 
 Kind = Literal["file", "fsdp", "zero"]
 """``file`` is what one process and DDP save, the others are folders."""
@@ -41,9 +44,22 @@ def kind_of(path: Path) -> Kind:
     raise InputError(f"{path}: expected a checkpoint of embedtune fit, found {found}")
 
 
+def refuse_code(path: Path) -> None:
+    """Refuse a folder of shards that the libraries which load it would run code of.
+
+    Raises:
+        InputError: Not such a folder, or it holds more than tensors and plain values.
+    """
+    kind = kind_of(path)
+    if kind == "file":
+        raise InputError(f"{path}: expected a folder of shards, found a file")
+    (refuse_code_in_zero if kind == "zero" else refuse_code_in_fsdp)(path)
+
+
 def read_fsdp(path: Path) -> dict[str, Tensor]:
     """Return the module's weights from the shards of FSDP."""
     prefix = "model."
+    refuse_code_in_fsdp(path)
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     weights: dict[str, Any] = {
         name: torch.empty(facts.size, dtype=facts.properties.dtype)
@@ -71,8 +87,10 @@ def divide_anew(path: Path) -> None:
     weight and the optimiser's states as a whole.
     """
     # Its name is written last: what a killed process left is made once more.
-    if (path / "latest_universal").exists():
+    if (path / UNIVERSAL_TAG).exists():
+        _folder_of(path / UNIVERSAL_TAG)
         return
+    refuse_code_in_zero(path)
     remove(path / "universal")
     command = ["deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(_zero_folder(path)), "--output_folder"]
@@ -85,7 +103,16 @@ def divide_anew(path: Path) -> None:
 
 
 def _zero_folder(path: Path) -> Path:
-    return path / (path / DEEPSPEED_TAG).read_text().strip()
+    return _folder_of(path / DEEPSPEED_TAG)
+
+
+def _folder_of(tag: Path) -> Path:
+    """Return the folder that a file names, which must lie beside it."""
+    name = tag.read_text("utf-8", errors="replace").strip()
+    folder = tag.parent / name
+    if Path(name).name != name or folder.resolve().parent != tag.parent.resolve():
+        raise InputError(f"{tag}: expected the name of a folder beside it, found {name!r}")
+    return folder
 
 
 def zero_states(path: Path) -> Path:
@@ -97,6 +124,7 @@ def read_zero(path: Path) -> dict[str, Tensor]:
     """Return the module's weights from the shards of ZeRO, float32."""
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+    refuse_code_in_zero(path)
     file = zero_states(path)
     with (
         open(os.devnull, "w") as nowhere,
@@ -105,5 +133,5 @@ def read_zero(path: Path) -> dict[str, Tensor]:
     ):
         trained = get_fp32_state_dict_from_zero_checkpoint(str(path), file.parent.name)
     # Stage 1 keeps weights that are not trained elsewhere.
-    module = torch.load(file, map_location="cpu", weights_only=False, mmap=True)["module"]
+    module = load_zero(file)["module"]
     return {name: tensor.float() for name, tensor in {**module, **trained}.items()}

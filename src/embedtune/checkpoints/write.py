@@ -6,6 +6,8 @@ from typing import Any
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import Strategy
 
+from embedtune.checkpoints.pickles import refuse_code_in_file
+from embedtune.checkpoints.shards import refuse_code
 from embedtune.whole_files import PART, part_of, put, remove, sweep
 
 LEFTOVERS = f"*.ckpt{PART}"
@@ -24,9 +26,21 @@ class WholeFiles(TorchCheckpointIO):
         super().save_checkpoint(checkpoint, part_of(path), storage_options)
         put(part_of(path), path)
 
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load tensors and plain values alone, which run no code."""
+        refuse_code_in_file(Path(path))
+        return super().load_checkpoint(path, map_location, weights_only=True)
+
 
 class SavesFolders(Strategy):
     """Saves a checkpoint as a folder of shards that is whole or not there."""
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Load what holds tensors and plain values alone, which run no code."""
+        refuse_code(Path(checkpoint_path))
+        return super().load_checkpoint(checkpoint_path, weights_only)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None

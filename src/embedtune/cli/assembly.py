@@ -21,9 +21,9 @@ from embedtune.distributed.strategies import named_strategy
 from embedtune.training.precision import default_precision
 
 ORDER: dict[type, int] = {ExportModel: 1, RunReport: 2, Throughput: 3}
-"""Callbacks that come after the others, those that save checkpoints among them: a failing export
-must not cost the epoch. Throughput comes last, so that what the others do after a step is not taken
-for waiting."""
+"""Callbacks that come after the others, those that save checkpoints among them: at the end of a fit
+a failing export must not cost a checkpoint. Throughput comes last, so that what the others do after
+a step is not taken for waiting."""
 
 
 def trainer_settings(config: Any, is_fit: bool) -> dict[str, Any]:

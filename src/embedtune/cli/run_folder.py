@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.utilities import rank_zero_only
 
 from embedtune.errors import InputError
+from embedtune.whole_files import writing
 
 log = logging.getLogger("embedtune")
 
@@ -24,9 +25,8 @@ class SaveConfig(SaveConfigCallback):
         """Write the file; only a fit that runs again in the same folder overwrites it."""
         if stage != "fit":
             return
-        path = Path(trainer.default_root_dir) / "config.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, str(path), skip_none=False, overwrite=True)
+        with writing(Path(trainer.default_root_dir) / "config.yaml") as part:
+            self.parser.save(self.config, str(part), skip_none=False, multifile=False)
 
 
 def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> list[Logger]:

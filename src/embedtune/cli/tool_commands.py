@@ -21,11 +21,25 @@ def export_command(argv: Sequence[str]) -> None:
     parser = Parser(prog="embedtune export", description="Export a training checkpoint.")
     parser.add_argument("checkpoint", type=str, help="a .ckpt file or folder of a fit")
     parser.add_argument("out", type=str, help="where the sentence-transformers folder goes")
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="run code that the base model brings along",
+    )
+    parser.add_argument(
+        "--model_name_or_path",
+        type=str | None,
+        default=None,
+        help="where the base model is now; by default where the checkpoint says",
+    )
     args = parser.parse_args(argv)
     _start()
     from embedtune.export import export_checkpoint
 
-    difference = export_checkpoint(Path(args.checkpoint), Path(args.out))
+    difference = export_checkpoint(
+        Path(args.checkpoint), Path(args.out), args.trust_remote_code, args.model_name_or_path
+    )
     log.info("exported and verified %s (largest difference %.1e)", args.out, difference)
 
 

@@ -1,9 +1,9 @@
 """Write a sentence-transformers folder, and prove that it is the model that was trained."""
 
-import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from embedtune.errors import ExportError, InputError
 from embedtune.export.model_card import write_model_card
 from embedtune.export.probes import embed_exported, embed_probes, largest_difference
 from embedtune.models.encoder import Encoder
+from embedtune.whole_files import bring_back, put, writing
 
 UNVERIFIED = "UNVERIFIED"
 """File that marks an exported folder whose embeddings are not those of the training graph."""
@@ -23,6 +24,9 @@ LOOSE_TOLERANCE = 0.1
 """The same for a model in training that computes in half precision or on another device: it tells
 missing, misplaced or stale weights from rounding."""
 
+SUFFIX = ".unverified"
+"""Added to the name of a folder that differs, where a good one has that name."""
+
 
 def export_encoder(
     encoder: Encoder,
@@ -32,6 +36,9 @@ def export_encoder(
     facts: TrainingFacts | None = None,
 ) -> float:
     """Write ``encoder`` to ``folder`` and compare what the reloaded folder computes.
+
+    It is written and compared beside ``folder``, and takes its place when it has proven itself:
+    whatever fails, a former export there stays as it was.
 
     Args:
         encoder: The trained encoder; it is left in eval mode, on the CPU.
@@ -45,18 +52,40 @@ def export_encoder(
         The largest difference, relative to the largest absolute value.
 
     Raises:
-        ExportError: A difference is above its tolerance; the folder stays, marked unverified.
+        ExportError: A difference is above its tolerance: what was written is kept and marked, as
+            ``folder``, or beside it where that is a verified export. Or it cannot be written.
         InputError: ``folder`` holds something else than an exported model.
     """
     folder = Path(folder)
+    bring_back(folder)
+    _refuse_foreign(folder)
+    encoder = encoder.cpu().eval()
+    try:
+        with writing(folder) as part:
+            _write(part, encoder, facts)
+            rebuilt = embed_probes(encoder, lambda chunks: torch.cat([encoder(c) for c in chunks]))
+            exported = _embed_exported(part, folder, encoder.spec.trust_remote_code)
+            difference = largest_difference(exported, rebuilt)
+            _verify(part, folder, difference, TOLERANCE)
+            if trained is not None:
+                _verify(part, folder, largest_difference(exported, trained), tolerance)
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{folder}: cannot be written: {error}") from error
+    return difference
+
+
+def is_verified(folder: Path) -> bool:
+    """Tell whether a folder is an export that has proven itself."""
+    return (folder / "modules.json").is_file() and not (folder / UNVERIFIED).exists()
+
+
+def _refuse_foreign(folder: Path) -> None:
     is_replaceable = (folder / "modules.json").is_file() or (folder / UNVERIFIED).is_file()
     if folder.exists() and not is_replaceable and (folder.is_file() or any(folder.iterdir())):
         raise InputError(f"{folder}: expected no folder or an exported model, found something else")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    # The mark comes first and goes last: a folder half written is never taken for a good one.
-    (folder / UNVERIFIED).write_text("The embeddings of this folder have not been compared.\n")
-    encoder = encoder.cpu().eval()
+
+
+def _write(folder: Path, encoder: Encoder, facts: TrainingFacts | None) -> None:
     model = encoder.model
     if encoder.normalizes:
         model.append(Normalize())
@@ -66,22 +95,34 @@ def export_encoder(
         if encoder.normalizes:
             del model[-1]
     write_model_card(folder, encoder, facts)
-    exported = embed_exported(folder, encoder.spec.trust_remote_code)
-    rebuilt = embed_probes(encoder, lambda chunks: torch.cat([encoder(c) for c in chunks]))
-    difference = largest_difference(exported, rebuilt)
-    _verify(folder, difference, TOLERANCE)
-    if trained is not None:
-        _verify(folder, largest_difference(exported, trained), tolerance)
-    (folder / UNVERIFIED).unlink()
-    return difference
 
 
-def _verify(folder: Path, difference: float, tolerance: float) -> None:
-    if difference <= tolerance:  # false of nan
-        return
-    message = (
-        f"{folder}: embeddings differ from those of the training graph by {difference:.1e} of "
-        f"the largest value, expected at most {tolerance:.0e}; it is marked {UNVERIFIED}"
-    )
-    (folder / UNVERIFIED).write_text(message + "\n")
-    raise ExportError(message)
+def _embed_exported(part: Path, folder: Path, trust_remote_code: bool) -> Tensor:
+    try:
+        return embed_exported(part, trust_remote_code)
+    except (InputError, OSError, SafetensorError) as error:
+        raise _unverified(part, folder, f"cannot be loaded again: {error}") from error
+
+
+def _verify(part: Path, folder: Path, difference: float, tolerance: float) -> None:
+    if not difference <= tolerance:  # true of nan
+        reason = (
+            f"embeddings differ from those of the training graph by {difference:.1e} of the "
+            f"largest value, expected at most {tolerance:.0e}"
+        )
+        raise _unverified(part, folder, reason)
+
+
+def _unverified(part: Path, folder: Path, reason: str) -> ExportError:
+    """Keep what was written at ``part``, marked; return the error that says where it is, and why.
+
+    A verified export at ``folder`` is not touched.
+    """
+    kept, note = folder, f"it is marked {UNVERIFIED}"
+    if is_verified(folder):
+        kept = folder.with_name(folder.name + SUFFIX)
+        note = f"it is kept as {kept}, marked {UNVERIFIED}, beside the former export"
+    message = f"{folder}: {reason}; {note}"
+    (part / UNVERIFIED).write_text(message + "\n", encoding="utf-8")
+    put(part, kept)
+    return ExportError(message)

@@ -32,20 +32,50 @@ def rebuild(spec: EncoderSpec, weights: dict[str, Tensor], origin: str) -> Encod
     return encoder
 
 
-def export_checkpoint(checkpoint: Path, folder: Path) -> float:
+def export_checkpoint(
+    checkpoint: Path,
+    folder: Path,
+    trust_remote_code: bool = False,
+    model_name_or_path: str | None = None,
+) -> float:
     """Rebuild the encoder of a training checkpoint and export it.
 
     Args:
         checkpoint: A checkpoint of a fit under any strategy: a file, or a folder of shards.
         folder: Where the sentence-transformers folder goes.
+        trust_remote_code: Run code that the base model brings along; a checkpoint cannot allow
+            that itself.
+        model_name_or_path: Where the base model is now; the default is what the checkpoint says.
 
     Returns:
         The largest difference found, as of :func:`export_encoder`.
 
     Raises:
-        InputError: Not a checkpoint of embedtune, or its weights are incomplete.
+        InputError: Not a checkpoint of embedtune, its weights are incomplete, its base model is not
+            found, or wants to run code.
     """
-    spec, weights = read_checkpoint(Path(checkpoint))
-    found = read_facts(Path(checkpoint)).get("training_facts")  # older checkpoints have none
+    checkpoint = Path(checkpoint)
+    spec, weights = read_checkpoint(checkpoint)
+    if spec.trust_remote_code and not trust_remote_code:
+        raise InputError(
+            f"{checkpoint}: its base model {spec.model_name_or_path} brings code along; if you "
+            "trust it, give --trust_remote_code true"
+        )
+    base = model_name_or_path or _find_base(spec, checkpoint)
+    found = read_facts(checkpoint).get("training_facts")  # older checkpoints have none
     facts = TrainingFacts(**found) if found else None
-    return export_encoder(rebuild(spec, weights, str(checkpoint)), folder, facts=facts)
+    rebuilt = rebuild(spec._replace(model_name_or_path=base), weights, str(checkpoint))
+    return export_encoder(rebuilt, folder, facts=facts)
+
+
+def _find_base(spec: EncoderSpec, checkpoint: Path) -> str:
+    base = Path(spec.model_name_or_path)
+    if not base.is_absolute() or base.is_dir():
+        return spec.model_name_or_path
+    # Run folder and base may have moved together; checkpoints lie in a folder of the run folder.
+    moved = checkpoint.resolve().parent.parent / (spec.from_run_folder or base)
+    if moved.is_dir():
+        return str(moved.resolve())
+    raise InputError(
+        f"{checkpoint}: its base model is not at {base}: say with --model_name_or_path where it is"
+    )

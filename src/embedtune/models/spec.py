@@ -1,5 +1,7 @@
 """What rebuilds an encoder's structure, and the words for what goes through it."""
 
+import os
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 PoolingMode = Literal["cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken"]
@@ -9,7 +11,13 @@ Features = dict[str, Any]
 
 
 class EncoderSpec(NamedTuple):
-    """What rebuilds an encoder's structure, so that a checkpoint holds weights alone."""
+    """What rebuilds an encoder's structure, so that a checkpoint holds weights alone.
+
+    Attributes:
+        model_name_or_path: The base model: a hub's name, or a folder.
+        from_run_folder: Such a folder as it is seen from the run folder of a checkpoint; None where
+            there is no checkpoint, or the base is the hub's.
+    """
 
     model_name_or_path: str
     pooling: PoolingMode | None = None
@@ -19,3 +27,15 @@ class EncoderSpec(NamedTuple):
     query_prompt: str | None = None
     dropout: float | None = None
     attention_dropout: float | None = None
+    from_run_folder: str | None = None
+
+    def kept_in(self, run_folder: Path) -> "EncoderSpec":
+        """Return what a checkpoint keeps, so that any working folder finds a local base model."""
+        base = Path(self.model_name_or_path)
+        if not base.is_dir():
+            return self
+        try:
+            seen = Path(os.path.relpath(base, run_folder)).as_posix()
+        except ValueError:  # on another drive of Windows
+            seen = None
+        return self._replace(model_name_or_path=str(base.absolute()), from_run_folder=seen)

@@ -10,7 +10,7 @@ from embedtune.errors import InputError
 from embedtune.evaluation.compare import Result
 from embedtune.evaluation.quantise import PRECISIONS, megabytes
 from embedtune.reports.model_names import NAME, set_titles, short_names
-from embedtune.whole_files import write_text
+from embedtune.whole_files import write_text, writing
 
 
 def write_results(results: Sequence[Result], out: Path) -> None:
@@ -75,7 +75,8 @@ def _draw(results: Sequence[Result], path: Path) -> None:
     grid[0, 1].legend(title="documents")
     handles = grid[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside upper center", ncols=2)
-    figure.savefig(path)
+    with writing(path) as part:
+        figure.savefig(part)
 
 
 def _scale(axes: Any, ticks: Sequence[int], label: str) -> None:

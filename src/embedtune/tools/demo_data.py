@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from embedtune.errors import InputError
 from embedtune.tools.docstrings import Docstring, docstrings
+from embedtune.whole_files import write_text
 
 MIN_QUERY_WORDS, MAX_QUERY_CHARACTERS = 4, 300
 MIN_DOCUMENT_CHARACTERS = 120  # less rarely tells what a summary is about
@@ -82,16 +83,12 @@ def _write_beir(
         folder / "queries.jsonl", ({"_id": name, "text": pair.query} for name, pair in queries)
     )
     qrels = "".join(f"{name}\t{pair.name}\t1\n" for name, pair in queries)
-    _write(folder / "qrels" / f"{split}.tsv", "query-id\tcorpus-id\tscore\n" + qrels)
+    write_text(folder / "qrels" / f"{split}.tsv", "query-id\tcorpus-id\tscore\n" + qrels)
     return len(corpus)
 
 
 def _write_jsonl(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
-    _write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", newline="\n")
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 ROLE = re.compile(r":[\w:]+:`~?\.?([^`<]+?)(?:\s*<[^`>]*>)?`")

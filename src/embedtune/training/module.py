@@ -398,6 +398,7 @@ class EmbeddingModule(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep beside the weights what rebuilds the encoder, and what its model card tells."""
-        checkpoint["encoder_spec"] = self.encoder.spec._asdict()
+        run_folder = Path(self.trainer.default_root_dir)
+        checkpoint["encoder_spec"] = self.encoder.spec.kept_in(run_folder)._asdict()
         checkpoint["place"] = self.place._asdict()
         checkpoint["training_facts"] = training_facts(self.trainer, self)._asdict()

@@ -1,0 +1,102 @@
+"""Exports of a fit: after its checkpoints, and at its end whatever happened before."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from embedtune.callbacks import export_model
+from embedtune.checkpoints import last_checkpoint
+from embedtune.cli import main
+from embedtune.errors import ExportError
+from embedtune.export.folder import UNVERIFIED, is_verified
+
+PAIRS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(8)]
+SCORED = [{"query": f"query {i}", "pos": [f"document {i}"], "scores": [i % 3]} for i in range(8)]
+BEST = ("--data.val_path", "dev.jsonl", "--checkpoint.monitor", "val/dev/spearman")
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, rows in (("train", PAIRS), ("dev", SCORED)):
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fit(model: Path, *flags: str) -> None:
+    main(
+        [
+            *("fit", "--model.model_name_or_path", str(model), "--data.train_path", "train.jsonl"),
+            *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+            *("--data.batch_size", "4", "--log_with", "csv", *flags),
+        ]
+    )
+
+
+@pytest.mark.parametrize("flags", [(), BEST, ("--checkpoint.monitor", "train/loss")])
+def test_an_epoch_is_exported_after_its_checkpoint_and_costs_nothing_if_it_fails(
+    tiny_bert, monkeypatch, caplog, flags
+):
+    saved: dict[str, set[str]] = {}
+    export = export_model.export_encoder
+
+    def fail_in_epochs(encoder, folder, *args, **kwargs):
+        if folder.name == "model":
+            return export(encoder, folder, *args, **kwargs)
+        saved[folder.name] = {path.name for path in Path("run/checkpoints").glob("*step=*.ckpt")}
+        raise ExportError(f"{folder}: cannot be written: No space left on device")
+
+    monkeypatch.setattr(export_model, "export_encoder", fail_in_epochs)
+    fit(tiny_bert, *flags)
+    for number, name in ((1, "epoch-1"), (2, "epoch-2")):
+        assert any(f"step={2 * number}" in path for path in saved[name]), saved
+    assert list(saved) == ["epoch-1", "epoch-2"]
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len(errors) == 2
+    assert re.match(r"epoch 1 is not exported: .*epoch-1: .* No space left", errors[0])
+    assert is_verified(Path("run/model"))
+
+
+def test_a_precision_that_cannot_be_exported_exactly_leaves_every_checkpoint(tiny_bert, capsys):
+    with pytest.raises(SystemExit) as caught:
+        fit(tiny_bert, "--trainer.precision", "bf16-true")
+    assert caught.value.code == 1
+    (message,) = re.findall(r"^embedtune: error: .*$", capsys.readouterr().err, re.MULTILINE)
+    assert "differ from those of the training graph" in message
+    assert "step=4" in last_checkpoint(Path("run/checkpoints")).resolve().name
+
+
+@pytest.mark.parametrize("flags", [(), BEST])
+@pytest.mark.parametrize("left", ["nothing", "unverified"])
+def test_a_fit_with_nothing_left_to_train_leaves_a_model_and_a_report(tiny_bert, left, flags):
+    fit(tiny_bert, *flags)
+    model, report = Path("run/model"), Path("run/report.html")
+    card, weights = ((model / name).read_bytes() for name in ("README.md", "model.safetensors"))
+    report.unlink()
+    if left == "nothing":
+        model.rename("moved")
+    else:
+        (model / UNVERIFIED).touch()
+        (model / "model.safetensors").write_bytes(b"half")
+    fit(tiny_bert, "--ckpt_path", "last", *flags)
+    assert is_verified(model)
+    assert (model / "model.safetensors").read_bytes() == weights
+    assert (model / "README.md").read_bytes() == card
+    text = report.read_text()
+    assert "The fit is running" not in text
+    assert "global batch" in text
+
+
+def test_such_a_fit_fails_if_its_model_cannot_be_exported(tiny_bert, monkeypatch, capsys):
+    fit(tiny_bert)
+
+    def fail(*args, **kwargs):
+        raise ExportError("run/model: cannot be written: No space left on device")
+
+    monkeypatch.setattr(export_model, "export_checkpoint", fail)
+    with pytest.raises(SystemExit) as caught:
+        fit(tiny_bert, "--ckpt_path", "last")
+    assert caught.value.code == 1
+    assert "run/model: cannot be written" in capsys.readouterr().err
+    assert is_verified(Path("run/model"))
