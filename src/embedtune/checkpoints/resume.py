@@ -31,9 +31,9 @@ class Place(NamedTuple):
 
     def among(self, batches: int) -> "Place":
         """Return the same place where an epoch has so many batches: its end is the next's start."""
-        if self.batch < min(batches, self.batches or batches):
-            return self._replace(batches=batches)
-        return self._replace(epoch=self.epoch + 1, batch=0, batches=batches)
+        if batches and self.batch >= batches:
+            return self._replace(epoch=self.epoch + 1, batch=0, batches=batches)
+        return self._replace(batches=batches)
 
 
 def place_of(checkpoint: dict[str, Any]) -> Place:

@@ -21,6 +21,33 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+KEYS: dict[str, tuple[Any, Any, str]] = {
+    "save_on_epoch_end": (bool, True, "Write an exported folder an epoch."),
+    "num_max_checkpoints": (int, 5, "Epochs' exported folders that are kept."),
+    "log_with": (
+        LoggerName | list[LoggerName] | None,
+        None,
+        "Loggers; csv and tensorboard by default. trainer.logger wins over it.",
+    ),
+    "early_stopping_patience": (
+        int | None,
+        None,
+        "Validations without a better checkpoint.monitor after which a fit ends.",
+    ),
+    "skip_nonfinite": (
+        int,
+        0,
+        "Steps whose gradient is no number that are left out before a fit ends.",
+    ),
+    "anchors": (
+        dict[str, float] | None,
+        None,
+        "By how much sets of data.val_path may fall below the base model, by name.",
+    ),
+}
+"""Type, default and meaning of the keys of a run."""
+
+
 def add_keys(parser: LightningArgumentParser) -> None:
     """Add the keys of a run."""
     parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
@@ -33,42 +60,8 @@ def add_keys(parser: LightningArgumentParser) -> None:
             "trainer.max_epochs": None,
         }
     )
-    parser.add_argument(
-        "--save_on_epoch_end",
-        type=bool,
-        default=True,
-        help="Write an exported folder an epoch.",
-    )
-    parser.add_argument(
-        "--num_max_checkpoints",
-        type=int,
-        default=5,
-        help="Epochs' exported folders that are kept.",
-    )
-    parser.add_argument(
-        "--log_with",
-        type=LoggerName | list[LoggerName] | None,
-        default=None,
-        help="Loggers; csv and tensorboard by default. trainer.logger wins over it.",
-    )
-    parser.add_argument(
-        "--early_stopping_patience",
-        type=int | None,
-        default=None,
-        help="Validations without a better checkpoint.monitor after which a fit ends.",
-    )
-    parser.add_argument(
-        "--skip_nonfinite",
-        type=int,
-        default=0,
-        help="Steps whose gradient is no number that are left out before a fit ends.",
-    )
-    parser.add_argument(
-        "--anchors",
-        type=dict[str, float] | None,
-        default=None,
-        help="By how much sets of data.val_path may fall below the base model, by name.",
-    )
+    for name, (kind, default, meaning) in KEYS.items():
+        parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
 
 

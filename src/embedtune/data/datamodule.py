@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
-from embedtune.checkpoints.resume import Place, refuse_another_order
+from embedtune.checkpoints.resume import Place
 from embedtune.data.beir import is_beir, read_beir
 from embedtune.data.collate import Collator
 from embedtune.data.examples import ExampleDataset
@@ -122,7 +122,6 @@ class EmbeddingDataModule(pl.LightningDataModule):
         self.datasets: dict[str, ExampleDataset] = {}
         self.testsets: dict[str, TextDataset] = {}
         self._tokens: TokenTable | None = None
-        self.resumed = Place()
 
     # --- Reading ------------------------------------------------------------------------
 
@@ -314,7 +313,6 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """Return the training batches, in the order of :class:`GlobalBatchSampler`."""
-        refuse_another_order(self.resumed, self.start, self.batch_size, self.trainer.world_size)
         return self._loader("train")
 
     def val_dataloader(self) -> list[DataLoader]:

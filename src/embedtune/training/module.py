@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from embedtune.checkpoints.resume import Place, follow_move, place_of, set_counters, start_epoch
+from embedtune.checkpoints.resume import (
+    Place,
+    follow_move,
+    place_of,
+    refuse_another_order,
+    set_counters,
+    start_epoch,
+)
 from embedtune.data.batch import Batch
 from embedtune.data.sampler import step_seed
 from embedtune.data.testset_batches import TextBatch
@@ -387,8 +394,10 @@ class EmbeddingModule(pl.LightningModule):
     def _resume(self, checkpoint: dict[str, Any]) -> None:
         """Go on at the place that a checkpoint carries."""
         trainer, path = self.trainer, Path(str(self.trainer.ckpt_path))
-        self._place = place_of(checkpoint).among(self.data.batches_per_epoch)
-        self.data.resumed = self._place
+        saved = place_of(checkpoint)
+        saved = saved.among(saved.batches)
+        refuse_another_order(saved, self.data.start, self.data.batch_size, trainer.world_size)
+        self._place = saved.among(self.data.batches_per_epoch)
         set_counters(checkpoint, self._place, trainer.accumulate_grad_batches)
         states = checkpoint.get("callbacks", {})
         follow_move(trainer.checkpoint_callbacks, states, path.absolute().parent)
