@@ -2,7 +2,6 @@
 
 import json
 import re
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -177,37 +176,37 @@ def test_a_described_file_of_another_size_is_refused(tmp_path, size):
 # --- Written whole --------------------------------------------------------------------------------
 
 
+def write_store(path, value, is_stopped=False):
+    with TeacherWriter(path, 4, 2) as writer:
+        writer.write(np.full((3, 2), value, np.float32))
+        if is_stopped:
+            raise KeyboardInterrupt
+        writer.write(np.full((1, 2), value, np.float32))
+        writer.close("d", model=f"model {value}")
+
+
 def test_a_store_is_not_there_before_it_is_whole(tmp_path):
-    path = tmp_path / "t.f32"
-    with pytest.raises(KeyboardInterrupt), TeacherWriter(path, 4, 2) as writer:
-        writer.write(np.ones((3, 2), np.float32))
-        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "t.f32", 1, is_stopped=True)
     assert list(tmp_path.iterdir()) == []
+    write_store(tmp_path / "t.f32", 1)
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "t.f32", 2, is_stopped=True)
+    assert TeacherStore([tmp_path / "t.f32"], 4, 2, "d")[3].tolist() == [1, 1]
 
 
 def test_no_description_stands_beside_the_embeddings_of_another(tmp_path, monkeypatch):
     """Also where the second store is stopped in its last moment."""
     path = tmp_path / "t.f32"
-    for value, is_stopped in ((1, False), (2, True)):
-        with monkeypatch.context() as patched:
-            if is_stopped:
-                patched.setattr(whole_files, "put", raises(KeyboardInterrupt, name=path.name))
-            with (
-                pytest.raises(KeyboardInterrupt) if is_stopped else nullcontext(),
-                TeacherWriter(path, 2, 2) as writer,
-            ):
-                writer.write(np.full((2, 2), value, np.float32))
-                writer.close("d", model=f"model {value}")
-    assert not path.exists()
-
-
-def raises(error, name):
-    """Return what fails instead of putting a file of that name in its place."""
+    write_store(path, 1)
     put = whole_files.put
 
-    def failing(part, path):
-        if path.name == name:
-            raise error
-        put(part, path)
+    def stopped(part, place):
+        if place == path:
+            raise KeyboardInterrupt
+        put(part, place)
 
-    return failing
+    monkeypatch.setattr(whole_files, "put", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_store(path, 2)
+    assert not path.exists()

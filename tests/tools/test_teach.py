@@ -52,8 +52,8 @@ def owner(out):
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_teacher_that_is_stopped_leaves_the_former_store(tmp_path, monkeypatch, stop, second):
     run(monkeypatch, Teacher(1), [f"text {i}" for i in range(8)], tmp_path / "store")
+    texts = [f"text {i}" for i in second]
     with pytest.raises(KeyboardInterrupt):
-        texts = [f"text {i}" for i in second]
         run(monkeypatch, Teacher(2, stop), texts, tmp_path / "store")
     assert owner(tmp_path / "store") == 1
     names = {path.name for path in (tmp_path / "store").iterdir()}
@@ -72,10 +72,12 @@ def test_no_store_is_of_two_runs(tmp_path, monkeypatch, name, second):
             raise KeyboardInterrupt
         put(part, path)
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(whole_files, "put", killed)
-        run(patched, Teacher(2), [f"text {i}" for i in second], tmp_path / "store")
+    monkeypatch.setattr(whole_files, "put", killed)
+    texts = [f"text {i}" for i in second]
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, Teacher(2), texts, tmp_path / "store")
     with pytest.raises(InputError, match=r"found no file .*embeddings\.f32"):
         owner(tmp_path / "store")
-    run(monkeypatch, Teacher(3), [f"text {i}" for i in second], tmp_path / "store")
+    monkeypatch.setattr(whole_files, "put", put)
+    run(monkeypatch, Teacher(3), texts, tmp_path / "store")
     assert owner(tmp_path / "store") == 3

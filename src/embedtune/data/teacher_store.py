@@ -189,7 +189,7 @@ def _check_values(path: Path, store: np.ndarray) -> None:
             worst = np.where(np.isnan(block[row]), np.inf, np.abs(block[row])).argmax()
             raise InputError(
                 f"{path}: row {start + row + 1}: expected values of a finite norm, "
-                f"found {block[row, worst]}"
+                f"found {block[row, worst]!s}"
             )
         zeros.append(start + np.flatnonzero(squares == 0))
     rows = np.concatenate(zeros)
@@ -206,7 +206,8 @@ def _names(paths: Sequence[str | Path]) -> str:
 class TeacherWriter:
     """Write a memory map row block by row block, and its description when complete.
 
-    Nothing is in its place before :meth:`close`: a context that ends with an exception leaves no trace.
+    Nothing is in its place before :meth:`close`; a context that ends with an exception leaves no
+    trace.
     """
 
     def __init__(self, path: Path, rows: int, width: int) -> None:
