@@ -39,6 +39,17 @@ def put(part: Path, path: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk name ``path``: one of writing itself names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def writing(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Yield where to write what becomes ``path`` once the block has ended well.
 
@@ -54,7 +65,8 @@ def writing(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
     lock = _lock(folder)
     try:
-        yield folder / path.name
+        with naming(path):
+            yield folder / path.name
         if not (keep_existing and path.exists()):
             put(folder / path.name, path)
     finally:

@@ -1,11 +1,13 @@
 """The keys beside ``model``, ``data`` and ``trainer``, and what the Trainer's keys default to."""
 
+import math
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from embedtune.cli.run_folder import LoggerName
+from embedtune.errors import InputError, require_positive
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "run",
@@ -55,6 +57,21 @@ def add_keys(parser: LightningArgumentParser) -> None:
         help="By how much sets of data.val_path may fall below the base model, by name.",
     )
     parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
+
+
+def refuse_numbers(config: Any) -> None:
+    """Refuse numbers that Lightning takes, or refuses too late, in the values of a command.
+
+    Raises:
+        InputError: One is out of range.
+    """
+    seed = config.seed_everything
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        raise InputError(f"seed_everything: expected a number from 0 to 2**32 - 1, found {seed}")
+    require_positive("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
+    clip = config.trainer.gradient_clip_val
+    if clip is not None and not 0 <= clip < math.inf:
+        raise InputError(f"trainer.gradient_clip_val: expected a number from 0 on, found {clip}")
 
 
 def _data_seed(seed_everything: bool | int) -> int:
