@@ -36,7 +36,8 @@ def _refuse_broken(path: Path) -> None:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: expected YAML in UTF-8, found {error.reason}") from None
     except RecursionError:
-        raise InputError(f"{path}: expected YAML, found it nested too deep or within itself") from None
+        found = "values nested too deep or within themselves"
+        raise InputError(f"{path}: expected YAML, found {found}") from None
     except (yaml.YAMLError, ValueError) as error:
         said = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise InputError(f"{path}: expected YAML: {said}") from None

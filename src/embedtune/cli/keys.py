@@ -68,7 +68,9 @@ def refuse_numbers(config: Any) -> None:
     seed = config.seed_everything
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
         raise InputError(f"seed_everything: expected a number from 0 to 2**32 - 1, found {seed}")
-    require_positive("trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches)
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if config.trainer[key] is not None:
+            require_positive(f"trainer.{key}", config.trainer[key])
     clip = config.trainer.gradient_clip_val
     if clip is not None and not 0 <= clip < math.inf:
         raise InputError(f"trainer.gradient_clip_val: expected a number from 0 on, found {clip}")

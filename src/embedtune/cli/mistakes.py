@@ -19,8 +19,6 @@ SURROUNDINGS = {
     if hasattr(errno, name)
 }
 """Errors of disks and permissions. A file that is not there may well be a defect."""
-RUST_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How safetensors and tokenizers end what they say of an error of the system."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -39,14 +37,10 @@ def surroundings_said(error: Exception) -> str | None:
     'run/last.ckpt: No space left on device'
     >>> surroundings_said(KeyError("query"))
     """
-    if isinstance(error, OSError):
-        number, place = error.errno, error.filename
-    else:
-        found = RUST_ERROR.search(str(error))
-        number, place = (int(found[1]) if found else None), None
-    if number not in SURROUNDINGS:
+    if not isinstance(error, OSError) or error.errno not in SURROUNDINGS:
         return None
-    return os.strerror(number) if place is None else f"{place}: {os.strerror(number)}"
+    said = os.strerror(error.errno or 0)
+    return said if error.filename is None else f"{error.filename}: {said}"
 
 
 def first_line(error: Exception) -> str:

@@ -73,7 +73,7 @@ class TrainerCLI(LightningCLI):
         """
         config = self.config[self.subcommand]
         folder, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
-        if folder.is_file():
+        if folder.exists() and not folder.is_dir():
             raise InputError(
                 f"trainer.default_root_dir: expected a folder, found the file {folder}"
             )

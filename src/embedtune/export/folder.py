@@ -12,6 +12,7 @@ from embedtune.errors import ExportError, InputError
 from embedtune.export.model_card import write_model_card
 from embedtune.export.probes import embed_exported, embed_probes, largest_difference
 from embedtune.models.encoder import Encoder
+from embedtune.whole_files import naming
 
 UNVERIFIED = "UNVERIFIED"
 """File that marks an exported folder whose embeddings are not those of the training graph."""
@@ -61,7 +62,8 @@ def export_encoder(
     if encoder.normalizes:
         model.append(Normalize())
     try:
-        model.save_pretrained(str(folder), safe_serialization=True, create_model_card=False)
+        with naming(folder):
+            model.save_pretrained(str(folder), safe_serialization=True, create_model_card=False)
     finally:
         if encoder.normalizes:
             del model[-1]
