@@ -46,7 +46,7 @@ def surroundings_said(error: Exception) -> str | None:
 def first_line(error: Exception) -> str:
     r"""Return the first line of what an error says, or else its kind.
 
-    >>> first_line(ValueError("no such backend\\nTry another.")), first_line(ValueError())
+    >>> first_line(ValueError("no such backend\nTry another.")), first_line(ValueError())
     ('no such backend', 'ValueError')
     """
     return str(error).strip().partition("\n")[0] or type(error).__name__
