@@ -8,7 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from embedtune.whole_files import FORMER, part_of, put, remove, sweep, write_text, writing
+from embedtune.whole_files import (
+    FORMER,
+    naming,
+    part_of,
+    put,
+    remove,
+    sweep,
+    write_text,
+    writing,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -144,3 +153,22 @@ def test_what_is_put_has_reached_the_disk(tmp_path, monkeypatch):
     put(folder_of(part_of(path), "new"), path)
     # What it holds, itself, and then its name in the folder above.
     assert synced == ["file", "model.part", tmp_path.name]
+
+
+@pytest.mark.parametrize(
+    ("error", "named"),
+    [
+        (OSError(28, "No space left on device"), "here"),
+        (OSError(28, "No space left on device", "there"), "there"),
+        (RuntimeError("serialising: I/O error: No space left on device (os error 28)"), "here"),
+    ],
+)
+def test_an_error_of_the_disk_names_what_was_written(error, named):
+    with pytest.raises(OSError, match="No space left") as caught, naming(Path("here")):
+        raise error
+    assert (caught.value.errno, caught.value.filename) == (28, named)
+
+
+def test_any_other_error_is_left_as_it_is():
+    with pytest.raises(RuntimeError, match="a defect"), naming(Path("here")):
+        raise RuntimeError("a defect")

@@ -5,6 +5,7 @@ renamed. What a killed process left beside is swept by the next one that writes 
 """
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +20,9 @@ except ModuleNotFoundError:  # there are none on Windows, where nothing is swept
 PART = ".part"
 FORMER = ".former"
 """What a folder is called that is about to be replaced: two folders cannot be swapped at once."""
+
+RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How safetensors ends what it says of an error of the system."""
 
 
 def part_of(path: Path) -> Path:
@@ -50,6 +54,22 @@ def bring_back(path: Path) -> None:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk be an ``OSError`` that names ``path``: many name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        found = RUST_ERROR.search(str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+
+
+@contextmanager
 def writing(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Yield where to write what becomes ``path`` once the block has ended well.
 
@@ -65,7 +85,8 @@ def writing(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
     lock = _lock(folder)
     try:
-        yield folder / path.name
+        with naming(path):
+            yield folder / path.name
         if not (keep_existing and path.exists()):
             put(folder / path.name, path)
     finally:

@@ -1,8 +1,10 @@
 """A batch encodes each distinct text once, with hardly any padding, and finds it again."""
 
+import pytest
 import torch
 
 from embedtune.data.batch import text_ids
+from embedtune.data.chunks import Text, make_chunks
 from embedtune.data.collate import Collator
 from embedtune.data.examples import Example
 from embedtune.models.encoder import Encoder
@@ -55,6 +57,24 @@ def test_queries_and_documents_have_limits_of_their_own(tiny_bert):
     examples = [Example(0, "q" * 50, None, ["d" * 50])]
     _, batch = collate(tiny_bert, examples, tokens_per_chunk=1)
     assert sorted(int(chunk["attention_mask"].sum()) for chunk in batch.chunks) == [8, 16]
+
+
+@pytest.mark.parametrize("texts", [[""], ["", "abc"], ["ab", "", "abcdef", ""]])
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_text_without_tokens_is_encoded(tiny_qwen, packs, texts):
+    """That tokenizer adds none of its own."""
+    encoder = Encoder(EncoderSpec(str(tiny_qwen), pooling="max")).eval()
+    if packs:
+        encoder.pack(torch.device("cpu"))
+    assert encoder.packs == packs
+    chunks, order = make_chunks(encoder, [Text(t, "document", None, 8) for t in texts], 8)
+    with torch.no_grad():
+        encoded = torch.cat([encoder(features) for features in chunks])[order]
+        assert encoded.isfinite().all()
+        for text, embedding in zip(texts, encoded, strict=True):
+            if text:
+                alone = encoder(encoder.tokenize([text], "document", None, 8))
+                torch.testing.assert_close(embedding, alone[0], rtol=0, atol=1e-5)
 
 
 def test_text_ids_are_equal_for_equal_texts_alone():

@@ -1,12 +1,16 @@
 """Rows are validated one by one: what does not fit is named by file, line and field."""
 
+import errno
 import gzip
+import io
 import json
+import os
 from pathlib import Path
 
 import pytest
 import zstandard
 
+from embedtune.data import lines
 from embedtune.data.records import Format, Record, RecordReader
 from embedtune.errors import InputError
 
@@ -63,6 +67,15 @@ def test_the_fields_tell_the_format(tmp_path, row, expected):
         ([SCORED, {**SCORED, "scores": ["0.5"]}], ":2:", "field 'scores'"),
         ([SCORED, {**SCORED, "scores": [True]}], ":2:", "the boolean true"),
         ([SCORED, '{"query": "q", "pos": ["p"], "scores": [NaN]}'], ":2:", "finite"),
+        ([SCORED, '{"query": "q", "pos": ["p"], "scores": [1e400]}'], ":2:", "finite"),
+        ([SCORED, {**SCORED, "scores": [-1e39]}], ":2:", "of float32"),
+        ([SCORED, {**SCORED, "scores": [10**400]}], ":2:", "of float32"),
+        ([SCORED, {**SCORED, "scores": [float("-inf")]}], ":2:", "found the number -Infinity"),
+        ([PAIR, '{"query": "q", "pos": ["p"], "id": ' + "7" * 5000 + "}"], ":2:", "invalid JSON"),
+        ([PAIR, '{"query": ' + "[" * 10**5], ":2:", "nested too deep"),
+        ([PAIR, '{"a":' * 10**5], ":2:", "nested too deep"),
+        ([PAIR, "[" * 900 + "]" * 900], ":2:", "a list [[["),
+        ([PAIR, '{"query": "a\0b", "pos": ["p"]}'], ":2:", "Invalid control character"),
         ([PAIR, TRIPLET], ":2:", "found a triplet row"),
         ([TRIPLET, PAIR], ":2:", "found a pair row"),
         ([{**TRIPLET, "scores": [1.0]}], ":1:", "ambiguous"),
@@ -110,11 +123,64 @@ def test_compressed_files_read_as_plain_ones(tmp_path):
     assert read(gz) == read(zst) == read(plain)
 
 
-def test_a_damaged_archive_is_one_clear_error(tmp_path):
-    path = tmp_path / "f.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"query": "q"}\n' * 1000)[:-20])
-    with pytest.raises(InputError, match="cannot be decompressed"):
-        read(path)
+ROWS = b"".join(b'{"query": "number %d"}\n' % (i * i) for i in range(20_000))
+GZIP = gzip.compress(ROWS)
+ZSTD = zstandard.ZstdCompressor(write_checksum=True).compress(ROWS)
+
+
+def flip(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 0xFF]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("cut.jsonl.gz", GZIP[:-20]),
+        ("flipped.jsonl.gz", flip(GZIP, len(GZIP) // 2)),
+        ("no.jsonl.gz", ROWS),
+        ("followed.jsonl.gz", GZIP + b"more"),
+        ("cut.jsonl.zst", ZSTD[:-20]),
+        ("half.jsonl.zst", ZSTD[: len(ZSTD) // 2]),
+        ("second_cut.jsonl.zst", ZSTD + ZSTD[:-1]),
+        ("flipped.jsonl.zst", flip(ZSTD, len(ZSTD) // 2)),
+        ("no.jsonl.zst", ROWS),
+        ("followed.jsonl.zst", ZSTD + b"more"),
+    ],
+)
+def test_a_damaged_archive_is_one_clear_error(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(InputError, match=name):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_a_zstandard_file_may_have_several_frames(tmp_path, frames):
+    (tmp_path / "f.jsonl.zst").write_bytes(ZSTD * frames)
+    assert len(read(tmp_path / "f.jsonl.zst")) == 20_000 * frames
+
+
+def test_a_file_that_cannot_be_read_is_one_clear_error(tmp_path, monkeypatch):
+    with pytest.raises(InputError, match=f"{tmp_path}: cannot be read: Is a directory"):
+        read(tmp_path)
+    with pytest.raises(InputError, match=r"none\.jsonl: cannot be read: No such file"):
+        read(tmp_path / "none.jsonl")
+
+    class FailingDisk(io.StringIO):
+        def __next__(self) -> str:
+            if self.tell():
+                raise OSError(errno.EIO, "Input/output error")
+            return self.readline()
+
+    monkeypatch.setattr(lines, "open_text", lambda path: FailingDisk('{"query": "q"}\n' * 3))
+    with pytest.raises(InputError, match=r"f\.jsonl, after line 1: cannot be read: Input/output"):
+        read(tmp_path / "f.jsonl")
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(InputError, match=r"data\.train_path: .* which is no file"):
+            lines.resolve_paths(str(path), "data.train_path")
 
 
 def test_bytes_that_are_not_utf8_are_one_clear_error(tmp_path):

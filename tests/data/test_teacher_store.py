@@ -1,8 +1,13 @@
 """A teacher store that does not fit its data is an error, never a misaligned read."""
 
+import json
+import re
+
 import numpy as np
 import pytest
 
+from embedtune import whole_files
+from embedtune.data import teacher_store
 from embedtune.data.teacher_store import TeacherStore, TeacherWriter, sidecar_path
 from embedtune.errors import InputError
 
@@ -58,3 +63,150 @@ def test_a_written_store_is_checked_against_rows_and_texts(tmp_path):
     # Half the rows of twice the width have the same size: the description tells them apart.
     with pytest.raises(InputError, match="its description says 4 rows of width 2"):
         TeacherStore([path], 2, 4)
+
+
+# --- Files of another kind ------------------------------------------------------------------------
+
+
+def values_of(rows=32, width=16, seed=0, scale=1.0):
+    return scale * np.random.default_rng(seed).normal(size=(rows, width)).astype(np.float32)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("rows", [32, 3000])
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("<f2", "looks like float16"),
+        ("<f8", "looks like float64"),
+        (">f4", "looks like float32 of reversed bytes"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_its_name(tmp_path, kind, found, rows, scale):
+    values_of(rows, scale=scale).astype(kind).tofile(tmp_path / "t.f32")
+    with pytest.raises(InputError, match=rf"t\.f32: expected float32, found what {found}"):
+        TeacherStore([tmp_path / "t.f32"], rows=rows)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        values_of(scale=1e-6),
+        values_of().clip(min=0),  # half of them are 0
+        values_of(2, 2),
+        values_of().astype(np.float16).astype(np.float32),  # half of the bytes are 0
+        np.ones((4, 8), np.float32),
+        np.eye(8, dtype=np.float32),
+        values_of() ** 3,
+    ],
+)
+def test_float32_is_not_taken_for_another_type(tmp_path, values):
+    values.tofile(tmp_path / "t.f32")
+    assert np.array_equal(TeacherStore([tmp_path / "t.f32"], rows=len(values))[1], values[1])
+
+
+def test_an_npy_file_is_refused_by_its_name(tmp_path):
+    for kind in (np.float32, np.float16):
+        np.save(tmp_path / "t.npy", values_of().astype(kind))
+        with pytest.raises(InputError, match=r"t\.npy: .*found an \.npy file.*tofile"):
+            TeacherStore([tmp_path / "t.npy"], rows=32)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e30])
+@pytest.mark.parametrize("row", [0, 7, 31])
+def test_a_row_without_a_finite_norm_is_named(tmp_path, monkeypatch, bad, row):
+    monkeypatch.setattr(teacher_store, "VALUES_PER_CHECK", 5 * 16)  # of 6 and a half blocks
+    values = values_of()
+    values[row:, 3], found = bad, re.escape(str(np.float32(bad)))
+    values.tofile(tmp_path / "t.f32")
+    with pytest.raises(InputError, match=rf"t\.f32: row {row + 1}: .* {found}$"):
+        TeacherStore([tmp_path / "t.f32"], rows=32)
+
+
+def test_rows_of_zeros_are_told(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(teacher_store, "VALUES_PER_CHECK", 5 * 16)
+    values = values_of()
+    values[[9, 30]] = 0
+    values.tofile(tmp_path / "t.f32")
+    TeacherStore([tmp_path / "t.f32"], rows=32)
+    assert caplog.messages == [f"{tmp_path / 't.f32'}: 2 rows are zero, the first is row 10"]
+
+
+KNOWN = {"rows": 32, "width": 16, "queries_digest": "d"}
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (b"", "expected JSON"),
+        (b"{", "expected JSON"),
+        (b"[" * 10**5, "expected JSON"),
+        (b'{"rows": ' + b"9" * 5000, "expected JSON"),
+        (b'{"rows": "\xff"}', "expected UTF-8"),
+        (b"[1]", "expected a JSON object, found a list"),
+        (b"null", "found null"),
+        *[
+            (
+                json.dumps({k: v for k, v in KNOWN.items() if k != name}).encode(),
+                f"{name}: .*no such",
+            )
+            for name in KNOWN
+        ],
+        *[
+            (json.dumps({**KNOWN, name: bad}).encode(), f"{name}: expected")
+            for name, bad in [("rows", "32"), ("rows", True), ("width", 1.5), ("queries_digest", 7)]
+        ],
+    ],
+)
+def test_a_broken_description_is_named(tmp_path, text, found):
+    memmap(tmp_path / "t.f32", 32, 16)
+    sidecar_path(tmp_path / "t.f32").write_bytes(text)
+    with pytest.raises(InputError, match=rf"t\.f32\.json: .*{found}"):
+        TeacherStore([tmp_path / "t.f32"], 32, 16, "d")
+
+
+@pytest.mark.parametrize("size", [0, 4, 32 * 16 * 4 - 1, 31 * 16 * 4, 33 * 16 * 4, 64 * 16 * 4])
+def test_a_described_file_of_another_size_is_refused(tmp_path, size):
+    sidecar_path(tmp_path / "t.f32").write_text(json.dumps(KNOWN))
+    (tmp_path / "t.f32").write_bytes(bytes(size))
+    with pytest.raises(InputError, match=r"t\.f32: expected 32 rows"):
+        TeacherStore([tmp_path / "t.f32"], 32)
+
+
+# --- Written whole --------------------------------------------------------------------------------
+
+
+def write_store(path, value, is_stopped=False):
+    with TeacherWriter(path, 4, 2) as writer:
+        writer.write(np.full((3, 2), value, np.float32))
+        if is_stopped:
+            raise KeyboardInterrupt
+        writer.write(np.full((1, 2), value, np.float32))
+        writer.close("d", model=f"model {value}")
+
+
+def test_a_store_is_not_there_before_it_is_whole(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "t.f32", 1, is_stopped=True)
+    assert list(tmp_path.iterdir()) == []
+    write_store(tmp_path / "t.f32", 1)
+    with pytest.raises(KeyboardInterrupt):
+        write_store(tmp_path / "t.f32", 2, is_stopped=True)
+    assert TeacherStore([tmp_path / "t.f32"], 4, 2, "d")[3].tolist() == [1, 1]
+
+
+def test_no_description_stands_beside_the_embeddings_of_another(tmp_path, monkeypatch):
+    """Also where the second store is stopped in its last moment."""
+    path = tmp_path / "t.f32"
+    write_store(path, 1)
+    put = whole_files.put
+
+    def stopped(part, place):
+        if place == path:
+            raise KeyboardInterrupt
+        put(part, place)
+
+    monkeypatch.setattr(whole_files, "put", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        write_store(path, 2)
+    assert not path.exists()

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import Strategy
 
 from embedtune.checkpoints.pickles import refuse_code_in_file
 from embedtune.checkpoints.shards import refuse_code
-from embedtune.whole_files import PART, part_of, put, remove, sweep
+from embedtune.whole_files import PART, naming, part_of, put, remove, sweep
 
 LEFTOVERS = f"*.ckpt{PART}"
 """What a process that died while saving leaves beside the checkpoints before it."""
@@ -23,7 +23,8 @@ class WholeFiles(TorchCheckpointIO):
         """Save beside, and rename."""
         path = Path(path)
         sweep(path.parent, LEFTOVERS)
-        super().save_checkpoint(checkpoint, part_of(path), storage_options)
+        with naming(path):
+            super().save_checkpoint(checkpoint, part_of(path), storage_options)
         put(part_of(path), path)
 
     def load_checkpoint(

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from embedtune import __version__
-from embedtune.cli.mistakes import fail, nearest
+from embedtune.cli.mistakes import fail, nearest, surroundings_said
 from embedtune.cli.processes import let_rank_0_speak
 from embedtune.errors import ExportError, InputError, TrainingError
 
@@ -67,6 +67,9 @@ def _run(args: list[str]) -> None:
         fail(str(error))
     except (ExportError, TrainingError) as error:
         fail(str(error), code=1)
-    except Exception:
+    except Exception as error:
+        said = surroundings_said(error)
+        if said is not None:
+            fail(said)
         let_rank_0_speak()
         raise

@@ -1,5 +1,6 @@
 """The keys beside ``model``, ``data`` and ``trainer``, and what the Trainer's keys default to."""
 
+import math
 from typing import Any
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -7,6 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from embedtune.cli.best_checkpoint import keep_the_best
 from embedtune.cli.run_folder import LoggerName
+from embedtune.errors import InputError, require_positive
 
 EPOCHS = 2
 """Of a fit that is given neither ``trainer.max_epochs`` nor ``max_steps``."""
@@ -78,6 +80,23 @@ def settle(config: Any) -> None:
     if checkpoint.monitor:
         keep_the_best(checkpoint)
     checkpoint.mode = checkpoint.mode or "min"
+
+
+def refuse_numbers(config: Any) -> None:
+    """Refuse numbers that Lightning takes, or refuses too late, in the values of a command.
+
+    Raises:
+        InputError: One is out of range.
+    """
+    seed = config.seed_everything
+    if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        raise InputError(f"seed_everything: expected a number from 0 to 2**32 - 1, found {seed}")
+    for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+        if config.trainer[key] is not None:
+            require_positive(f"trainer.{key}", config.trainer[key])
+    clip = config.trainer.gradient_clip_val
+    if clip is not None and not 0 <= clip < math.inf:
+        raise InputError(f"trainer.gradient_clip_val: expected a number from 0 on, found {clip}")
 
 
 def _data_seed(seed_everything: bool | int) -> int:

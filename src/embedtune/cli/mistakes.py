@@ -1,18 +1,55 @@
 """How the command line answers a mistake: one line, with the nearest valid name."""
 
 import difflib
+import errno
+import os
+import re
 import sys
 from collections.abc import Iterable
 from typing import NoReturn
 
 from embedtune.cli.processes import let_rank_0_speak
 
+SURROUNDINGS = {
+    getattr(errno, name)
+    for name in (
+        *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "ENODEV"),
+        *("ENOTDIR", "EISDIR", "ENAMETOOLONG", "ELOOP", "EMFILE", "ENFILE", "ETXTBSY"),
+    )
+    if hasattr(errno, name)
+}
+"""Errors of disks and permissions. A file that is not there may well be a defect."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
 
 def fail(message: str, code: int = 2) -> NoReturn:
     """Write one error line to stderr and exit."""
     let_rank_0_speak()
-    sys.stderr.write(f"embedtune: error: {message}\n")
+    line = CONTROL.sub(lambda found: repr(found[0])[1:-1], message)
+    sys.stderr.write(f"embedtune: error: {line}\n")
     sys.exit(code)
+
+
+def surroundings_said(error: Exception) -> str | None:
+    """Return what to say of an error of the disk or of permissions, None for any other.
+
+    >>> surroundings_said(OSError(errno.ENOSPC, "No space left on device", "run/last.ckpt"))
+    'run/last.ckpt: No space left on device'
+    >>> surroundings_said(KeyError("query"))
+    """
+    if not isinstance(error, OSError) or error.errno not in SURROUNDINGS:
+        return None
+    said = os.strerror(error.errno or 0)
+    return said if error.filename is None else f"{error.filename}: {said}"
+
+
+def first_line(error: Exception) -> str:
+    r"""Return the first line of what an error says, or else its kind.
+
+    >>> first_line(ValueError("no such backend\nTry another.")), first_line(ValueError())
+    ('no such backend', 'ValueError')
+    """
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def nearest(unknown: str, known: Iterable[str]) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from embedtune.checkpoints.find import best_checkpoint, last_checkpoint
 from embedtune.checkpoints.read import read_spec
@@ -16,8 +17,10 @@ from embedtune.cli.assembly import (
     sort_callbacks,
     trainer_settings,
 )
-from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, settle
+from embedtune.cli.config_files import refuse_broken_configs
+from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, refuse_numbers, settle
 from embedtune.cli.log_lines import quiet_libraries
+from embedtune.cli.mistakes import first_line
 from embedtune.cli.parser import Parser
 from embedtune.cli.processes import end_with_rank_0
 from embedtune.cli.run_folder import SaveConfig, keep_earlier_checkpoints
@@ -33,6 +36,10 @@ CHECKPOINT_NAMES = ("last", "best", "hpc", "registry")
 """Values of ``ckpt_path`` that are no paths; the last two are resolved by Lightning."""
 
 
+REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
+"""What the Trainer raises of arguments that it does not take."""
+
+
 class TrainerParser(Parser, LightningArgumentParser):
     """The parser of a command with a Trainer."""
 
@@ -45,8 +52,14 @@ class TrainerCLI(LightningCLI):
         add_keys(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse what :func:`main` was given, which need not be the process's own arguments."""
+        """Parse what :func:`main` was given, which need not be the process's own arguments.
+
+        Raises:
+            InputError: A YAML file is broken, or a number out of range.
+        """
+        refuse_broken_configs(args)
         self.config = parser.parse_args(args)
+        refuse_numbers(self.config[self.config.subcommand])
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""
@@ -59,7 +72,7 @@ class TrainerCLI(LightningCLI):
         """
         config = self.config[self.subcommand]
         folder, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
-        if folder.is_file():
+        if folder.exists() and not folder.is_dir():
             raise InputError(
                 f"trainer.default_root_dir: expected a folder, found the file {folder}"
             )
@@ -98,7 +111,10 @@ class TrainerCLI(LightningCLI):
         asked = self.config[command].checkpoint
         latest = latest_beside_best(config, asked) if command == "fit" else []
         callbacks = callbacks_of(config, command)
-        trainer: Any = super().instantiate_trainer(callbacks=callbacks, **settings, **kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(callbacks=callbacks, **settings, **kwargs)
+        except REFUSALS as error:
+            raise InputError(f"trainer: {first_line(error)}") from error
         trainer.callbacks += latest  # last, so that it also saves which is the best
         sort_callbacks(trainer.callbacks)
         return trainer
@@ -162,6 +178,14 @@ def trainer_command(argv: Sequence[str]) -> None:
     """Run ``embedtune fit | validate | test | predict``."""
     quiet_libraries()
     end_with_rank_0()
+    try:
+        _run_trainer(list(argv))
+    except MisconfigurationException as error:
+        raise InputError(first_line(error)) from error
+    exchange.leave()
+
+
+def _run_trainer(args: list[str]) -> None:
     TrainerCLI(
         EmbeddingModule,
         EmbeddingDataModule,
@@ -173,6 +197,5 @@ def trainer_command(argv: Sequence[str]) -> None:
         parser_kwargs={"prog": "embedtune"},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        args=list(argv),
+        args=args,
     )
-    exchange.leave()

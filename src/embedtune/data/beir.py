@@ -1,12 +1,11 @@
 """Read a BEIR folder: a corpus, queries, and which documents answer which."""
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from embedtune.data.lines import read_lines
+from embedtune.data.lines import describe_value, numbered_lines, read_lines
 from embedtune.errors import InputError
 
 
@@ -106,11 +105,12 @@ def _read_texts(path: Path) -> dict[str, str]:
     for line in read_lines([path]):
         for field in ("_id", "text"):
             if not isinstance(line.fields.get(field), str):
-                found = json.dumps(line.fields[field]) if field in line.fields else "no such field"
+                has = field in line.fields
+                found = describe_value(line.fields[field]) if has else "no such field"
                 raise line.error(f"{field}: expected a string, found {found}")
         name, title = line.fields["_id"], line.fields.get("title") or ""
         if not isinstance(title, str):
-            raise line.error(f"title: expected a string, found {json.dumps(title)}")
+            raise line.error(f"title: expected a string, found {describe_value(title)}")
         if name in texts:
             raise line.error(f"_id: expected each once, found {name!r} of line {lines[name]} again")
         texts[name] = f"{title} {line.fields['text']}".strip()
@@ -120,12 +120,8 @@ def _read_texts(path: Path) -> dict[str, str]:
 
 def _read_qrels(path: Path) -> Iterator[tuple[int, str, str, int]]:
     """Yield line number, query id, document id and grade of every row; a header is optional."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, found {error.reason}") from None
-    for number, line in enumerate(lines, start=1):
-        columns = line.rstrip("\r").split("\t")
+    for number, line in numbered_lines(path):
+        columns = line.rstrip("\n").split("\t")
         if columns == [""]:
             continue
         if len(columns) != 3:
@@ -135,10 +131,10 @@ def _read_qrels(path: Path) -> Iterator[tuple[int, str, str, int]]:
             expected = "query-id, corpus-id and score, separated by tabs"
             raise InputError(f"{path}:{number}: expected {expected}, found {found}")
         query, document, score = columns
-        if re.fullmatch(r"[+-]?\d+", score):
+        if re.fullmatch(r"[+-]?\d{1,9}", score):
             yield number, query, document, int(score)
         elif number > 1 or _is_number(score):  # else the header, whatever its words
-            raise InputError(f"{path}:{number}: expected a whole score, found {score!r}")
+            raise InputError(f"{path}:{number}: expected a whole score, found {score[:60]!r}")
 
 
 def _is_number(text: str) -> bool:

@@ -83,7 +83,8 @@ def tokenise(
 
     Returns:
         The features of each text, every tensor ``[t]``, and what holds for a whole chunk (a route,
-        the prompt's length). A bag of tokens has the features of all texts in the latter alone.
+        the prompt's length). An empty text, where the tokenizer adds no tokens of its own, is one
+        of padding. A bag of tokens has the features of all texts in the latter alone.
     """
     _, role, prompt, max_len = group[0]
     unknown = [text.text for text in group if text not in known]
@@ -102,8 +103,17 @@ def tokenise(
             rows.append({k: plain[k] if k in plain else torch.zeros_like(ids) for k in tensors})
         else:
             row, mask = next(kept)
-            rows.append({k: v[row][mask] for k, v in tensors.items()})
+            tokens = {k: v[row][mask] for k, v in tensors.items()}
+            rows.append(tokens if mask.any() else _one_padding(encoder, tensors))
     return rows, shared
+
+
+def _one_padding(encoder: Encoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the features of one token of padding: of no token nothing can be encoded."""
+    row = {k: v.new_zeros(1) for k, v in tensors.items()}
+    row["input_ids"] += getattr(encoder.model.tokenizer, "pad_token_id", None) or 0
+    row["attention_mask"] += 1
+    return row
 
 
 def cut_packed(lengths: Sequence[int], tokens_per_chunk: int) -> list[int]:

@@ -109,6 +109,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
         }.items():
             if value is not None:
                 require_positive(f"data.{key}", value)
+        if num_workers is not None and num_workers < 0:
+            raise InputError(f"data.num_workers: expected a number from 0 on, found {num_workers}")
         paths = {"train": train_path, "val": val_path, "test": test_path, "predict": predict_path}
         self.paths: dict[str, Any] = paths
         teachers = {"train": teacher_path, "val": val_teacher_path, "test": test_teacher_path}

@@ -2,8 +2,10 @@
 
 import glob
 import gzip
+import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -11,6 +13,12 @@ from typing import Any, NamedTuple, TextIO
 import zstandard
 
 from embedtune.errors import InputError
+
+UNREADABLE = (OSError, EOFError, UnicodeDecodeError, zlib.error, zstandard.ZstdError)
+"""What reading a plain or compressed file of text raises, at its start or in the middle."""
+
+READ_SIZE = 2**16
+"""Bytes of a zstandard file that are decompressed at once."""
 
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 """A JSON escape of half a surrogate pair: alone it is no text and cannot be written anywhere."""
@@ -45,23 +53,40 @@ def read_lines(paths: Iterable[Path]) -> Iterator[Line]:
         blank: int | None = None
         plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
         parse = _parse_text if plain.suffix == ".txt" else _parse_object
-        try:
-            with open_text(path) as lines:
-                for number, text in enumerate(lines, start=1):
-                    if not text.strip():
-                        blank = blank or number
-                        continue
-                    if blank is not None:
-                        # Row i of a teacher store is line i: a gap would shift all that follows.
-                        raise InputError(f"{path}:{blank}: expected a row, found a blank line")
-                    yield Line(path, file, number, parse(path, number, text))
-        except UnicodeDecodeError as error:
-            place = f"{path}, after line {number}"
-            raise InputError(f"{place}: expected UTF-8 text, found {error.reason}") from None
-        except (gzip.BadGzipFile, zstandard.ZstdError, EOFError) as error:
-            raise InputError(f"{path}: cannot be decompressed: {error}") from None
+        for number, text in numbered_lines(path):
+            if not text.strip():
+                blank = blank or number
+                continue
+            if blank is not None:
+                # Row i of a teacher store is line i: a gap would shift all that follows.
+                raise InputError(f"{path}:{blank}: expected a row, found a blank line")
+            yield Line(path, file, number, parse(path, number, text))
         if number == 0 or blank == 1:
             raise InputError(f"{path}: expected a row a line, found an empty file")
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a plain, ``.gz`` or ``.zst`` file, counted from 1.
+
+    Raises:
+        InputError: It cannot be read to its end, or is not UTF-8.
+    """
+    number = 0
+    try:
+        with open_text(path) as lines:
+            for number, text in enumerate(lines, start=1):
+                yield number, text
+    except UNREADABLE as error:
+        raise unreadable(f"{path}, after line {number}" if number else str(path), error) from None
+
+
+def unreadable(place: str, error: Exception) -> InputError:
+    """Return what to say of one of :data:`UNREADABLE`."""
+    if isinstance(error, UnicodeDecodeError):
+        return InputError(f"{place}: expected UTF-8 text, found {error.reason}")
+    if isinstance(error, OSError) and error.strerror:
+        return InputError(f"{place}: cannot be read: {error.strerror}")
+    return InputError(f"{place}: cannot be decompressed: {error}")
 
 
 def open_text(path: Path) -> TextIO:
@@ -69,8 +94,43 @@ def open_text(path: Path) -> TextIO:
     if path.suffix == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
     if path.suffix == ".zst":
-        return zstandard.open(path, "rt", encoding="utf-8-sig")
+        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path), READ_SIZE), encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
+
+
+class _ZstdFile(io.RawIOBase):
+    """The bytes of a zstandard file of one or several frames.
+
+    The package's own reader takes a file that was cut short for one that has ended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("rb")
+        self._frame: Any = None
+        self._rest, self._decompressed = b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._decompressed:
+            data = self._rest or self._file.read(READ_SIZE)
+            if not data and self._frame is None:
+                return 0
+            if not data:
+                raise EOFError("it ended in the middle of a frame")
+            self._frame = self._frame or zstandard.ZstdDecompressor().decompressobj()
+            self._decompressed = memoryview(self._frame.decompress(data))
+            self._rest = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._decompressed))
+        buffer[:count], self._decompressed = self._decompressed[:count], self._decompressed[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _parse_text(path: Path, number: int, text: str) -> dict[str, Any]:
@@ -78,22 +138,23 @@ def _parse_text(path: Path, number: int, text: str) -> dict[str, Any]:
 
 
 def _parse_object(path: Path, number: int, text: str) -> dict[str, Any]:
+    place = f"{path}:{number}"
     try:
         fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{number}: invalid JSON at column {error.colno}"
-        raise InputError(f"{place}: {error.msg}; found {_show(text.rstrip())}") from None
-    if SURROGATE.search(text):
-        try:
+        if SURROGATE.search(text):
             json.dumps(fields, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            found = ascii(error.object[error.start])
-            place = f"{path}:{number}"
-            raise InputError(
-                f"{place}: expected Unicode text, found half a pair, {found}"
-            ) from None
+    except json.JSONDecodeError as error:
+        found = f"{error.msg}; found {_show(text.rstrip())}"
+        raise InputError(f"{place}: invalid JSON at column {error.colno}: {found}") from None
+    except UnicodeEncodeError as error:
+        found = ascii(error.object[error.start])
+        raise InputError(f"{place}: expected Unicode text, found half a pair, {found}") from None
+    except RecursionError:
+        raise InputError(f"{place}: expected a row, found JSON nested too deep") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise InputError(f"{place}: invalid JSON: {error}") from None
     if not isinstance(fields, dict):
-        raise InputError(f"{path}:{number}: expected a JSON object, found {describe_value(fields)}")
+        raise InputError(f"{place}: expected a JSON object, found {describe_value(fields)}")
     return fields
 
 
@@ -118,6 +179,8 @@ def resolve_paths(spec: str | Sequence[str], key: str) -> list[Path]:
                 if key in ("data.val_path", "data.test_path"):
                     expected += " or a BEIR folder"
                 raise InputError(f"{key}: expected {expected}, found the folder {path}")
+            if not path.is_file():  # a pipe can be read once, a device may have no end
+                raise InputError(f"{key}: expected a jsonl file, found {path}, which is no file")
             paths.append(path)
     return paths
 
@@ -131,7 +194,11 @@ def describe_value(value: object) -> str:
         return "an empty string"
     if isinstance(value, list) and not value:
         return "an empty list"
-    return f"{names.get(type(value), 'the number')} {_show(json.dumps(value, ensure_ascii=False))}"
+    try:
+        shown = json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        shown = "nested too deep to be shown"
+    return f"{names.get(type(value), 'the number')} {_show(shown)}"
 
 
 def _show(text: str, limit: int = 60) -> str:

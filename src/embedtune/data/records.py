@@ -1,10 +1,11 @@
 """Read jsonl rows of the four training formats; a row that does not fit is named, never dropped."""
 
-import math
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from embedtune.data.lines import Line, describe_value, read_lines
 from embedtune.errors import InputError
@@ -26,6 +27,10 @@ FIELDS: dict[Format, tuple[str, ...]] = {
     Format.DISTILL: ("query",),
 }
 """The required fields of each format; ``prompt_for_query`` is optional in all of them."""
+
+
+LARGEST_SCORE = float(np.finfo(np.float32).max)
+"""Scores are float32 when a loss sees them."""
 
 
 class Record(NamedTuple):
@@ -108,9 +113,9 @@ def _scores(line: Line) -> list[float]:
         )
     for position, score in enumerate(value):
         is_number = isinstance(score, int | float) and not isinstance(score, bool)
-        if not is_number or not math.isfinite(score):
+        if not is_number or not abs(score) <= LARGEST_SCORE:  # nor is NaN
             raise line.error(
-                f"field 'scores': expected finite numbers, "
+                f"field 'scores': expected finite numbers of float32, "
                 f"found {describe_value(score)} at position {position}"
             )
     return [float(score) for score in value]

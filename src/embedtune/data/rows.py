@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedtune.data.cache import cache_folder, map_table, write_table
+from embedtune.data.lines import unreadable
 from embedtune.data.records import Format, Record, RecordReader
 from embedtune.whole_files import write_text
 
 log = logging.getLogger("embedtune")
 
 ROWS_PER_WRITE = 5_000
-CACHE_VERSION = 1  # raised whenever the table's columns or the rules of records.py change
+CACHE_VERSION = 2  # raised whenever the table's columns or the rules of records.py change
 SCHEMA = pa.schema(
     {
         "query": pa.string(),
@@ -50,14 +51,13 @@ class Rows:
         """Open the cached table of ``paths``, reading the files first where there is none.
 
         Raises:
-            InputError: A row does not fit its format.
+            InputError: A row does not fit its format, or a file cannot be read.
         """
         self.paths = list(paths)
         digest = hashlib.blake2b(f"{CACHE_VERSION} {declared}".encode(), digest_size=16)
         for path in self.paths:
             digest.update("".join(path.suffixes).encode())  # a .txt file is read in another way
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "blake2b").digest())
+            digest.update(_file_digest(path))
         self.digest = digest.hexdigest()
         stem = cache_folder() / self.digest
         arrow, facts = stem.with_suffix(".arrow"), stem.with_suffix(".json")
@@ -107,6 +107,14 @@ class Rows:
     def _lengths(self, column: str) -> np.ndarray:
         lengths = pc.list_value_length(self.table.data.column(column))
         return np.asarray(lengths.to_numpy(), dtype=np.int64)
+
+
+def _file_digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "blake2b").digest()
+    except OSError as error:
+        raise unreadable(str(path), error) from None
 
 
 def _write(reader: RecordReader, arrow: Path, facts: Path) -> None:

@@ -1,16 +1,38 @@
 """Teacher embeddings on disk: float32 memory maps whose row i belongs to line i of the data."""
 
 import json
+import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from embedtune.data.lines import describe_value, unreadable
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
 from embedtune.errors import InputError
+from embedtune.whole_files import remove, write_text, writing
+
+log = logging.getLogger("embedtune")
 
 FLOAT32_BYTES = 4
+VALUES_PER_CHECK = 2**22
+"""Values that are checked at once: 16 MiB of a store."""
+
+NPY_MAGIC = b"\x93NUMPY"
+OTHER_TYPES = ("<f2", "<f8", ">f4")
+WIDEST_SPREAD, ORDINARY_SPREAD = 6.0, 4.0
+"""Standard deviations of the values' exponents: that of normally distributed values is below 2."""
+
+
+class Description(NamedTuple):
+    """What is said of a memory map in the file beside it."""
+
+    rows: int
+    width: int
+    queries_digest: str
 
 
 def sidecar_path(memmap: Path) -> Path:
@@ -42,7 +64,8 @@ class TeacherStore:
             queries_digest: Digest of the data's queries, compared with a sidecar that has one.
 
         Raises:
-            InputError: A file is missing, or does not hold ``rows`` rows, or other texts' rows.
+            InputError: A file is missing or cannot be read, does not hold ``rows`` rows, or other
+                texts' rows, or values that are not finite or of another type.
         """
         self._maps = [self._open(Path(path), rows, queries_digest) for path in paths]
         self.width = sum(store.shape[1] for store in self._maps)
@@ -63,26 +86,117 @@ class TeacherStore:
             raise InputError(
                 f"data.teacher_path: expected a float32 memory map, found no file {path}"
             )
-        size = path.stat().st_size
-        width, rest = divmod(size, rows * FLOAT32_BYTES)
-        if rest or not width:
+        known = read_description(path)
+        try:
+            with path.open("rb") as file:
+                is_npy = file.read(len(NPY_MAGIC)) == NPY_MAGIC
+            size = path.stat().st_size
+            width, rest = divmod(size, rows * FLOAT32_BYTES)
+            if is_npy:
+                raise InputError(
+                    f"{path}: expected values of float32 alone, found an .npy file; "
+                    "write it anew with numpy.load(..).astype(numpy.float32).tofile(..)"
+                )
+            if rest or not width:
+                raise InputError(
+                    f"{path}: expected {rows} rows of float32 (a multiple of "
+                    f"{rows * FLOAT32_BYTES} bytes), found {size} bytes"
+                )
+            if known is not None:
+                _compare(path, known, rows, width, queries_digest)
+            store = np.memmap(path, dtype=np.float32, mode="r", shape=(rows, width))
+        except OSError as error:
+            raise unreadable(str(path), error) from None
+        if known is None:
+            _refuse_other_types(path, store)
+        _check_values(path, store)
+        return store
+
+
+def read_description(path: Path) -> Description | None:
+    """Return what is said of a memory map beside it, None where nothing is.
+
+    Raises:
+        InputError: It cannot be read, or is not a description.
+    """
+    sidecar = sidecar_path(path)
+    if not sidecar.is_file():
+        return None
+    try:
+        known = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(str(sidecar), error) from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{sidecar}: expected JSON, found an error: {error}") from None
+    if not isinstance(known, dict):
+        found = describe_value(known)
+        raise InputError(f"{sidecar}: expected a JSON object, found {found}")
+    for name, kind in Description.__annotations__.items():
+        if type(known.get(name)) is not kind:
+            found = describe_value(known[name]) if name in known else "no such field"
+            expected = "a whole number" if kind is int else "a string"
+            raise InputError(f"{sidecar}: {name}: expected {expected}, found {found}")
+    return Description(*(known[name] for name in Description._fields))
+
+
+def _compare(
+    path: Path, known: Description, rows: int, width: int, queries_digest: str | None
+) -> None:
+    if (known.rows, known.width) != (rows, width):
+        raise InputError(
+            f"{path}: expected {rows} rows for this data, but its description says "
+            f"{known.rows} rows of width {known.width}"
+        )
+    if queries_digest is not None and known.queries_digest != queries_digest:
+        raise InputError(
+            f"{path}: expected the embeddings of this data's texts in their order, "
+            "found those of other texts or of another order"
+        )
+
+
+def _refuse_other_types(path: Path, store: np.ndarray) -> None:
+    """Refuse a file that reads better as another type: sizes alone would let it pass.
+
+    Values of one type read as another have exponents of all sizes.
+    """
+    sample = np.ascontiguousarray(store[:: len(store) // 1000 + 1])
+    if _spread(sample) <= WIDEST_SPREAD:
+        return
+    for name in OTHER_TYPES:
+        fits = sample.nbytes % np.dtype(name).itemsize == 0
+        if fits and _spread(sample.reshape(-1).view(name)) <= ORDINARY_SPREAD:
+            kind = np.dtype(name).name + (" of reversed bytes" if name[0] == ">" else "")
+            raise InputError(f"{path}: expected float32, found what looks like {kind}")
+
+
+def _spread(values: np.ndarray) -> float:
+    """Return the standard deviation of the exponents; infinite where many values are 0 or worse."""
+    with np.errstate(invalid="ignore"):
+        kept = values[np.isfinite(values) & (values != 0)]
+    if len(kept) < 0.9 * values.size:
+        return float("inf")
+    return float(np.frexp(kept)[1].std())
+
+
+def _check_values(path: Path, store: np.ndarray) -> None:
+    """Refuse a row without a finite norm; warn of rows that are zero."""
+    zeros: list[np.ndarray] = []
+    step = max(1, VALUES_PER_CHECK // store.shape[1])
+    for start in range(0, len(store), step):
+        block = store[start : start + step]
+        squares = np.einsum("ij,ij->i", block, block)  # infinite for a value of 1e30, too
+        for row in np.flatnonzero(~np.isfinite(squares))[:1]:
+            worst = np.where(np.isnan(block[row]), np.inf, np.abs(block[row])).argmax()
             raise InputError(
-                f"{path}: expected {rows} rows of float32 (a multiple of {rows * FLOAT32_BYTES} "
-                f"bytes), found {size} bytes"
+                f"{path}: row {start + row + 1}: expected values of a finite norm, "
+                f"found {block[row, worst]!s}"
             )
-        if sidecar_path(path).is_file():
-            known = json.loads(sidecar_path(path).read_text(encoding="utf-8"))
-            if (known["rows"], known["width"]) != (rows, width):
-                raise InputError(
-                    f"{path}: expected {rows} rows for this data, but its description says "
-                    f"{known['rows']} rows of width {known['width']}"
-                )
-            if queries_digest is not None and known["queries_digest"] != queries_digest:
-                raise InputError(
-                    f"{path}: expected the embeddings of this data's texts in their order, "
-                    "found those of other texts or of another order"
-                )
-        return np.memmap(path, dtype=np.float32, mode="r", shape=(rows, width))
+        zeros.append(start + np.flatnonzero(squares == 0))
+    rows = np.concatenate(zeros)
+    if len(rows):
+        log.warning(
+            "%s: %s rows are zero, the first is row %s", path, f"{len(rows):,}", rows[0] + 1
+        )
 
 
 def _names(paths: Sequence[str | Path]) -> str:
@@ -90,26 +204,41 @@ def _names(paths: Sequence[str | Path]) -> str:
 
 
 class TeacherWriter:
-    """Write a memory map row block by row block, and its description when complete."""
+    """Write a memory map row block by row block, and its description when complete.
+
+    Nothing is in its place before :meth:`close`; a context that ends with an exception leaves no
+    trace.
+    """
 
     def __init__(self, path: Path, rows: int, width: int) -> None:
-        """Create the file at its full size."""
-        self.path = path
-        self._map = np.memmap(path, dtype=np.float32, mode="w+", shape=(rows, width))
+        """Open a file beside ``path``."""
+        self.path, self.rows, self.width = path, rows, width
+        self._exit = ExitStack()
+        part = self._exit.enter_context(writing(path))
+        self._file = self._exit.enter_context(part.open("wb"))
         self._next = 0
+
+    def __enter__(self) -> Self:
+        """Return the writer."""
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        """Remove what was written, unless it is in its place."""
+        self._exit.__exit__(*error)
 
     def write(self, embeddings: np.ndarray) -> None:
         """Append a block ``[n, width]``."""
-        self._map[self._next : self._next + len(embeddings)] = embeddings
+        assert embeddings.shape[1] == self.width, "the width of the store"
+        self._file.write(np.ascontiguousarray(embeddings, np.float32).data)
         self._next += len(embeddings)
 
     def close(self, queries_digest: str, **about: str) -> None:
-        """Flush, and write the description that a :class:`TeacherStore` checks."""
-        rows, width = self._map.shape
-        assert self._next == rows, "every row is written exactly once"
-        self._map.flush()
-        known = {"rows": rows, "width": width, "queries_digest": queries_digest, **about}
-        sidecar_path(self.path).write_text(json.dumps(known, indent=2), encoding="utf-8")
+        """Put the file in its place, and the description that a :class:`TeacherStore` checks."""
+        assert self._next == self.rows, "every row is written exactly once"
+        remove(self.path)  # no description ever stands beside another's embeddings
+        known = Description(self.rows, self.width, queries_digest)._asdict() | about
+        write_text(sidecar_path(self.path), json.dumps(known, indent=2))
+        self._exit.close()
 
 
 def open_teacher(

@@ -17,7 +17,7 @@ from embedtune.data.rows import Rows
 
 log = logging.getLogger("embedtune")
 
-TABLE_VERSION = 1  # raised whenever the columns change
+TABLE_VERSION = 2  # raised whenever the columns change
 TEXTS_PER_WRITE = 20_000
 TEXTS_PER_CALL = 1_000
 """Texts that are tokenised at once: they are padded to the longest of them."""

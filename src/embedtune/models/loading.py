@@ -1,11 +1,13 @@
 """Load a sentence-transformers model, and settle what it leaves to its user."""
 
+import json
 import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
@@ -56,7 +58,7 @@ def load_sentence_transformer(
         config: Changes to its configuration; those it does not have are ignored.
 
     Raises:
-        InputError: Nothing loadable is there.
+        InputError: Nothing loadable is there, or its weights are not finite.
     """
     # cuDNN plans for longer than a step takes, anew for every shape, and each batch has its own.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -70,7 +72,7 @@ def load_sentence_transformer(
             f"model_name_or_path: expected a model folder or a hub name, found no folder {path}"
         )
     try:
-        return SentenceTransformer(
+        model = SentenceTransformer(
             model_name_or_path,
             device=device,
             trust_remote_code=trust_remote_code,
@@ -79,11 +81,40 @@ def load_sentence_transformer(
             config_kwargs=config,
             local_files_only=path.is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1",
         )
-    except (ImportError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever the libraries make of a broken file
+        reason = (_broken_file(path) if path.is_dir() else None) or _reason(error)
         raise InputError(
             f"model_name_or_path: cannot load {model_name_or_path!r}: {reason}"
         ) from error
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(
+                f"model_name_or_path: {model_name_or_path!r}: expected finite weights, "
+                f"found others in {name}"
+            )
+    return model
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of what an error says, with its kind where that says more."""
+    said = str(error).strip().partition("\n")[0]
+    if said and isinstance(error, ImportError | OSError | ValueError):
+        return said
+    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+
+
+def _broken_file(folder: Path) -> str | None:
+    """Return the first file of a model that is not of its format, and why, if there is one."""
+    for path in sorted(folder.rglob("*")):
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                with safe_open(path, "pt"):
+                    pass
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            return f"{path.relative_to(folder)}: {_reason(error)}"
+    return None
 
 
 def max_positions(model: SentenceTransformer) -> int | None:

@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Iterator
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherWriter
 from embedtune.errors import InputError
 from embedtune.models.loading import cap_length, load_sentence_transformer
+from embedtune.whole_files import remove, writing
 
 log = logging.getLogger("embedtune")
 
@@ -59,26 +61,34 @@ def teach(
     teacher = load_sentence_transformer(model, trust_remote_code=trust_remote_code)
     out.mkdir(parents=True, exist_ok=True)
     files = TeacherFiles(out / "texts.jsonl", out / "embeddings.f32")
-    with files.texts.open("w", encoding="utf-8") as lines:
+    width = int(teacher.get_embedding_dimension() or 0)
+    with ExitStack() as unfinished:
+        # Stopped before its end, it leaves a former store as it was.
+        with writing(files.texts) as part:
+            _write_texts(part, rows)
+            texts = Rows([part])
+            queries = iter(texts.table["query"])
+            writer = unfinished.enter_context(TeacherWriter(files.embeddings, len(texts), width))
+            while block := list(islice(queries, TEXTS_PER_WRITE)):
+                embeddings = teacher.encode(
+                    block,
+                    prompt=prompt,
+                    batch_size=batch_size,
+                    show_progress_bar=True,
+                    processing_kwargs={"text": {"max_length": cap_length(teacher, max_len)}},
+                )
+                writer.write(embeddings)
+            remove(files.embeddings)  # those of other texts are never beside these
+        writer.close(texts.queries_digest, model=model, prompt=prompt)
+    log.info("wrote %s texts of width %s to %s", f"{len(texts):,}", width, out)
+    return files
+
+
+def _write_texts(path: Path, rows: Rows) -> None:
+    with path.open("w", encoding="utf-8") as lines:
         lines.writelines(
             json.dumps({"query": text}, ensure_ascii=False) + "\n" for text in distinct_texts(rows)
         )
-    texts = Rows([files.texts])
-    queries = iter(texts.table["query"])
-    width = int(teacher.get_embedding_dimension() or 0)
-    writer = TeacherWriter(files.embeddings, len(texts), width)
-    while block := list(islice(queries, TEXTS_PER_WRITE)):
-        embeddings = teacher.encode(
-            block,
-            prompt=prompt,
-            batch_size=batch_size,
-            show_progress_bar=True,
-            processing_kwargs={"text": {"max_length": cap_length(teacher, max_len)}},
-        )
-        writer.write(embeddings)
-    writer.close(texts.queries_digest, model=model, prompt=prompt)
-    log.info("wrote %s texts of width %s to %s", f"{len(texts):,}", width, out)
-    return files
 
 
 def distinct_texts(rows: Rows) -> Iterator[str]:

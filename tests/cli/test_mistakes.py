@@ -1,0 +1,193 @@
+"""What a user or a machine does wrong is one line and exit code 2; a defect keeps its traceback."""
+
+import errno
+import json
+import re
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+
+from embedtune.cli import dispatch, main
+from embedtune.cli.config_files import refuse_broken_configs
+from embedtune.cli.mistakes import surroundings_said
+from embedtune.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [json.dumps({"query": f"query {i}", "pos": [f"document {i}"]}) for i in range(4)]
+    Path("rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def said(capsys, *argv: str) -> str:
+    """Run a command that must end with code 2; return its one line."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(argv))
+    assert caught.value.code == 2
+    stderr = capsys.readouterr().err
+    assert "Traceback" not in stderr
+    (message,) = re.findall(r"^embedtune: error: (.*)$", stderr, re.MULTILINE)
+    return message
+
+
+def fit(model: object) -> tuple[str, ...]:
+    return (
+        *("fit", "--model.model_name_or_path", str(model), "--data.train_path", "rows.jsonl"),
+        *("--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--log_with", "csv"),
+        *("--trainer.enable_progress_bar", "false"),
+    )
+
+
+# --- YAML -----------------------------------------------------------------------------------------
+
+LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"data:\n  train_path: caf\xe9.jsonl\n", "expected YAML in UTF-8, found invalid"),
+        (bytes(range(256)), "expected YAML in UTF-8"),
+        ("data: {batch_size: 1}".encode("utf-16"), "expected YAML in UTF-8"),
+        (b"data: [1, {\n x", r"expected YAML: .*line 2"),
+        (b"data:\n\ttrain_path: x\n", r"expected YAML: .*line 2, column 1"),
+        (b"data: a\0b\n", "expected YAML: .*#x0000"),
+        (b"data: !!python/object:os.system x\n", "expected YAML: .*constructor for the tag"),
+        (b"data: *nowhere\n", "expected YAML: .*undefined alias"),
+        (b"[" * 5000, "nested too deep"),
+        (b"a: " + b"[" * 5000 + b"]" * 5000, "nested too deep"),
+        (b"data: &data\n  train_path: *data\n", "within themselves"),
+        (b"data: &data [*data]\n", "within themselves"),
+        (f"a0: &a0 [1]\n{LAUGHS}".encode(), r"found aliases of \d{9} values"),
+        (b"data:\n  batch_size: " + b"9" * 5000, "expected YAML: .*4300 digits"),
+        (b"data:\n  train_path: 2024-99-99\n", "expected YAML: .*month"),
+        (b"[1, 2]\n", "expected keys and their values, found a list"),
+        (b"hello\n", "expected keys and their values, found a str"),
+        (b"", "found an empty file"),
+        (b"# nothing but a comment\n", "found an empty file"),
+    ],
+)
+def test_broken_yaml_is_named(content, message):
+    Path("run.yaml").write_bytes(content)
+    for args in (["--config", "run.yaml"], ["--config=run.yaml"], ["-c", "run.yaml"]):
+        with pytest.raises(InputError, match=rf"^run\.yaml: .*{message}") as caught:
+            refuse_broken_configs(["fit", *args, "--seed_everything", "1"])
+        assert "\n" not in str(caught.value)
+
+
+def test_other_yaml_is_left_to_the_parser():
+    Path("run.yaml").write_text("data: &data {batch_size: 2}\nmodel: *data\n3: null\n")
+    refuse_broken_configs(["fit", "--config", "run.yaml", "--config", "none.yaml", "-c", "a: 1\n"])
+
+
+def test_broken_yaml_is_one_line(capsys):
+    Path("run.yaml").write_text("data: &data [*data]\n")
+    assert said(capsys, "fit", "--config", "run.yaml").startswith("run.yaml: expected YAML")
+
+
+# --- Values ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("trainer.limit_train_batches", ".nan", "trainer: .*nan for limit_train_batches"),
+        ("trainer.limit_train_batches", "1.5", "trainer: .*1.5 for limit_train_batches"),
+        ("trainer.overfit_batches", "-.inf", "trainer: .*-inf for overfit_batches"),
+        ("trainer.overfit_batches", "-3", "trainer: .*-3 for overfit_batches"),
+        ("trainer.val_check_interval", ".nan", "trainer: .*nan for val_check_interval"),
+        ("trainer.accumulate_grad_batches", "0", "trainer.accumulate_grad_batches: .*found 0"),
+        ("trainer.check_val_every_n_epoch", "0", "trainer.check_val_every_n_epoch: .*found 0"),
+        ("trainer.gradient_clip_val", ".nan", "trainer.gradient_clip_val: .*found nan"),
+        ("trainer.gradient_clip_val", "-1", "trainer.gradient_clip_val: .*found -1"),
+        ("trainer.gradient_clip_algorithm", "half", "trainer: .*half is invalid"),
+        ("trainer.accelerator", "gpuu", "trainer: .*gpuu"),
+        pytest.param(
+            *("trainer.accelerator", "gpu", "trainer: No supported gpu"),
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
+        ("trainer.devices", "0", "trainer: .*devices"),
+        ("trainer.devices", "-5", "trainer: .*devices"),
+        ("trainer.devices", "many", "trainer: .*devices"),
+        ("trainer.num_nodes", "0", "trainer: .*num_nodes"),
+        ("trainer.max_epochs", "-5", "trainer: .*max_epochs"),
+        ("trainer.max_time", "soon", "trainer: .*soon"),
+        ("trainer.default_root_dir", "/dev/null", "trainer.default_root_dir: .*/dev/null"),
+        ("seed_everything", "-1", "seed_everything: .*found -1"),
+        ("seed_everything", "4294967296", "seed_everything: .*found 4294967296"),
+        ("checkpoint.save_top_k", "-5", ".*save_top_k=-5"),
+        ("data.num_workers", "-1", "data.num_workers: .*found -1"),
+        ("data.train_path", "a\0b", r"data\.train_path: .*a\\x00b"),
+        ("data.train_path", "x" * 5000, "x+: File name too long"),
+    ],
+)
+def test_a_value_that_does_not_do_is_one_line(tiny_bert, capsys, flag, value, message):
+    assert re.match(message, said(capsys, *fit(tiny_bert), f"--{flag}={value}"))
+
+
+# --- The machine ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "place"),
+    [
+        (("--save_on_epoch_end", "false"), r"run/checkpoints/epoch=0-step=1\.ckpt"),
+        (("--trainer.enable_checkpointing", "false"), "run/checkpoints/epoch-1"),
+    ],
+)
+def test_a_full_disk_is_one_line_that_names_what_was_written(tiny_bert, capsys, command, place):
+    """Of limits and quotas a process learns in the same way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # the weights are larger
+    try:
+        message = said(capsys, *fit(tiny_bert), *command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert re.fullmatch(rf"{place}: File too large", message)
+    assert not list(Path("run/checkpoints").glob("*.ckpt"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tiny_bert, capsys):
+    teach = ("teach", "--model", str(tiny_bert), "--data", "rows.jsonl")
+    message = said(capsys, *teach, "--out", "rows.jsonl/store")
+    assert message == "rows.jsonl/store: Not a directory"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (OSError(errno.EROFS, "x", "run"), "run: Read-only file system"),
+        (PermissionError(errno.EACCES, "x", "a\nb"), r"a\\nb: Permission denied"),
+        (IsADirectoryError(errno.EISDIR, "x", "run"), "run: Is a directory"),
+    ],
+)
+def test_an_error_of_the_machine_is_one_line(monkeypatch, capsys, error, message):
+    monkeypatch.setattr(dispatch, "import_module", lambda name: raises(error))
+    assert re.fullmatch(message, said(capsys, "fit"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        FileNotFoundError(errno.ENOENT, "No such file", "x"),
+        OSError("of no number"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        RuntimeError("a defect"),
+        ValueError("a defect"),
+        KeyError(28),
+    ],
+)
+def test_a_defect_keeps_its_traceback(monkeypatch, error):
+    monkeypatch.setattr(dispatch, "import_module", lambda name: raises(error))
+    with pytest.raises(type(error)) as caught:
+        main(["fit"])
+    assert caught.value is error
+    assert surroundings_said(error) is None
+
+
+def raises(error: Exception) -> None:
+    raise error

@@ -1,0 +1,83 @@
+"""A teacher store is of one run: a second one that is stopped leaves the first, or none."""
+
+import json
+from itertools import count
+
+import numpy as np
+import pytest
+
+from embedtune import whole_files
+from embedtune.data.rows import Rows
+from embedtune.data.teacher_store import TeacherStore
+from embedtune.errors import InputError
+from embedtune.tools import teach as module
+from embedtune.tools.teach import teach
+
+
+class Teacher:
+    """Embeds a text as its number and the number of the teacher; stops before one call."""
+
+    def __init__(self, number: int, stop: int | None = None) -> None:
+        self.number, self.stop, self.calls = number, stop, count(1)
+
+    def get_embedding_dimension(self) -> int:
+        return 2
+
+    def encode(self, texts, **options):
+        if next(self.calls) == self.stop:
+            raise KeyboardInterrupt
+        return np.array([[self.number, int(text.split()[1]) + 1] for text in texts], np.float32)
+
+
+def run(monkeypatch, teacher, texts, out):
+    monkeypatch.setattr(module, "TEXTS_PER_WRITE", 3)
+    monkeypatch.setattr(module, "cap_length", lambda model, max_len: max_len)
+    monkeypatch.setattr(module, "load_sentence_transformer", lambda *args, **options: teacher)
+    data = out.parent / f"{teacher.number}.jsonl"
+    data.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
+    teach("teacher", str(data), out)
+
+
+def owner(out):
+    """Return whose store it is: all three files say the same, or it is refused."""
+    rows = Rows([out / "texts.jsonl"])
+    store = TeacherStore([out / "embeddings.f32"], len(rows), None, rows.queries_digest)
+    values = np.stack([store[row] for row in range(len(rows))])
+    assert [f"text {int(value) - 1}" for value in values[:, 1]] == rows.table["query"][:]
+    (number,) = set(values[:, 0].tolist())
+    return number
+
+
+@pytest.mark.parametrize("second", [range(8), range(7, -1, -1), range(11)])
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_teacher_that_is_stopped_leaves_the_former_store(tmp_path, monkeypatch, stop, second):
+    run(monkeypatch, Teacher(1), [f"text {i}" for i in range(8)], tmp_path / "store")
+    texts = [f"text {i}" for i in second]
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, Teacher(2, stop), texts, tmp_path / "store")
+    assert owner(tmp_path / "store") == 1
+    names = {path.name for path in (tmp_path / "store").iterdir()}
+    assert names == {"texts.jsonl", "embeddings.f32", "embeddings.f32.json"}
+
+
+@pytest.mark.parametrize("second", [range(8), range(7, -1, -1)])
+@pytest.mark.parametrize("name", ["texts.jsonl", "embeddings.f32", "embeddings.f32.json"])
+def test_no_store_is_of_two_runs(tmp_path, monkeypatch, name, second):
+    """Wherever the second one ends while it puts its files in their places."""
+    run(monkeypatch, Teacher(1), [f"text {i}" for i in range(8)], tmp_path / "store")
+    put = whole_files.put
+
+    def killed(part, path):
+        if path.name == name:
+            raise KeyboardInterrupt
+        put(part, path)
+
+    monkeypatch.setattr(whole_files, "put", killed)
+    texts = [f"text {i}" for i in second]
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, Teacher(2), texts, tmp_path / "store")
+    with pytest.raises(InputError, match=r"found no file .*embeddings\.f32"):
+        owner(tmp_path / "store")
+    monkeypatch.setattr(whole_files, "put", put)
+    run(monkeypatch, Teacher(3), texts, tmp_path / "store")
+    assert owner(tmp_path / "store") == 3
