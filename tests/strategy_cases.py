@@ -14,7 +14,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel
 from embedtune.callbacks.baseline import Baseline
-from embedtune.data.teacher_store import TeacherWriter
 from embedtune.distributed import exchange
 from embedtune.distributed.strategies import named_strategy, whole_weights
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL
@@ -241,7 +240,7 @@ def write_data(folder: Path, cases: list[dict]) -> None:
         path.write_text("".join(json.dumps(row) + "\n" for row in rows(name, count)))
         if name == "distill":
             teacher = torch.randn(count, TEACHER_WIDTH, generator=torch.Generator().manual_seed(5))
-            TeacherWriter(path.with_suffix(".f32"), count, TEACHER_WIDTH).write(teacher.numpy())
+            teacher.numpy().tofile(path.with_suffix(".f32"))
 
 
 def double_gather() -> None:

@@ -16,7 +16,6 @@ from embedtune.data.collate import Collator
 from embedtune.data.examples import ExampleDataset
 from embedtune.data.rows import Rows
 from embedtune.data.sampler import Key
-from embedtune.data.teacher_store import TeacherWriter
 from embedtune.data.token_table import TokenTable
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import EncoderSpec
@@ -227,7 +226,7 @@ def fit(folder, model, name, data=None, workers=0, **settings) -> tuple[Embeddin
 def teacher(folder: Path) -> str:
     path = folder / "teacher.f32"
     vectors = np.random.default_rng(0).standard_normal((COUNT, 32), dtype=np.float32)
-    TeacherWriter(path, COUNT, 32).write(vectors)
+    vectors.tofile(path)
     return str(path)
 
 

@@ -15,7 +15,6 @@ from sentence_transformers import SentenceTransformer
 
 from embedtune import EmbeddingDataModule, EmbeddingModule
 from embedtune.checkpoints.training_facts import NOTHING_KNOWN, TrainingFacts
-from embedtune.data.teacher_store import TeacherWriter
 from embedtune.export.folder import export_encoder
 from embedtune.export.model_card import as_code, write_model_card
 from embedtune.losses import InfoNCE, Matryoshka
@@ -309,7 +308,7 @@ def run(folder: Path, model: Path, name: str, command: str) -> TrainingFacts:
     teacher = None
     if name == "distill":
         teacher = str(folder / "teacher.f32")
-        TeacherWriter(Path(teacher), 2, 48).write(np.ones((2, 48), np.float32))
+        np.ones((2, 48), np.float32).tofile(teacher)
     data = EmbeddingDataModule(str(path), str(path), teacher_path=teacher, val_teacher_path=teacher)
     module = EmbeddingModule(str(model))
     trainer = pl.Trainer(

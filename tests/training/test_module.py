@@ -13,7 +13,6 @@ from sentence_transformers.base.modules import Router
 from embedtune import EmbeddingDataModule, EmbeddingModule, InputError
 from embedtune.callbacks.throughput import Throughput
 from embedtune.data.collate import Collator
-from embedtune.data.teacher_store import TeacherWriter
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL, Matryoshka
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import EncoderSpec
@@ -46,7 +45,7 @@ def write(folder: Path, name: str, rows: list[dict] | None = None) -> str:
 def teacher(folder: Path, width: int, rows: int = 12) -> str:
     path = folder / f"teacher-{width}.f32"
     generator = torch.Generator().manual_seed(width)
-    TeacherWriter(path, rows, width).write(torch.randn(rows, width, generator=generator).numpy())
+    torch.randn(rows, width, generator=generator).numpy().tofile(path)
     return str(path)
 
 
