@@ -223,3 +223,37 @@ def test_a_mistake_is_told_once_by_two_ranks(tiny_bert):
     assert code == 2, output
     assert output.count("embedtune: error: train.jsonl:2: field 'pos'") == 1, output
     assert "Traceback" not in output
+
+
+DIFFERENT = """
+import os, sys
+from embedtune.cli import main
+rank = os.environ["RANK"]
+data, rate = {"data": (f"rows{rank}.jsonl", 1e-4), "rate": ("rows0.jsonl", 1e-4 + int(rank))}[
+    sys.argv[1]
+]
+main([*sys.argv[2:], "--data.train_path", data, "--model.lr", str(rate)])
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "expected"), [("data", "training data"), ("rate", "configuration")]
+)
+def test_ranks_that_differ_are_told_at_the_start(tiny_bert, what, expected):
+    Path("different.py").write_text(DIFFERENT)
+    for number, count in ((0, 24), (1, 20)):
+        lines = "".join(json.dumps(row) + "\n" for row in ROWS[:count])
+        Path(f"rows{number}.jsonl").write_text(lines)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    flags = ["--model.model_name_or_path", str(tiny_bert), "--trainer.accelerator", "cpu"]
+    done = subprocess.run(
+        [*command, "different.py", what, "fit", *flags, "--trainer.devices", "2"],
+        env={**os.environ, **ONE_THREAD},
+        capture_output=True,
+        text=True,
+        timeout=2 * LIMIT,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert f"rank 1: expected the {expected} of rank 0, found another" in done.stderr
+    assert not Path("run/model").exists()

@@ -1,11 +1,14 @@
 """What the ranks of a run exchange; with one process nothing is, and every function is trivial."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from embedtune.errors import InputError
 
 
 def is_distributed() -> bool:
@@ -31,6 +34,26 @@ def gather_counts(counts: Sequence[int], device: torch.device) -> list[list[int]
     found = own.new_empty(dist.get_world_size() * len(own))
     dist.all_gather_into_tensor(found, own)
     return found.view(-1, len(own)).tolist()
+
+
+def refuse_other_ranks(told: Mapping[str, str], device: torch.device) -> None:
+    """Refuse a run whose ranks differ in what all must have alike, or they would hang later.
+
+    Args:
+        told: What this rank has, by what to call it; the same names on every rank.
+        device: That of the run.
+
+    Raises:
+        InputError: It names the first rank that differs from rank 0, and in what; on every rank.
+    """
+    digests = (hashlib.blake2b(text.encode(), digest_size=7).digest() for text in told.values())
+    first, *others = gather_counts([int.from_bytes(digest) for digest in digests], device)
+    for number, other in enumerate(others, start=1):
+        differing = [name for name, a, b in zip(told, first, other, strict=True) if a != b]
+        if differing:
+            raise InputError(
+                f"rank {number}: expected the {' and '.join(differing)} of rank 0, found another"
+            )
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

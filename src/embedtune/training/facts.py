@@ -35,6 +35,17 @@ def training_facts(trainer: Any, module: Any) -> TrainingFacts:
     )
 
 
+def told_by_all(trainer: Any, module: Any) -> dict[str, str]:
+    """Return what every rank of a fit must have alike, by what to call it in a message."""
+    configuration = _configuration(trainer, module)
+    versions = configuration.pop("versions")
+    return {
+        "training data": module.data.datasets["train"].rows.digest,
+        "versions of libraries": versions,
+        "configuration": repr((configuration, module.widths, module.data.shuffle)),
+    }
+
+
 def data_facts(data: Any, encoder: Encoder) -> dict[str, Any]:
     """Return what is known of the training data, as :attr:`TrainingFacts.data` describes it.
 

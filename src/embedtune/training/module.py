@@ -22,6 +22,7 @@ from embedtune.data.batch import Batch
 from embedtune.data.sampler import step_seed
 from embedtune.data.testset_batches import TextBatch
 from embedtune.distributed import exchange
+from embedtune.distributed.exchange import refuse_other_ranks
 from embedtune.distributed.strategies import refuse_unsupported, shards_parameters
 from embedtune.errors import InputError, require_positive
 from embedtune.evaluation.sharded import Evaluation
@@ -33,7 +34,7 @@ from embedtune.models.encoder import Encoder
 from embedtune.models.projection import ProjectionInit, parse_dims
 from embedtune.models.spec import EncoderSpec, Features, PoolingMode, Role
 from embedtune.training.choose_loss import choose_loss
-from embedtune.training.facts import training_facts
+from embedtune.training.facts import told_by_all, training_facts
 from embedtune.training.gradient_cache import GradientCache
 from embedtune.training.optimizer import (
     build_optimizer,
@@ -243,6 +244,7 @@ class EmbeddingModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
         self.train()
+        refuse_other_ranks(told_by_all(self.trainer, self), self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember where in the data this batch is: what is saved is saved after it."""
