@@ -388,6 +388,7 @@ def test_help_lists_every_command(capsys):
         "export",
         "teach",
         "evaluate",
+        "cache",
         "demo-data",
     ):
         assert f"\n  {command} " in listed

@@ -175,3 +175,8 @@ def test_a_run_does_not_replace_its_own_base(tiny_bert, capsys):
     assert "model.model_name_or_path: expected a model outside of what this run writes" in said
     assert Path("run/model/model.safetensors").read_bytes() == before
     fit("run/model", "--trainer.max_steps=1", root="second")
+
+
+def test_an_interval_of_validation_beyond_an_epoch_is_named(tiny_bert, capsys):
+    said = error(capsys, tiny_bert, "--data.val_path=sts.jsonl", "--trainer.val_check_interval=9")
+    assert "trainer.val_check_interval: expected at most the 4 batches of an epoch, found 9" in said

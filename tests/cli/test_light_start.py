@@ -32,11 +32,12 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
         (["--version"], 0, f"embedtune {embedtune.__version__}"),
         (["vlaidate"], 2, "found 'vlaidate'; the nearest is validate"),
         (["--verison"], 2, "found '--verison'; the nearest is --version"),
-        (["qqq"], 2, "export, teach, evaluate, demo-data), found 'qqq'\n"),
+        (["qqq"], 2, "export, teach, evaluate, cache, demo-data), found 'qqq'\n"),
         (["teach", "--modle", "a"], 2, "--modle a; the nearest valid key is model"),
         (["export", "a", "--otu", "b"], 2, "nearest valid key is out"),
         (["evaluate", "--help"], 0, "usage: embedtune evaluate"),
         (["demo-data"], 2, "out"),
+        (["cache", "--claer", "true"], 2, "nearest valid key is clear"),
     ],
 )
 def test_it_is_answered_at_once(argv, code, said):

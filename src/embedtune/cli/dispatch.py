@@ -22,6 +22,7 @@ Fine-tune text-embedding models: jsonl files in, a sentence-transformers folder 
   export     a training checkpoint as a sentence-transformers folder
   teach      a teacher's embeddings of a data set, for distillation
   evaluate   nDCG@10 or Spearman correlation of models on test sets, at several widths
+  cache      the tables of read and tokenised rows: list them, or clear them
   demo-data  training and test data from the docstrings of installed packages
 
 embedtune COMMAND --help tells the options of a command, embedtune --version its version.
@@ -32,6 +33,7 @@ TOOL_COMMANDS = {
     "export": "export_command",
     "teach": "teach_command",
     "evaluate": "evaluate_command",
+    "cache": "cache_command",
     "demo-data": "demo_data_command",
 }
 """Functions of ``embedtune.cli.tool_commands``."""

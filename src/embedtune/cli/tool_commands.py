@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from embedtune.cli.parser import Parser
@@ -102,6 +103,28 @@ def evaluate_command(argv: Sequence[str]) -> None:
     sys.stdout.write(format_table(results) + "\n")
     if args.out is not None:
         write_results(results, Path(args.out))
+
+
+def cache_command(argv: Sequence[str]) -> None:
+    """Run ``embedtune cache``."""
+    parser = Parser(
+        prog="embedtune cache",
+        description="List the tables of read and tokenised rows, the last one used first.",
+    )
+    parser.add_argument("--clear", type=bool, default=False, help="remove them all")
+    args = parser.parse_args(argv)
+    _start()
+    from embedtune.data.cache import GB, cache_folder, cached_tables, remove_table
+
+    tables = cached_tables()
+    for table in tables:
+        used = datetime.fromtimestamp(table.used).strftime("%Y-%m-%d %H:%M")
+        sys.stdout.write(f"{table.size / GB:9.3f} GB  {used}  {table.path.name}\n")
+        if args.clear:
+            remove_table(table)
+    total = sum(table.size for table in tables)
+    said = "removed from" if args.clear else "in"
+    sys.stdout.write(f"{total / GB:9.3f} GB  {len(tables)} tables {said} {cache_folder()}\n")
 
 
 def demo_data_command(argv: Sequence[str]) -> None:

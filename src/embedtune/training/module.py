@@ -153,6 +153,8 @@ class EmbeddingModule(pl.LightningModule):
                 f"trainer.precision: model.attn_implementation {attention} needs bf16-mixed or "
                 "16-mixed, found 32-true"
             )
+        if stage == "fit":
+            self._refuse_long_interval()
         self.encoder.pack(device)
         if stage == "fit" and device.type == "cpu":
             freed_memory.keep_freed()
@@ -172,6 +174,16 @@ class EmbeddingModule(pl.LightningModule):
         if not self._has_loss_settled and self.data.format is not None:
             self._has_loss_settled = True
             self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data)
+
+    def _refuse_long_interval(self) -> None:
+        trainer, batches = self.trainer, self.data.batches_per_epoch
+        interval = trainer.val_check_interval
+        counts_in_epoch = trainer.check_val_every_n_epoch is not None
+        if counts_in_epoch and not isinstance(interval, float) and interval > batches:
+            raise InputError(
+                f"trainer.val_check_interval: expected at most the {batches} batches of an epoch, "
+                f"found {interval}; trainer.check_val_every_n_epoch null counts over epochs"
+            )
 
     def _refuse_long_prompts(self) -> None:
         limits: tuple[tuple[Role, str, int], ...] = (
