@@ -27,15 +27,21 @@ from embedtune.distributed.strategies import refuse_unsupported, shards_paramete
 from embedtune.errors import InputError, require_positive
 from embedtune.evaluation.sharded import Evaluation
 from embedtune.losses.contract import Loss
-from embedtune.losses.inputs import Embeddings, Target
+from embedtune.losses.inputs import Embeddings
 from embedtune.losses.scope import Shares, in_scope
 from embedtune.models import freed_memory
 from embedtune.models.encoder import Encoder
 from embedtune.models.projection import ProjectionInit, parse_dims
-from embedtune.models.spec import EncoderSpec, Features, PoolingMode, Role
+from embedtune.models.spec import EncoderSpec, Features, PoolingMode
+from embedtune.training.before_fit import (
+    refuse_flash_in_float32,
+    refuse_long_interval,
+    refuse_long_prompts,
+)
 from embedtune.training.choose_loss import choose_loss
 from embedtune.training.facts import told_by_all, training_facts
 from embedtune.training.gradient_cache import GradientCache
+from embedtune.training.loss_inputs import target_of
 from embedtune.training.optimizer import (
     build_optimizer,
     build_schedule,
@@ -147,14 +153,9 @@ class EmbeddingModule(pl.LightningModule):
         refuse_unsupported(self.trainer)
         strategy: Any = self.trainer.strategy
         device = strategy.root_device
-        attention = self.encoder.attn_implementation or ""
-        if "flash" in attention and str(self.trainer.precision) == "32-true":
-            raise InputError(
-                f"trainer.precision: model.attn_implementation {attention} needs bf16-mixed or "
-                "16-mixed, found 32-true"
-            )
+        refuse_flash_in_float32(self.encoder, str(self.trainer.precision))
         if stage == "fit":
-            self._refuse_long_interval()
+            refuse_long_interval(self.trainer, self.data.batches_per_epoch)
         self.encoder.pack(device)
         if stage == "fit" and device.type == "cpu":
             freed_memory.keep_freed()
@@ -170,37 +171,10 @@ class EmbeddingModule(pl.LightningModule):
             prompt = self.data.datasets["train"].rows.prompt
             if prompt is not None:
                 self.encoder.set_query_prompt(prompt)
-            self._refuse_long_prompts()
+            refuse_long_prompts(self.encoder, self.data)
         if not self._has_loss_settled and self.data.format is not None:
             self._has_loss_settled = True
             self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data)
-
-    def _refuse_long_interval(self) -> None:
-        trainer, batches = self.trainer, self.data.batches_per_epoch
-        interval = trainer.val_check_interval
-        counts_in_epoch = trainer.check_val_every_n_epoch is not None
-        if counts_in_epoch and not isinstance(interval, float) and interval > batches:
-            raise InputError(
-                f"trainer.val_check_interval: expected at most the {batches} batches of an epoch, "
-                f"found {interval}; trainer.check_val_every_n_epoch null counts over epochs"
-            )
-
-    def _refuse_long_prompts(self) -> None:
-        limits: tuple[tuple[Role, str, int], ...] = (
-            ("query", "data.query_max_len", self.data.query_max_len),
-            ("document", "data.passage_max_len", self.data.passage_max_len),
-        )
-        for role, key, limit in limits:
-            prompt, longest = self.encoder.default_prompt(role), self.encoder.cap(limit)
-            if prompt is None:
-                continue
-            features = self.encoder.tokenize(["a"], role, prompt, longest)
-            without = self.encoder.tokenize([""], role, prompt, longest)
-            if features["input_ids"].shape == without["input_ids"].shape:
-                raise InputError(
-                    f"{key}: expected more tokens than the {role} prompt {prompt!r} takes, found "
-                    f"{longest}: nothing would be left of a text"
-                )
 
     # --- Steps --------------------------------------------------------------------------
 
@@ -235,19 +209,7 @@ class EmbeddingModule(pl.LightningModule):
         assert self.loss is not None
         shares = Shares.exchange(batch.counts, self.device)
         own = self.embeddings(batch, shares)
-        queries = torch.arange(len(batch.query), device=self.device)
-        target = Target(
-            scores=batch.scores,
-            list_index=batch.list_index,
-            own=torch.searchsorted(batch.list_index, queries),
-            teacher=batch.teacher,
-            query_id=batch.query_id,
-            positive_id=batch.positive_id,
-            negative_id=batch.negative_id if len(batch.negative_id) else None,
-            positive_query_id=batch.query_id[batch.list_index],
-            known_positive_id=batch.known_positive_id,
-        )
-        embeddings, target = in_scope(self.loss.scope, own, target, shares)
+        embeddings, target = in_scope(self.loss.scope, own, target_of(batch), shares)
         # Similarities divided by a temperature of 0.02 need all of float32's digits.
         with torch.autocast(self.device.type, enabled=False):
             parts = self.loss(embeddings, target)

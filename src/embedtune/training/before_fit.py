@@ -1,0 +1,61 @@
+"""What is refused before a fit, because it would fail or train on nothing later."""
+
+from typing import Any
+
+from embedtune.data.datamodule import EmbeddingDataModule
+from embedtune.errors import InputError
+from embedtune.models.encoder import Encoder
+from embedtune.models.spec import Role
+
+
+def refuse_flash_in_float32(encoder: Encoder, precision: str) -> None:
+    """Refuse flash attention in a precision that it does not take.
+
+    Raises:
+        InputError: It was asked for in float32.
+    """
+    attention = encoder.attn_implementation or ""
+    if "flash" in attention and precision == "32-true":
+        raise InputError(
+            f"trainer.precision: model.attn_implementation {attention} needs bf16-mixed or "
+            "16-mixed, found 32-true"
+        )
+
+
+def refuse_long_interval(trainer: Any, batches: int) -> None:
+    """Refuse to validate less often than once in the ``batches`` of an epoch.
+
+    Raises:
+        InputError: The interval counts within epochs, and is longer than one.
+    """
+    interval, counts_within = (
+        trainer.val_check_interval,
+        trainer.check_val_every_n_epoch is not None,
+    )
+    if counts_within and not isinstance(interval, float) and interval > batches:
+        raise InputError(
+            f"trainer.val_check_interval: expected at most the {batches} batches of an epoch, "
+            f"found {interval}; trainer.check_val_every_n_epoch null counts over epochs"
+        )
+
+
+def refuse_long_prompts(encoder: Encoder, data: EmbeddingDataModule) -> None:
+    """Refuse prompts that fill the longest input.
+
+    Raises:
+        InputError: Nothing would be left of a text.
+    """
+    limits: tuple[tuple[Role, str, int], ...] = (
+        ("query", "data.query_max_len", data.query_max_len),
+        ("document", "data.passage_max_len", data.passage_max_len),
+    )
+    for role, key, limit in limits:
+        prompt, longest = encoder.default_prompt(role), encoder.cap(limit)
+        if prompt is None:
+            continue
+        alone = encoder.tokenize([""], role, prompt, longest)["input_ids"]
+        if alone.shape[-1] >= longest:
+            raise InputError(
+                f"{key}: expected more tokens than the {role} prompt {prompt!r} takes, found "
+                f"{longest}: nothing would be left of a text"
+            )
