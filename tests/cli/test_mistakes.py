@@ -131,23 +131,32 @@ def test_a_value_that_does_not_do_is_one_line(tiny_bert, capsys, flag, value, me
 # --- The machine ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("command", "place"),
-    [
-        (("--save_on_epoch_end", "false"), r"run/checkpoints/epoch=0-step=1\.ckpt"),
-        (("--trainer.enable_checkpointing", "false"), "run/checkpoints/epoch-1"),
-    ],
-)
-def test_a_full_disk_is_one_line_that_names_what_was_written(tiny_bert, capsys, command, place):
-    """Of limits and quotas a process learns in the same way."""
+@pytest.fixture
+def _full_disk():
+    """Let files be smaller than weights: of limits and quotas a process learns as of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))  # the weights are larger
-    try:
-        message = said(capsys, *fit(tiny_bert), *command)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert re.fullmatch(rf"{place}: File too large", message)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.usefixtures("_full_disk")
+def test_a_full_disk_is_one_line_that_names_the_checkpoint(tiny_bert, capsys):
+    message = said(capsys, *fit(tiny_bert), "--save_on_epoch_end", "false")
+    assert re.fullmatch(r"run/checkpoints/epoch=0-step=1\.ckpt: File too large", message)
     assert not list(Path("run/checkpoints").glob("*.ckpt"))
+
+
+@pytest.mark.usefixtures("_full_disk")
+def test_a_full_disk_is_one_line_for_each_export(tiny_bert, capsys, caplog):
+    with pytest.raises(SystemExit) as caught:
+        main([*fit(tiny_bert), "--trainer.enable_checkpointing", "false"])
+    stderr = capsys.readouterr().err
+    assert (caught.value.code, "Traceback" in stderr) == (1, False)
+    assert "embedtune: error: run/model: cannot be written: File too large" in stderr
+    epoch = "run/checkpoints/epoch-1"
+    assert f"epoch 1 is not exported: {epoch}: cannot be written: File too large" in caplog.text
+    assert not Path("run/model").exists()
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(tiny_bert, capsys):

@@ -70,7 +70,8 @@ def export_encoder(
             if trained is not None:
                 _verify(part, folder, largest_difference(exported, trained), tolerance)
     except (OSError, SafetensorError) as error:
-        raise ExportError(f"{folder}: cannot be written: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise ExportError(f"{folder}: cannot be written: {reason}") from error
     return difference
 
 
