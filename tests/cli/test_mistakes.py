@@ -133,7 +133,7 @@ def test_a_value_that_does_not_do_is_one_line(tiny_bert, capsys, flag, value, me
 
 @pytest.fixture
 def _full_disk():
-    """Let files be smaller than weights: of limits and quotas a process learns as of a full disk."""
+    """Let no file be as large as weights: a process learns of it as of a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
     yield
