@@ -114,4 +114,4 @@ def test_a_loss_of_zero_is_told(tiny_bert, caplog):
             "".join(json.dumps({**row, "pos": ["the same"]}) + "\n" for row in ROWS)
         )
         fit(tiny_bert, "--trainer.max_steps=1")
-    assert "the loss is 0 at the first step" in caplog.text
+    assert "the loss of the first batch is 0" in caplog.text

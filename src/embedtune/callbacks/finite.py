@@ -38,7 +38,7 @@ class Finite(pl.Callback):
             raise InputError(f"skip_nonfinite: expected 0 or more, found {skip_nonfinite}")
         self.skip_nonfinite, self._skipped = skip_nonfinite, 0
         self._batch: Batch | None = None
-        self._losses: list[float] = []
+        self._is_first = True
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what DeepSpeed cannot do."""
@@ -56,9 +56,9 @@ class Finite(pl.Callback):
     ) -> None:
         """End the fit at a loss that is no number; the same on every rank."""
         value = float(exchange.sum_over_ranks(loss.detach()))
-        if not trainer.global_step and not self._losses and value == 0:
+        if self._is_first and value == 0:
             self._warn_of_zero()
-        self._losses.append(value)
+        self._is_first = False
         if not torch.isfinite(torch.tensor(value)) and not self.skip_nonfinite:
             raise self._error(trainer, "loss", value)
 
@@ -66,7 +66,6 @@ class Finite(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """End the fit at a gradient that is no number, or leave the step out."""
-        self._losses = self._losses[-1:]
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
         if has_scaler or not gradients:  # ZeRO holds them elsewhere
@@ -96,8 +95,8 @@ class Finite(pl.Callback):
 
     def _warn_of_zero(self) -> None:
         log.warning(
-            "the loss is 0 at the first step: nothing in the batch is to be told apart (no "
-            "negative beside known positives, or scores that are all alike)"
+            "the loss of the first batch is 0: the model tells its texts apart already, or there "
+            "is nothing to tell apart (no negative, or scores that are all alike)"
         )
 
     def _error(self, trainer: pl.Trainer, what: str, value: float) -> TrainingError:

@@ -292,8 +292,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
     def start(self) -> Place:
         """The start of the training data, with what a place in the middle of an epoch depends on.
 
-        A checkpoint may be saved without any (``fit`` in another order of the Python API): then it
-        tells nothing.
+        Without training data, as when a model is only evaluated, it tells nothing.
         """
         if "train" not in self.datasets:
             return Place()
