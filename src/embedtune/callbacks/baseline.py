@@ -122,9 +122,9 @@ def _measure(
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     encoder, data, device = module.encoder, module.data, trainer.strategy.root_device
     training = encoder.training
-    encoder.pack(device)
-    encoder.to(device).eval()
     half = autocast_dtype(str(trainer.precision))
+    encoder.pack(device, half)
+    encoder.to(device).eval()
     evaluation = Evaluation()
     with torch.autocast(device.type, half, enabled=half is not None):
         for name in data.testsets:

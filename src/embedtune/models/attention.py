@@ -1,8 +1,8 @@
-"""Attention over texts that lie one after another, without padding between them, on a CPU.
+"""Attention over texts that lie one after another, without padding between them.
 
-Flash attention's variable-length kernels do this on GPUs. Here texts of about one length are
-attended to together, so that the layers around attention, nearly all of the work, compute no
-padding, and attention hardly any.
+GPUs have kernels for this (:mod:`embedtune.models.gpu_attention`). On a CPU, and where these cannot
+do what a model asks for, texts of about one length are attended to together, so that the layers
+around attention, nearly all of the work, compute no padding, and attention hardly any.
 """
 
 import math
@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from embedtune.models.dropout import attend_with_dropout
+from embedtune.models.gpu_attention import attend_on_gpu
 
 VARLEN = "embedtune_varlen"
 """The name under which transformers finds this attention; padded inputs go to its own ``sdpa``."""
@@ -38,6 +39,7 @@ def varlen_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -54,6 +56,7 @@ def varlen_attention(
         is_causal: Whether a token sees those before it alone; the module's own by default.
         cu_seq_lens_q: Where each text starts, and the end, ``[texts + 1]``; without it the input is
             padded.
+        max_length_q: Tokens of the longest text.
         sliding_window: A token sees those less far away than this; None is all.
         kwargs: What only padded inputs take.
 
@@ -74,13 +77,19 @@ def varlen_attention(
             **kwargs,
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    buckets = divide(tuple(cu_seq_lens_q.diff().tolist()))
+    packed = [states[0].transpose(0, 1) for states in (query, key, value)]
+    if query.is_cuda:
+        texts = cu_seq_lens_q, max_length_q
+        output = attend_on_gpu(*packed, *texts, dropout, scaling, causal, sliding_window)
+        if output is not None:
+            return output[None], None
+    buckets = divide(tuple(cu_seq_lens_q.diff().tolist()), query.device)
     # Moved once, and split: the gradient of each slice would be as large as the whole.
-    parts = [_spread(states[0].transpose(0, 1), buckets) for states in (query, key, value)]
+    parts = [_spread(states, buckets) for states in packed]
     attended = []
     for bucket, *states in zip(buckets.shapes, *parts, strict=True):
         q, k, v = (s.unflatten(0, bucket.shape).transpose(1, 2) for s in states)
-        mask = _mask(bucket, sliding_window, causal)
+        mask = _mask(bucket, sliding_window, causal, query.device)
         output = _attend(q, k, v, mask, dropout, scaling, causal and mask is None)
         attended.append(output.transpose(1, 2).flatten(0, 1))
     return _gather_back(torch.cat(attended), buckets)[None], None
@@ -114,10 +123,10 @@ class Buckets(NamedTuple):
 
 @lru_cache(maxsize=8)  # every layer asks again
 @torch.inference_mode(False)  # what validation asks for first, training may need too
-def divide(lengths: tuple[int, ...]) -> Buckets:
+def divide(lengths: tuple[int, ...], device: torch.device) -> Buckets:
     """Divide the texts of a chunk, the longest first, into buckets of up to ``SLACK`` tokens less.
 
-    >>> [bucket.shape for bucket in divide((40, 39, 7, 7)).shapes]
+    >>> [bucket.shape for bucket in divide((40, 39, 7, 7), torch.device("cpu")).shapes]
     [(2, 40), (2, 7)]
     """
     shapes: list[Bucket] = []
@@ -130,12 +139,13 @@ def divide(lengths: tuple[int, ...]) -> Buckets:
             end += 1
         real = torch.arange(longest) < torch.tensor(lengths[start:end])[:, None]
         places.append(padded + real.flatten().nonzero().flatten())
-        shapes.append(Bucket((end - start, longest), None if real.all() else real[:, None, None]))
+        mask = None if real.all() else real[:, None, None].to(device)
+        shapes.append(Bucket((end - start, longest), mask))
         padded += real.numel()
         start = end
     place = torch.cat(places)
     source = torch.zeros(padded, dtype=torch.int64).index_copy(0, place, torch.arange(len(place)))
-    return Buckets(shapes, source, place)
+    return Buckets(shapes, source.to(device), place.to(device))
 
 
 def _spread(states: Tensor, buckets: Buckets) -> tuple[Tensor, ...]:
@@ -181,13 +191,15 @@ class _GatherBack(torch.autograd.Function):
         return padded.index_copy_(0, place, gradient), None, None
 
 
-def _mask(bucket: Bucket, window: int | None, causal: bool) -> Tensor | None:
+def _mask(
+    bucket: Bucket, window: int | None, causal: bool, device: torch.device
+) -> Tensor | None:
     """Return which tokens see which, bool, or None where ``causal`` says all of it."""
     length = bucket.shape[1]
     if window is None or length <= window:
         # Padding comes last: no token sees it that sees only those before it.
         return None if causal else bucket.real
-    positions = torch.arange(length)
+    positions = torch.arange(length, device=device)
     distance = positions[:, None] - positions
     near = distance.abs() < window
     if causal:
@@ -208,12 +220,13 @@ def _attend(
     causal: bool,
 ) -> Tensor:
     """Attend within texts of one padded length, ``[texts, heads, length, head_dim]``."""
-    if 0 < dropout < 1 and not causal and query.shape[1] == key.shape[1]:
+    is_plain = not causal and query.shape[1] == key.shape[1]
+    if 0 < dropout < 1 and is_plain and query.device.type == "cpu":
         scale = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
         with torch.autocast("cpu", enabled=False):
             return attend_with_dropout(query, key, value, mask, dropout, scale)
-    # torch's fused backward for bfloat16 takes several times as long as that for float32.
-    with torch.autocast("cpu", enabled=False):
+    # A CPU's fused backward for bfloat16 takes several times as long as that for float32.
+    with torch.autocast(query.device.type, enabled=False):
         return F.scaled_dot_product_attention(
             query.float(),
             key.float(),

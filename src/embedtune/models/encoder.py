@@ -28,6 +28,7 @@ from embedtune.models.packing import (
     join_packed,
     join_padded,
     sliding_window,
+    to_device,
     unpack,
 )
 from embedtune.models.spec import EncoderSpec, Features, PoolingMode, Role
@@ -67,6 +68,7 @@ class Encoder(nn.Module):
         self._flash_packs = bool(getattr(self.model[0], "can_flatten_inputs", False))
         cast(Any, self.model[0]).can_flatten_inputs = False
         self.packs, self.chunk_cost = False, CHUNK_COST
+        self._packed_for: tuple[str, torch.dtype | None] | None = None
         if spec.pooling is not None:
             self._set_pooling(spec.pooling)
         self.normalizes = isinstance(self.model[-1], Normalize)
@@ -205,12 +207,16 @@ class Encoder(nn.Module):
 
     # --- Without padding ----------------------------------------------------------------
 
-    def pack(self, device: torch.device) -> None:
+    def pack(self, device: torch.device, half: torch.dtype | None = None) -> None:
         """Encode texts without padding from now on, where the model can on ``device``.
 
-        It can on GPUs with flash attention, and on a CPU if attention is all that mixes tokens,
-        which is tried on texts of unequal length. A given ``attn_implementation`` is left alone.
-        On a CPU dropout draws faster, too.
+        It can on GPUs with flash attention, and on CPUs and GPUs if attention is all that mixes
+        tokens, which is tried on texts of unequal length. A given ``attn_implementation`` is left
+        alone. On a CPU dropout draws faster, too.
+
+        Args:
+            device: Where the model will run; on a GPU it is moved there for the trial.
+            half: What it will multiply in under autocast, None for float32.
         """
         transformer: Any = self.model[0]
         if device.type == "cpu":
@@ -218,21 +224,20 @@ class Encoder(nn.Module):
         self.chunk_cost = CHUNK_COST if device.type == "cpu" else GPU_CHUNK_COST
         if self.attn_implementation is not None:
             self.packs = self._flash_packs
-        elif device.type != "cpu" and self.packs:
-            # The module was trained on a CPU before.
-            transformer.model.set_attn_implementation("sdpa")
-            self.packs = False
-        elif device.type == "cpu" and not self.packs and has_plain_attention(transformer):
-            before = transformer.config._attn_implementation
-            transformer.model.set_attn_implementation(VARLEN)
-            self.packs = True
-            if not self._packs_exactly():
-                transformer.model.set_attn_implementation(before)
-                self.packs = False
+        elif self._packed_for != (device.type, half):
+            self._packed_for = device.type, half
+            if self.packs:  # for another device
+                transformer.model.set_attn_implementation("sdpa")
+            self.packs = has_plain_attention(transformer) and device.type in ("cpu", "cuda")
+            if self.packs:
+                transformer.model.set_attn_implementation(VARLEN)
+                self.packs = self._packs_exactly(device, half)
+                if not self.packs:
+                    transformer.model.set_attn_implementation("sdpa")
         if self.packs and transformer.model_forward_params is not None:
             transformer.model_forward_params |= set(PACKED_INPUTS)
 
-    def _packs_exactly(self) -> bool:
+    def _packs_exactly(self, device: torch.device, half: torch.dtype | None) -> bool:
         # One text longer than a window.
         longest = 8 + (sliding_window(self.model[0]) or 0)
         texts = ["one", " ".join(map(str, range(longest))), "one two three"]
@@ -246,21 +251,42 @@ class Encoder(nn.Module):
         was_training = self.training
         self.eval()
         try:
+            self.to(device)
+            chunks = [to_device(f, device) for f in (features, {**self.join(rows), **others})]
             with torch.no_grad():
-                padded, packed = self(features), self({**self.join(rows), **others})
+                # On a GPU each precision has kernels of its own.
+                return all(
+                    self._agrees(*chunks, kind)
+                    for kind in ((None,) if device.type == "cpu" else {None, half})
+                )
+        except torch.OutOfMemoryError:
+            self.to("cpu")  # as a whole it does not fit
+            return False
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False  # the model wants its inputs padded
         finally:
             self.train(was_training)
-        return torch.allclose(packed, padded, rtol=0, atol=1e-4 * float(padded.abs().max()))
+
+    def _agrees(self, padded: Features, packed: Features, half: torch.dtype | None) -> bool:
+        with torch.autocast(padded["input_ids"].device.type, half, enabled=half is not None):
+            expected, found = self(padded), self(packed)
+        # Isolation shows in float32; in half precision, that there is a kernel.
+        tolerance = 1e-4 if half is None else 0.1
+        return torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
     # --- Features to embeddings ---------------------------------------------------------
 
     def forward(self, features: Features) -> Tensor:
         """Return the embeddings ``[b, width]``, float32, not normalised."""
-        features = self.model[0](dict(features))
-        if "cu_seq_lens_q" in features:
-            features = unpack(features)
+        features = dict(features)
+        layout = features.pop("layout", None)
+        if layout is not None and self.attn_implementation is None:
+            # In four dimensions transformers takes a mask for complete: it looks for no texts in
+            # the positions, which would wait for a GPU, and makes no [tokens, tokens] of them.
+            features["attention_mask"] = features["input_ids"].new_ones(1, 1, 1, 1).bool()
+        features = self.model[0](features)
+        if layout is not None:
+            features = unpack(features, layout)
         for name in ("token_embeddings", "sentence_embedding"):
             if name in features:
                 features[name] = features[name].float()

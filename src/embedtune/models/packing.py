@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from sentence_transformers.base.modules import Transformer
@@ -11,6 +11,21 @@ from torch.nn.utils.rnn import pad_sequence
 
 PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What tells attention where each text of a packed chunk starts, by transformers' names."""
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a packed chunk lie once its texts are padded.
+
+    Made with the chunk, on the CPU: a GPU would have to be waited for.
+
+    Attributes:
+        real: bool ``[texts, longest]``: which tokens are no padding.
+        place: int64 ``[tokens]``: the place of each token among all of them.
+    """
+
+    real: Tensor
+    place: Tensor
+
 
 CHUNK_COST, GPU_CHUNK_COST = 32, 4096
 """What a padded chunk costs whatever is in it, in tokens: on a GPU starting its kernels takes the
@@ -29,30 +44,38 @@ def join_packed(rows: Sequence[dict[str, Tensor]], first_position: int) -> dict[
     """
     lengths = [len(row["input_ids"]) for row in rows]
     starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    positions = [torch.arange(first_position, first_position + length) for length in lengths]
     joined = {k: torch.cat([r[k] for r in rows])[None] for k in rows[0]}
     joined.pop("attention_mask")
     values = starts, starts, max(lengths), max(lengths)
+    positions = torch.arange(max(lengths)).expand(len(rows), -1)
+    real = positions < torch.tensor(lengths)[:, None]
     return {
         **joined,
-        "position_ids": torch.cat(positions)[None],
+        "position_ids": first_position + positions[real][None],
+        "layout": Layout(real, real.flatten().nonzero().flatten()),
         **dict(zip(PACKED_INPUTS, values, strict=True)),
     }
 
 
-def unpack(features: dict[str, Any]) -> dict[str, Any]:
+def unpack(features: dict[str, Any], layout: Layout) -> dict[str, Any]:
     """Pad what a packed chunk became, for the modules after the transformer."""
-    lengths = features["cu_seq_lens_q"].diff()
     kept = {k: v for k, v in features.items() if k not in (*PACKED_INPUTS, "position_ids")}
-    real = torch.arange(int(lengths.max()), device=lengths.device) < lengths[:, None]
-    place = real.flatten().nonzero().flatten()
     for name in ("input_ids", "token_embeddings"):
         packed = features[name][0]
         # Moved at once: text by text, the gradient of each would be as large as the whole.
-        padded = packed.new_zeros(real.numel(), *packed.shape[1:]).index_copy(0, place, packed)
-        kept[name] = padded.unflatten(0, real.shape)
-    kept["attention_mask"] = real.long()
+        padded = packed.new_zeros(layout.real.numel(), *packed.shape[1:])
+        padded = padded.index_copy(0, layout.place, packed)
+        kept[name] = padded.unflatten(0, layout.real.shape)
+    kept["attention_mask"] = layout.real.long()
     return kept
+
+
+def to_device(features: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return the features of a chunk on ``device``."""
+    moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in features.items()}
+    if "layout" in moved:
+        moved["layout"] = Layout(*(tensor.to(device) for tensor in moved["layout"]))
+    return moved
 
 
 def join_padded(rows: Sequence[dict[str, Tensor]], tokenizer: Any) -> dict[str, Tensor]:

@@ -48,6 +48,7 @@ from embedtune.training.optimizer import (
     restore_settings,
     settings_of,
 )
+from embedtune.training.precision import autocast_dtype
 from embedtune.training.start_projection import start_projection
 
 
@@ -156,7 +157,7 @@ class EmbeddingModule(pl.LightningModule):
         refuse_flash_in_float32(self.encoder, str(self.trainer.precision))
         if stage == "fit":
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
-        self.encoder.pack(device)
+        self.encoder.pack(device, autocast_dtype(str(self.trainer.precision)))
         if stage == "fit" and device.type == "cpu":
             freed_memory.keep_freed()
         if stage == "predict":
