@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 
 
 class Throughput(pl.Callback):
@@ -61,7 +62,9 @@ class Throughput(pl.Callback):
             "padding_efficiency": self._real_tokens / self._tokens,
             "input_wait": self._waited / elapsed,
         }
-        pl_module.log_dict({f"train/{k}": v for k, v in rates.items()}, batch_size=1)
-        rate = self._examples / elapsed
-        pl_module.log("train/examples_per_s", rate, prog_bar=True, batch_size=1)
+        # Numbers would be copied to a GPU, which waits for it; a tensor stays where it is.
+        for name, rate in rates.items():
+            pl_module.log(f"train/{name}", torch.tensor(rate), batch_size=1)
+        examples_per_s = torch.tensor(self._examples / elapsed)
+        pl_module.log("train/examples_per_s", examples_per_s, prog_bar=True, batch_size=1)
         self._ended = time.perf_counter()

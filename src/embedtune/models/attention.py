@@ -191,9 +191,7 @@ class _GatherBack(torch.autograd.Function):
         return padded.index_copy_(0, place, gradient), None, None
 
 
-def _mask(
-    bucket: Bucket, window: int | None, causal: bool, device: torch.device
-) -> Tensor | None:
+def _mask(bucket: Bucket, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
     """Return which tokens see which, bool, or None where ``causal`` says all of it."""
     length = bucket.shape[1]
     if window is None or length <= window:

@@ -1,6 +1,7 @@
 """A sentence-transformers model as a trainable encoder with an optional Matryoshka projection."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -68,6 +69,7 @@ class Encoder(nn.Module):
         self._flash_packs = bool(getattr(self.model[0], "can_flatten_inputs", False))
         cast(Any, self.model[0]).can_flatten_inputs = False
         self.packs, self.chunk_cost = False, CHUNK_COST
+        self._is_compiled = False
         self._packed_for: tuple[str, torch.dtype | None] | None = None
         if spec.pooling is not None:
             self._set_pooling(spec.pooling)
@@ -165,6 +167,16 @@ class Encoder(nn.Module):
         # Some architectures declare none.
         largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
         return {type(largest[0])}
+
+    def compile_layers(self) -> None:
+        """Compile the transformer's layers for training; evaluation stays as it is.
+
+        Once for chunks of any size, and for all layers of one kind.
+        """
+        lists = [m for m in self.model[0].modules() if isinstance(m, nn.ModuleList) and len(m)]
+        for layer in max(lists, key=lambda m: sum(p.numel() for p in m.parameters())):
+            layer.compile(dynamic=True)
+        self._is_compiled = True
 
     @property
     def routes(self) -> bool:
@@ -284,7 +296,9 @@ class Encoder(nn.Module):
             # In four dimensions transformers takes a mask for complete: it looks for no texts in
             # the positions, which would wait for a GPU, and makes no [tokens, tokens] of them.
             features["attention_mask"] = features["input_ids"].new_ones(1, 1, 1, 1).bool()
-        features = self.model[0](features)
+        eager = self._is_compiled and not self.training
+        with torch.compiler.set_stance("force_eager") if eager else nullcontext():
+            features = self.model[0](features)
         if layout is not None:
             features = unpack(features, layout)
         for name in ("token_embeddings", "sentence_embedding"):

@@ -39,6 +39,7 @@ from embedtune.training.before_fit import (
     refuse_long_prompts,
 )
 from embedtune.training.choose_loss import choose_loss
+from embedtune.training.compilation import compiles
 from embedtune.training.facts import told_by_all, training_facts
 from embedtune.training.gradient_cache import GradientCache
 from embedtune.training.loss_inputs import target_of
@@ -68,6 +69,7 @@ class EmbeddingModule(pl.LightningModule):
         dropout: float | None = None,
         attention_dropout: float | None = None,
         grad_cache: bool = False,
+        compile: bool | Literal["auto"] = "auto",
         loss: Loss | None = None,
         temperature: float | None = None,
         use_mrl: bool = False,
@@ -94,6 +96,8 @@ class EmbeddingModule(pl.LightningModule):
                 fused attention usable.
             grad_cache: Keep one chunk's activations at a time and compute the others again in
                 backward: any batch size in the memory of one chunk, for about 1.3 times the time.
+            compile: Compile the model's layers for training; auto does on a GPU where the fit is
+                long enough to pay for it.
             loss: A loss by ``class_path`` and ``init_args``; the default is InfoNCE (pair,
                 triplet), ListwiseKL (scored) or Distillation (distill).
             temperature: Temperature of the default loss, where it has one; 0.02 by default.
@@ -132,6 +136,7 @@ class EmbeddingModule(pl.LightningModule):
         self.base_metrics: dict[str, float] = {}
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._place = Place()
+        self._wants_compiled = compile
         self.grad_cache, self._cache = grad_cache, GradientCache()
         spec = EncoderSpec(
             model_name_or_path,
@@ -219,6 +224,9 @@ class EmbeddingModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
         self.train()
+        batches = self.num_steps * self.trainer.accumulate_grad_batches
+        if compiles(self._wants_compiled, self.trainer, batches):
+            self.encoder.compile_layers()
         refuse_other_ranks(told_by_all(self.trainer, self), self.device)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -246,7 +254,9 @@ class EmbeddingModule(pl.LightningModule):
         means = total / self.trainer.world_size
         for name, value in zip(parts, means, strict=True):
             self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
-        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], batch_size=1)
+        # Numbers would be copied to a GPU, which waits for it; a tensor stays where it is.
+        rate = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
+        self.log("train/lr", rate, batch_size=1)
         return parts["loss"] if weight == 1 else parts["loss"] * weight
 
     # --- Evaluation ---------------------------------------------------------------------

@@ -1,0 +1,172 @@
+"""On a GPU texts are encoded without padding, to the same result. Skipped where there is none."""
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from test_attention import ARCHITECTURES, TEXTS, save
+from torch import Tensor
+
+from embedtune.data.chunks import Text, make_chunks
+from embedtune.models.encoder import Encoder
+from embedtune.models.gpu_attention import attend_on_gpu
+from embedtune.models.packing import to_device
+from embedtune.models.spec import EncoderSpec
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+GPU = torch.device("cuda")
+PACKS = [name for name, (_, _, packs) in ARCHITECTURES.items() if packs]
+LENGTHS = (150, 97, 64, 9, 1)
+
+
+def encode(encoder: Encoder, texts: list[str], tokens_per_chunk: int = 24) -> Tensor:
+    chunks, order = make_chunks(
+        encoder, [Text(text, "document", None, 64) for text in texts], tokens_per_chunk
+    )
+    return torch.cat([encoder(to_device(features, GPU)) for features in chunks])[order]
+
+
+def states(kind: torch.dtype, heads: int, key_heads: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [
+        torch.randn(sum(LENGTHS), n, 32, device=GPU, dtype=kind, requires_grad=True)
+        for n in (heads, key_heads, key_heads)
+    ]
+
+
+def expected(given: list[Tensor], causal: bool, window: int | None) -> Tensor:
+    """Attend to one text after the other in float64."""
+    outputs = []
+    for q, k, v in zip(*(t.double().split(LENGTHS) for t in given), strict=True):
+        groups = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
+        seen = distance.abs() < window if window else torch.ones_like(distance, dtype=torch.bool)
+        seen &= distance >= 0 if causal else True
+        scores = torch.einsum("qhd,khd->hqk", q, k) / 32**0.5
+        scores = scores.masked_fill(~seen.to(GPU), float("-inf"))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), v))
+    return torch.cat(outputs)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernels_attend_within_each_text(kind, key_heads, causal, window):
+    given = states(kind, 4, key_heads)
+    starts = torch.tensor([0, *LENGTHS], device=GPU).cumsum(0).int()
+    output = attend_on_gpu(*given, starts, max(LENGTHS), 0.0, None, causal, window)
+    if kind == torch.float32 and window:
+        assert output is None  # no kernel has it
+        return
+    tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[kind]
+    wanted = expected(given, causal, window)
+    torch.testing.assert_close(output.double(), wanted, rtol=tolerance, atol=tolerance)
+    weights = torch.randn(wanted.shape, device=GPU, dtype=torch.float64)
+    found = torch.autograd.grad((output.double() * weights).sum(), given)
+    for gradient, exact in zip(found, torch.autograd.grad((wanted * weights).sum(), given)):
+        largest = float(exact.abs().max())
+        torch.testing.assert_close(gradient, exact, rtol=0, atol=3 * tolerance * largest)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_kernels_drop_probabilities_and_are_right_on_average(kind):
+    given = states(kind, 4, 4)
+    starts = torch.tensor([0, *LENGTHS], device=GPU).cumsum(0).int()
+
+    def attend(dropout: float) -> Tensor:
+        return attend_on_gpu(*given, starts, max(LENGTHS), dropout, None, False, None)
+
+    torch.manual_seed(1)
+    first = attend(0.3)
+    torch.manual_seed(1)
+    assert torch.equal(attend(0.3), first)
+    with torch.no_grad():
+        mean = torch.stack([attend(0.3).double() for _ in range(2000)]).mean(0)
+    exact = expected(given, False, None)
+    assert (first - exact).abs().max() > 0.1
+    assert (mean - exact).abs().max() < 0.1
+    assert (mean - exact).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_an_architecture_is_encoded_as_on_a_cpu(name, tiny_transformer, tmp_path):
+    path = save(name, tiny_transformer, tmp_path)
+    encoder = Encoder(EncoderSpec(path, "mean")).eval()
+    encoder.pack(GPU, torch.bfloat16)
+    assert encoder.packs
+    model = SentenceTransformer(modules=[Transformer(path), Pooling(32, "mean")], device="cpu")
+    wanted = torch.as_tensor(model.encode(TEXTS))
+    found = encode(encoder, TEXTS).detach().cpu()
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    with torch.autocast("cuda", torch.bfloat16):
+        half = encode(encoder, TEXTS).detach().cpu()
+    assert 0 < (half - wanted).abs().max() < 0.05 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("name", PACKS)
+def test_an_architecture_has_the_gradient_of_a_cpu(name, tiny_transformer, tmp_path):
+    path = save(name, tiny_transformer, tmp_path)
+    gradients = []
+    for device in ("cpu", "cuda"):
+        encoder = Encoder(EncoderSpec(path, "mean")).eval()
+        encoder.pack(torch.device(device))
+        wanted = [Text(text, "document", None, 64) for text in TEXTS]
+        chunks, order = make_chunks(encoder, wanted, 1000)
+        found = torch.cat([encoder(to_device(c, torch.device(device))) for c in chunks])[order]
+        (found @ torch.arange(32.0, device=device).cos()).square().sum().backward()
+        gradients.append(
+            {n: p.grad.cpu() for n, p in encoder.named_parameters() if p.grad is not None}
+        )
+    on_cpu, on_gpu = gradients
+    assert on_cpu.keys() == on_gpu.keys()
+    largest = max(gradient.abs().max() for gradient in on_cpu.values())
+    for parameter, gradient in on_cpu.items():
+        assert (on_gpu[parameter] - gradient).abs().max() < 1e-4 * largest, parameter
+
+
+def test_an_encoder_goes_from_device_to_device(tiny_bert):
+    encoder = Encoder(EncoderSpec(str(tiny_bert))).eval()
+    found = []
+    for device in ("cpu", "cuda", "cpu"):
+        encoder.pack(torch.device(device), torch.bfloat16 if device == "cuda" else None)
+        assert encoder.packs
+        encoder.to(device)
+        chunks, _ = make_chunks(encoder, [Text(t, "document", None, 64) for t in TEXTS], 64)
+        chunk = to_device(chunks[0], torch.device(device))
+        found.append(encoder(chunk).detach().cpu())
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5)
+    assert torch.equal(found[0], found[2])
+
+
+def test_nothing_waits_for_the_gpu(tiny_bert):
+    encoder = Encoder(EncoderSpec(str(tiny_bert))).eval()
+    encoder.pack(GPU, torch.bfloat16)
+    chunks, _ = make_chunks(encoder, [Text(t, "document", None, 64) for t in TEXTS], 64)
+    chunk = to_device(chunks[0], GPU)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            encoder(chunk).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", ["bert", "modernbert", "qwen3"])
+def test_compiled_layers_compute_the_same(name, tiny_transformer, tmp_path):
+    path = save(name, tiny_transformer, tmp_path)
+    gradients = []
+    for compiled in (False, True):
+        encoder = Encoder(EncoderSpec(path, "mean", dropout=0.0)).train()
+        encoder.pack(GPU)
+        if compiled:
+            encoder.compile_layers()
+        for texts in (TEXTS[:3], TEXTS):  # chunks of another size compile nothing anew
+            encoder.zero_grad()
+            encode(encoder, texts, 1000).square().sum().backward()
+        gradients.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
+    largest = max(gradient.abs().max() for gradient in gradients[0].values())
+    for parameter, gradient in gradients[0].items():
+        assert (gradients[1][parameter] - gradient).abs().max() < 1e-4 * largest, parameter
