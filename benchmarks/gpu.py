@@ -7,9 +7,9 @@ prints each line of its tables as it is measured, and keeps them in FOLDER/gpu.j
 already is not measured again. It needs no network: the models have the sizes of well-known ones and
 random weights, the texts the lengths of well-known data sets (deciles of their tokens).
 
-A ratio is taken within one process on one card: both trainers get the same model, rows, loss (InfoNCE
-over all positives and negatives of the batch), AdamW, clipping and autocast. The other trainer runs
-with ``sdpa`` at each of several batch sizes, of which the best counts.
+A ratio is taken within one process on one card: both trainers get the same model, rows, loss
+(InfoNCE over all positives and negatives of the batch), AdamW, clipping and autocast. The other trainer
+runs with ``sdpa`` at each of several batch sizes, of which the best counts.
 """
 
 import argparse
@@ -23,35 +23,36 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the command line
 
-import datasets  # noqa: E402 - the environment is read when they are imported
-import lightning.pytorch as pl  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from sentence_transformers import (  # noqa: E402
+import datasets
+import lightning.pytorch as pl
+import torch
+import transformers
+from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
-from sentence_transformers.sentence_transformer.losses import (  # noqa: E402
+from sentence_transformers.sentence_transformer.losses import (
     MultipleNegativesRankingLoss,
 )
-from sentence_transformers.sentence_transformer.modules import Pooling, Transformer  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, processors  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
-from torch.utils.data import BatchSampler, SequentialSampler  # noqa: E402
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import BatchSampler, SequentialSampler
 
-from embedtune import EmbeddingDataModule, EmbeddingModule  # noqa: E402
-from embedtune.callbacks.throughput import Throughput  # noqa: E402
-from embedtune.losses import InfoNCE  # noqa: E402
+from embedtune import EmbeddingDataModule, EmbeddingModule
+from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.throughput import Throughput
+from embedtune.losses import InfoNCE
 
 VERSIONS = ("torch", "lightning", "transformers", "sentence-transformers")
 TEMPERATURE = 0.02
@@ -185,7 +186,7 @@ class Recorder(pl.Callback):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.tokens: list[int] = []
-        self.flops: list[float] = []
+        self.waited, self.left = 0.0, 0.0
         self.chunks: list[int] = []
         self.launches, self.profiler = 0, None
         self.waits: Counter[str] = Counter()
@@ -198,6 +199,7 @@ class Recorder(pl.Callback):
         """Count the batch, or start to look."""
         if not self._looks():
             if self.clock.ended >= self.clock.warmup:
+                self.waited += time.perf_counter() - self.left
                 self.tokens.append(batch.tokens[0])
                 self.chunks.append(len(batch.chunks))
             return
@@ -229,6 +231,7 @@ class Recorder(pl.Callback):
                 sort_by="self_device_time_total", row_limit=25, max_name_column_width=60
             )
         self.clock.tick()
+        self.left = time.perf_counter()
 
 
 class TrainerRecorder(transformers.TrainerCallback):
@@ -424,7 +427,7 @@ def ours(bench: Bench, case: Case) -> dict[str, Any]:
         precision="bf16-mixed" if case.precision == "bf16" else "32-true",
         gradient_clip_val=1.0,
         logger=False,
-        callbacks=[recorder, Throughput()],
+        callbacks=[Finite(), Throughput(), recorder],
         enable_checkpointing=False,
         use_distributed_sampler=False,
         enable_progress_bar=False,
@@ -447,6 +450,7 @@ def ours(bench: Bench, case: Case) -> dict[str, Any]:
         "waits": dict(recorder.waits),
         "table": getattr(recorder, "table", ""),
         "packs": module.encoder.packs,
+        "waited": recorder.waited / clock.seconds / bench.steps,
         **{k.removeprefix("train/"): v for k, v in recorder.logged.items()},
     }
 
@@ -563,7 +567,7 @@ def _line(case: Case, found: dict[str, Any], best: dict[str, Any] | None) -> lis
         f"{found['peak_gib']:.1f}" + (f" ({best['peak_gib']:.1f})" if best else ""),
         f"{found.get('padding_efficiency', 0):.1%}",
         f"{found['chunk_ms']:.1f}",
-        f"{found.get('input_wait', 0):.1%}",
+        f"{found['waited']:.1%}",
         f"{found['launches']:,}",
         str(sum(found["waits"].values())),
         f"{found['first_s']:.1f} s",

@@ -65,7 +65,9 @@ def test_kernels_attend_within_each_text(kind, key_heads, causal, window):
     torch.testing.assert_close(output.double(), wanted, rtol=tolerance, atol=tolerance)
     weights = torch.randn(wanted.shape, device=GPU, dtype=torch.float64)
     found = torch.autograd.grad((output.double() * weights).sum(), given)
-    for gradient, exact in zip(found, torch.autograd.grad((wanted * weights).sum(), given)):
+    for gradient, exact in zip(
+        found, torch.autograd.grad((wanted * weights).sum(), given), strict=True
+    ):
         largest = float(exact.abs().max())
         torch.testing.assert_close(gradient, exact, rtol=0, atol=3 * tolerance * largest)
 

@@ -10,6 +10,7 @@ Read first: ``export_model``. Imports from ``training``, ``export``, ``reports``
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.progress_bar import ProgressBar
 from embedtune.callbacks.run_report import RunReport
 from embedtune.callbacks.run_summary import RunSummary
 from embedtune.callbacks.stop_on_signal import StopOnSignal
@@ -20,6 +21,7 @@ __all__ = [
     "Baseline",
     "ExportModel",
     "Finite",
+    "ProgressBar",
     "RunReport",
     "RunSummary",
     "StopOnSignal",

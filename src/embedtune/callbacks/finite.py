@@ -1,12 +1,14 @@
 """End a fit whose loss or gradient is no number, before a weight is touched by it."""
 
 import logging
+import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.optim import AdamW
 
 from embedtune.checkpoints.find import last_checkpoint
 from embedtune.checkpoints.read import read_facts
@@ -22,8 +24,27 @@ MOST_PLACES = 5
 """Rows of a batch that are named."""
 
 
+class Asked(NamedTuple):
+    """What a GPU was asked of a step, and answers while it computes the next.
+
+    Attributes:
+        ready: When the answer is there.
+        values: float32 ``[2]``, in pinned memory: the loss, and the norm of the gradient.
+        step: The step.
+        batch: Its batch.
+    """
+
+    ready: torch.cuda.Event
+    values: Tensor
+    step: int
+    batch: Batch
+
+
 class Finite(pl.Callback):
     """End the fit in the step in which its loss or its gradient is not finite.
+
+    A GPU is not waited for: from that step on it leaves every step of the optimiser out, and the
+    fit ends where the answer arrives, before the next step or before anything is saved.
 
     With float16 gradients overflow at times, and the scaler leaves those steps out by itself.
     """
@@ -39,6 +60,8 @@ class Finite(pl.Callback):
         self.skip_nonfinite, self._skipped = skip_nonfinite, 0
         self._batch: Batch | None = None
         self._is_first = True
+        self._loss: Tensor | None = None
+        self._asked: Asked | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what DeepSpeed cannot do."""
@@ -55,11 +78,14 @@ class Finite(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor
     ) -> None:
         """End the fit at a loss that is no number; the same on every rank."""
-        value = float(exchange.sum_over_ranks(loss.detach()))
+        self._loss = exchange.sum_over_ranks(loss.detach())
+        if not self._is_first and _runs_ahead(trainer) and not self.skip_nonfinite:
+            return
+        value = float(self._loss)
         if self._is_first and value == 0:
             self._warn_of_zero()
         self._is_first = False
-        if not torch.isfinite(torch.tensor(value)) and not self.skip_nonfinite:
+        if not math.isfinite(value) and not self.skip_nonfinite:
             raise self._error(trainer, "loss", value)
 
     def on_before_optimizer_step(
@@ -71,18 +97,59 @@ class Finite(pl.Callback):
         if has_scaler or not gradients:  # ZeRO holds them elsewhere
             return
         own = torch.stack(torch._foreach_norm(gradients)).sum()
-        norm = float(exchange.sum_over_ranks(own.float()))
-        if torch.isfinite(torch.tensor(norm)):
+        norm = exchange.sum_over_ranks(own.float())
+        if _runs_ahead(trainer) and not self.skip_nonfinite:
+            self._ask(trainer, optimizer, norm)
+            return
+        value = float(norm)
+        if math.isfinite(value):
             return
         self._skipped += 1
         if self._skipped > self.skip_nonfinite:
-            raise self._error(trainer, "gradient", norm)
+            raise self._error(trainer, "gradient", value)
         optimizer.zero_grad(set_to_none=True)
         log.warning(
             "step %s is left out (%s of %s that are tolerated): its gradient is %s; %s",
-            *(f"{trainer.global_step + 1:,}", self._skipped, self.skip_nonfinite, norm),
+            *(f"{trainer.global_step + 1:,}", self._skipped, self.skip_nonfinite, value),
             self._places(cast(EmbeddingModule, pl_module)),
         )
+
+    def _ask(self, trainer: pl.Trainer, optimizer: Any, norm: Tensor) -> None:
+        """Let the optimiser leave out what is not finite, and read the answer later."""
+        assert self._loss is not None and self._batch is not None
+        self._hear(trainer)
+        found = torch.stack([self._loss.float(), norm])
+        is_bad = (~torch.isfinite(found)).any().float()
+        former = getattr(optimizer, "found_inf", None)
+        optimizer.found_inf = is_bad if former is None else torch.maximum(former, is_bad)
+        values = torch.empty(2, pin_memory=True).copy_(found, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        self._asked = Asked(ready, values, trainer.global_step + 1, self._batch)
+
+    def _hear(self, trainer: pl.Trainer) -> None:
+        """End the fit if what was asked of the step before is not finite."""
+        if self._asked is None:
+            return
+        asked, self._asked = self._asked, None
+        asked.ready.synchronize()
+        for what, value in zip(("loss", "gradient"), asked.values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise self._error(trainer, what, value, asked)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save nothing that comes after a step that was left out."""
+        self._hear(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate, export and end after a step whose answer was heard."""
+        self._hear(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do so within an epoch as well."""
+        self._hear(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
@@ -90,7 +157,7 @@ class Finite(pl.Callback):
         """Ask DeepSpeed, which keeps gradients to itself, before anything is saved."""
         strategy = trainer.strategy
         norm = strategy.gradient_norm() if isinstance(strategy, ZeRO) else None
-        if norm is not None and not torch.isfinite(torch.tensor(norm)):
+        if norm is not None and not math.isfinite(norm):
             raise self._error(trainer, "gradient", norm)
 
     def _warn_of_zero(self) -> None:
@@ -99,10 +166,14 @@ class Finite(pl.Callback):
             "is nothing to tell apart (no negative, or scores that are all alike)"
         )
 
-    def _error(self, trainer: pl.Trainer, what: str, value: float) -> TrainingError:
+    def _error(
+        self, trainer: pl.Trainer, what: str, value: float, asked: Asked | None = None
+    ) -> TrainingError:
         module = cast(EmbeddingModule, trainer.lightning_module)
-        step = f"{trainer.global_step + 1:,}"
-        message = f"step {step}: the {what} is {value}; {self._places(module)}"
+        step = trainer.global_step + 1
+        if asked is not None:
+            step, self._batch = asked.step, asked.batch
+        message = f"step {step:,}: the {what} is {value}; {self._places(module)}"
         folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
         folder = next(filter(None, folders), None)
         good = None if folder is None else last_checkpoint(Path(folder))
@@ -117,3 +188,12 @@ class Finite(pl.Callback):
         named = ", ".join(data.place(example) for example in ids[:MOST_PLACES])
         more = f" and {len(ids) - MOST_PLACES} more" if len(ids) > MOST_PLACES else ""
         return f"its batch is of {named}{more}"
+
+
+def _runs_ahead(trainer: pl.Trainer) -> bool:
+    """Tell whether the optimiser can leave a step out without being told so by the host."""
+    optimizers: list[Any] = trainer.optimizers
+    is_fused = all(type(o) is AdamW and o.defaults["fused"] for o in optimizers)
+    is_plain = getattr(trainer.precision_plugin, "scaler", None) is None
+    on_gpu = trainer.strategy.root_device.type == "cuda"
+    return on_gpu and is_plain and is_fused and not isinstance(trainer.strategy, ZeRO)

@@ -52,8 +52,10 @@ class StopOnSignal(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
     ) -> None:
         """Stop on every rank where one was told to."""
-        told = torch.tensor(self._received, device=pl_module.device)
-        number = int(exchange.max_over_ranks(told))
+        number = self._received
+        if exchange.is_distributed():  # alone, a GPU need not be waited for
+            told = torch.tensor(number, device=pl_module.device)
+            number = int(exchange.max_over_ranks(told))
         if not number:
             return
         name = signal.Signals(number).name

@@ -66,5 +66,5 @@ class Throughput(pl.Callback):
         for name, rate in rates.items():
             pl_module.log(f"train/{name}", torch.tensor(rate), batch_size=1)
         examples_per_s = torch.tensor(self._examples / elapsed)
-        pl_module.log("train/examples_per_s", examples_per_s, prog_bar=True, batch_size=1)
+        pl_module.log("train/examples_per_s", examples_per_s, batch_size=1)
         self._ended = time.perf_counter()

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.progress_bar import ProgressBar
 from embedtune.callbacks.run_report import RunReport
 from embedtune.callbacks.run_summary import RunSummary
 from embedtune.callbacks.stop_on_signal import StopOnSignal
@@ -52,7 +53,7 @@ def callbacks_of(config: Any, command: str) -> list[pl.Callback]:
     """Return the callbacks of a command beside those that save checkpoints."""
     callbacks = list(config.trainer.callbacks or [])
     if config.trainer.enable_progress_bar is not False:
-        callbacks.append(TQDMProgressBar())
+        callbacks.append(ProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary()
         callbacks += [Finite(config.skip_nonfinite), StopOnSignal()]

@@ -1,5 +1,6 @@
 """The command line: which command is asked for. What it needs is imported when it runs."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(args: list[str]) -> None:
     command, *rest = args
+    # Chunks of many sizes would leave holes that no later one fits; read by torch when it starts.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         if command in TRAINER_COMMANDS:
             import_module("embedtune.cli.trainer_cli").trainer_command(args)

@@ -43,8 +43,8 @@ def info_nce(
     if own is None:
         own = torch.arange(b, device=similarity.device)
     num_positives = b if num_positives is None else num_positives
-    positive = torch.zeros(b, n, dtype=torch.bool, device=similarity.device)
-    positive[torch.arange(b, device=own.device), own] = True
+    # Compared, for what is written to places that a tensor tells waits for a GPU.
+    positive = torch.arange(n, device=own.device) == own[:, None]
     ignored = torch.zeros_like(positive)
     if n > num_positives and not in_batch_positives:
         ignored[:, :num_positives] = True
@@ -92,8 +92,7 @@ def known_positive_mask(
     for column in known_positive_id.T:  # no b x n x p tensor
         mask |= (column[:, None] == candidate_id) & (column != 0)[:, None]
     mask[:, :m] |= query_id[:, None] == positive_query_id
-    mask[torch.arange(b, device=own.device), own] = False
-    return mask
+    return mask & (torch.arange(n, device=own.device) != own[:, None])
 
 
 def kl_over_list(

@@ -79,8 +79,10 @@ def varlen_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     packed = [states[0].transpose(0, 1) for states in (query, key, value)]
     if query.is_cuda:
-        texts = cu_seq_lens_q, max_length_q
-        output = attend_on_gpu(*packed, *texts, dropout, scaling, causal, sliding_window)
+        q, k, v = packed
+        output = attend_on_gpu(
+            q, k, v, cu_seq_lens_q, max_length_q, dropout, scaling, causal, sliding_window
+        )
         if output is not None:
             return output[None], None
     buckets = divide(tuple(cu_seq_lens_q.diff().tolist()), query.device)

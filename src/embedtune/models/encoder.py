@@ -264,11 +264,12 @@ class Encoder(nn.Module):
         self.eval()
         try:
             self.to(device)
-            chunks = [to_device(f, device) for f in (features, {**self.join(rows), **others})]
+            padded = to_device(features, device)
+            packed = to_device({**self.join(rows), **others}, device)
             with torch.no_grad():
                 # On a GPU each precision has kernels of its own.
                 return all(
-                    self._agrees(*chunks, kind)
+                    self._agrees(padded, packed, kind)
                     for kind in ((None,) if device.type == "cpu" else {None, half})
                 )
         except torch.OutOfMemoryError:

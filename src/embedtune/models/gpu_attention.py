@@ -79,6 +79,7 @@ def _flash(
     return output
 
 
+@torch.compiler.disable  # its backward cannot be traced (torch 2.11)
 def _memory_efficient(
     query: Tensor,
     key: Tensor,

@@ -253,7 +253,7 @@ class EmbeddingModule(pl.LightningModule):
         total = exchange.sum_over_ranks(self._stack(parts) * weight)
         means = total / self.trainer.world_size
         for name, value in zip(parts, means, strict=True):
-            self.log(f"train/{name}", value, prog_bar=name == "loss", batch_size=1)
+            self.log(f"train/{name}", value, batch_size=1)
         # Numbers would be copied to a GPU, which waits for it; a tensor stays where it is.
         rate = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("train/lr", rate, batch_size=1)
