@@ -8,8 +8,8 @@ already is not measured again. It needs no network: the models have the sizes of
 random weights, the texts the lengths of well-known data sets (deciles of their tokens).
 
 A ratio is taken within one process on one card: both trainers get the same model, rows, loss
-(InfoNCE over all positives and negatives of the batch), AdamW, clipping and autocast. The other trainer
-runs with ``sdpa`` at each of several batch sizes, of which the best counts.
+(InfoNCE over all positives and negatives of the batch), AdamW, clipping and autocast. The other
+trainer runs with ``sdpa`` at each of several batch sizes, of which the best counts.
 """
 
 import argparse

@@ -162,7 +162,7 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
         return trainer.validate(module, data, ckpt_path=checkpoint, verbose=False)[0]
     trainer.fit(module, data, ckpt_path=checkpoint)
     return {
-        "start": module.start,
+        "start": {name: tensor.cpu() for name, tensor in module.start.items()},
         "weights": keep.weights,
         "held": keep.held,
         "logged": keep.logged,

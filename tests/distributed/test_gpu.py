@@ -16,8 +16,10 @@ from sentence_transformers import SentenceTransformer
 from test_strategies import assert_same_weights, movement
 
 from embedtune import export_checkpoint
+from embedtune.checkpoints import read_facts, read_weights
 from embedtune.cli import main
-from embedtune.losses import InfoNCE, Matryoshka, functional
+from embedtune.losses import InfoNCE, Matryoshka
+from embedtune.losses import rank_hinge as hinge
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -156,10 +158,60 @@ def test_the_rank_hinge_counts_on_a_gpu_as_on_the_cpu():
     results = []
     for device in ("cpu", "cuda"):
         similarity = student.detach().to(device).requires_grad_()
-        value = functional.rank_hinge(similarity, functional.pair_order(teacher.to(device)), 0.015)
+        value = hinge.rank_hinge(similarity, hinge.pair_order(teacher.to(device)), 0.015)
         value.backward()
         results.append((value.cpu(), similarity.grad.cpu()))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-14)
+
+
+# --- Endings ---------------------------------------------------------------------------------
+
+BREAKING = """
+from embedtune.losses import InfoNCE
+
+
+class Breaking(InfoNCE):
+    def __init__(self, what: str):
+        super().__init__()
+        self.what, self.calls = what, 0
+
+    def forward(self, embeddings, target):
+        parts = super().forward(embeddings, target)
+        self.calls += 1
+        if self.calls != 3:
+            return parts
+        if self.what == "loss":
+            return {"loss": parts["loss"] * float("nan")}
+        query = embeddings.query  # a loss of 0 whose gradient is infinite
+        return {"loss": parts["loss"] + (query - query.detach()).abs().sqrt().sum()}
+"""
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_no_number_touches_no_weight(what, tiny_bert, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("breaking.py").write_text(BREAKING)
+    rows = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(20)]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {
+        "model.model_name_or_path": str(tiny_bert),
+        "model.loss": "breaking.Breaking",
+        "model.loss.what": what,
+        "data.train_path": "train.jsonl",
+        "data.batch_size": 4,
+        "data.shuffle": False,
+        "trainer.default_root_dir": "run",
+        "trainer.enable_progress_bar": False,
+        "checkpoint.every_n_train_steps": 1,
+    }
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *(f"--{name}={value}" for name, value in flags.items())])
+    told = capsys.readouterr().err
+    assert ended.value.code == 1
+    assert f"step 3: the {what} is nan; its batch is of train.jsonl, line 9" in told
+    weights = read_weights(Path("run/checkpoints/last.ckpt"))
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    assert read_facts(Path("run/checkpoints/last.ckpt"))["global_step"] == 2
 
 
 # --- The command line -----------------------------------------------------------------------

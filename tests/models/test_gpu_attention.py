@@ -16,7 +16,7 @@ from embedtune.models.spec import EncoderSpec
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
 PACKS = [name for name, (_, _, packs) in ARCHITECTURES.items() if packs]
-LENGTHS = (150, 97, 64, 9, 1)
+LONG, SHORT = (150, 97, 64, 9, 1), (60, 17, 17, 16, 9, 3, 1)  # flash, memory-efficient
 
 
 def encode(encoder: Encoder, texts: list[str], tokens_per_chunk: int = 24) -> Tensor:
@@ -26,18 +26,20 @@ def encode(encoder: Encoder, texts: list[str], tokens_per_chunk: int = 24) -> Te
     return torch.cat([encoder(to_device(features, GPU)) for features in chunks])[order]
 
 
-def states(kind: torch.dtype, heads: int, key_heads: int) -> list[Tensor]:
+def states(lengths: tuple[int, ...], kind: torch.dtype, heads: int, key_heads: int) -> list[Tensor]:
     torch.manual_seed(0)
     return [
-        torch.randn(sum(LENGTHS), n, 32, device=GPU, dtype=kind, requires_grad=True)
+        torch.randn(sum(lengths), n, 32, device=GPU, dtype=kind, requires_grad=True)
         for n in (heads, key_heads, key_heads)
     ]
 
 
-def expected(given: list[Tensor], causal: bool, window: int | None) -> Tensor:
+def expected(
+    lengths: tuple[int, ...], given: list[Tensor], causal: bool, window: int | None
+) -> Tensor:
     """Attend to one text after the other in float64."""
     outputs = []
-    for q, k, v in zip(*(t.double().split(LENGTHS) for t in given), strict=True):
+    for q, k, v in zip(*(t.double().split(lengths) for t in given), strict=True):
         groups = q.shape[1] // k.shape[1]
         k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
         distance = torch.arange(len(q))[:, None] - torch.arange(len(q))
@@ -53,15 +55,16 @@ def expected(given: list[Tensor], causal: bool, window: int | None) -> Tensor:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_kernels_attend_within_each_text(kind, key_heads, causal, window):
-    given = states(kind, 4, key_heads)
-    starts = torch.tensor([0, *LENGTHS], device=GPU).cumsum(0).int()
-    output = attend_on_gpu(*given, starts, max(LENGTHS), 0.0, None, causal, window)
+@pytest.mark.parametrize("lengths", [LONG, SHORT], ids=["long", "short"])
+def test_kernels_attend_within_each_text(lengths, kind, key_heads, causal, window):
+    given = states(lengths, kind, 4, key_heads)
+    starts = torch.tensor([0, *lengths], device=GPU).cumsum(0).int()
+    output = attend_on_gpu(*given, starts, max(lengths), 0.0, None, causal, window)
     if kind == torch.float32 and window:
         assert output is None  # no kernel has it
         return
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[kind]
-    wanted = expected(given, causal, window)
+    wanted = expected(lengths, given, causal, window)
     torch.testing.assert_close(output.double(), wanted, rtol=tolerance, atol=tolerance)
     weights = torch.randn(wanted.shape, device=GPU, dtype=torch.float64)
     found = torch.autograd.grad((output.double() * weights).sum(), given)
@@ -73,20 +76,32 @@ def test_kernels_attend_within_each_text(kind, key_heads, causal, window):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
-def test_kernels_drop_probabilities_and_are_right_on_average(kind):
-    given = states(kind, 4, 4)
-    starts = torch.tensor([0, *LENGTHS], device=GPU).cumsum(0).int()
+@pytest.mark.parametrize("lengths", [LONG, SHORT], ids=["long", "short"])
+def test_kernels_drop_probabilities_and_are_right_on_average(lengths, kind):
+    given = states(lengths, kind, 4, 4)
+    starts = torch.tensor([0, *lengths], device=GPU).cumsum(0).int()
 
     def attend(dropout: float) -> Tensor:
-        return attend_on_gpu(*given, starts, max(LENGTHS), dropout, None, False, None)
+        return attend_on_gpu(*given, starts, max(lengths), dropout, None, False, None)
 
     torch.manual_seed(1)
     first = attend(0.3)
     torch.manual_seed(1)
-    assert torch.equal(attend(0.3), first)
+    again = attend(0.3)
+    assert torch.equal(again, first)
+    # Backward drops what forward dropped, and adds up in one order.
+    found, other = (torch.autograd.grad(o.double().square().sum(), given) for o in (first, again))
+    assert all(map(torch.equal, found, other))
+    # The output is linear in the values, for what is dropped in both.
+    weights = torch.randn_like(first)
+    torch.manual_seed(1)
+    (gradient,) = torch.autograd.grad((attend(0.3) * weights).sum(), given[2])
+    scale = (first.double() * weights).norm()
+    difference = (gradient.double() * given[2]).sum() - (first.double() * weights).sum()
+    assert abs(difference) < (1e-4 if kind == torch.float32 else 2e-2) * scale
     with torch.no_grad():
         mean = torch.stack([attend(0.3).double() for _ in range(2000)]).mean(0)
-    exact = expected(given, False, None)
+    exact = expected(lengths, given, False, None)
     assert (first - exact).abs().max() > 0.1
     assert (mean - exact).abs().max() < 0.1
     assert (mean - exact).abs().mean() < 0.01
@@ -142,14 +157,15 @@ def test_an_encoder_goes_from_device_to_device(tiny_bert):
     assert torch.equal(found[0], found[2])
 
 
-def test_nothing_waits_for_the_gpu(tiny_bert):
-    encoder = Encoder(EncoderSpec(str(tiny_bert))).eval()
-    encoder.pack(GPU, torch.bfloat16)
+@pytest.mark.parametrize("half", [None, torch.bfloat16], ids=str)
+def test_nothing_waits_for_the_gpu(half, tiny_bert):
+    encoder = Encoder(EncoderSpec(str(tiny_bert), dropout=0.1)).train()
+    encoder.pack(GPU, half)
     chunks, _ = make_chunks(encoder, [Text(t, "document", None, 64) for t in TEXTS], 64)
     chunk = to_device(chunks[0], GPU)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast("cuda", half, enabled=half is not None):
             encoder(chunk).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")

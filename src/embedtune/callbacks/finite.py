@@ -116,7 +116,8 @@ class Finite(pl.Callback):
 
     def _ask(self, trainer: pl.Trainer, optimizer: Any, norm: Tensor) -> None:
         """Let the optimiser leave out what is not finite, and read the answer later."""
-        assert self._loss is not None and self._batch is not None
+        assert self._loss is not None
+        assert self._batch is not None
         self._hear(trainer)
         found = torch.stack([self._loss.float(), norm])
         is_bad = (~torch.isfinite(found)).any().float()
