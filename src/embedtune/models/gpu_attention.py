@@ -90,7 +90,8 @@ def attend_texts(
     """Attend as :func:`attend_on_gpu`, by one of the two kernels; a window of 0 is none.
 
     Returns:
-        The output, the logarithms of the sums, and int64 ``[2]``, the generator's state.
+        The output, the logarithms of the sums, and int64 ``[2]``, the generator's state, which
+        the memory-efficient kernel reads on the CPU.
     """
     texts = starts, starts, longest, longest
     if flash:
@@ -100,9 +101,9 @@ def attend_texts(
         state = state.view(torch.int64) if state.numel() == 2 else starts.new_zeros(2).long()
         return output.contiguous(), log_sums, state
     output, log_sums, seed, offset, *_ = torch.ops.aten._efficient_attention_forward(
-        query[None],
-        key[None],
-        value[None],
+        query.unsqueeze(0),
+        key.unsqueeze(0),
+        value.unsqueeze(0),
         None,
         *texts,
         dropout,
@@ -110,7 +111,8 @@ def attend_texts(
         compute_log_sumexp=True,
         scale=scale,
     )
-    return output[0].contiguous(), log_sums, torch.stack([seed, offset]).to(query.device)
+    state = torch.stack([seed, offset]) if dropout else torch.zeros(2, dtype=torch.int64)
+    return output.squeeze(0).contiguous(), log_sums, state
 
 
 @attend_texts.register_fake
@@ -131,7 +133,7 @@ def _(
     return (
         query.new_empty(query.shape),
         query.new_empty((heads, tokens) if flash else padded, dtype=torch.float32),
-        query.new_empty(2, dtype=torch.int64),
+        query.new_empty(2, dtype=torch.int64, device=query.device if flash else "cpu"),
     )
 
 
@@ -172,25 +174,23 @@ def attend_texts_backward(
                 **_sides(window, causal),
             )
     else:
-        *gradients, _ = (
-            states[0] if states.dim() == 4 else states
-            for states in torch.ops.aten._efficient_attention_backward(
-                gradient[None],
-                query[None],
-                key[None],
-                value[None],
-                None,
-                output[None],
-                *texts,
-                log_sums,
-                dropout,
-                *state.unbind(),
-                CAUSAL_FROM_TOP_LEFT if causal else 0,
-                False,
-                scale=scale,
-                num_splits_key=1,
-            )
+        *found, _ = torch.ops.aten._efficient_attention_backward(
+            gradient.unsqueeze(0),
+            query.unsqueeze(0),
+            key.unsqueeze(0),
+            value.unsqueeze(0),
+            None,
+            output.unsqueeze(0),
+            *texts,
+            log_sums,
+            dropout,
+            *state.unbind(),
+            CAUSAL_FROM_TOP_LEFT if causal else 0,
+            False,
+            scale=scale,
+            num_splits_key=1,
         )
+        gradients = [states.squeeze(0) for states in found]
     dq, dk, dv = (states.contiguous() for states in gradients)
     return dq, dk, dv
 
