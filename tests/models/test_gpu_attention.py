@@ -174,13 +174,15 @@ def test_compiled_layers_compute_the_same(name, tiny_transformer, tmp_path):
     gradients = []
     for compiled in (False, True):
         encoder = Encoder(EncoderSpec(path, "mean", dropout=0.0)).train()
-        encoder.pack(GPU)
+        encoder.pack(GPU, torch.bfloat16)
         if compiled:
             encoder.compile_layers()
         for texts in (TEXTS[:3], TEXTS):  # chunks of another size compile nothing anew
             encoder.zero_grad()
-            encode(encoder, texts, 1000).square().sum().backward()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = encode(encoder, texts, 1000).square().sum()
+            loss.backward()
         gradients.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
     largest = max(gradient.abs().max() for gradient in gradients[0].values())
     for parameter, gradient in gradients[0].items():
-        assert (gradients[1][parameter] - gradient).abs().max() < 1e-4 * largest, parameter
+        assert (gradients[1][parameter] - gradient).abs().max() < 3e-2 * largest, parameter

@@ -39,7 +39,6 @@ from embedtune.training.before_fit import (
     refuse_long_prompts,
 )
 from embedtune.training.choose_loss import choose_loss
-from embedtune.training.compilation import compiles
 from embedtune.training.facts import told_by_all, training_facts
 from embedtune.training.gradient_cache import GradientCache
 from embedtune.training.loss_inputs import target_of
@@ -69,7 +68,7 @@ class EmbeddingModule(pl.LightningModule):
         dropout: float | None = None,
         attention_dropout: float | None = None,
         grad_cache: bool = False,
-        compile: bool | Literal["auto"] = "auto",
+        compile: bool = False,
         loss: Loss | None = None,
         temperature: float | None = None,
         use_mrl: bool = False,
@@ -96,8 +95,8 @@ class EmbeddingModule(pl.LightningModule):
                 fused attention usable.
             grad_cache: Keep one chunk's activations at a time and compute the others again in
                 backward: any batch size in the memory of one chunk, for about 1.3 times the time.
-            compile: Compile the model's layers for training; auto does on a GPU where the fit is
-                long enough to pay for it.
+            compile: Compile the model's layers for training: half a minute before the first step
+                for a GPU's later ones (docs/benchmarks.md).
             loss: A loss by ``class_path`` and ``init_args``; the default is InfoNCE (pair,
                 triplet), ListwiseKL (scored) or Distillation (distill).
             temperature: Temperature of the default loss, where it has one; 0.02 by default.
@@ -136,7 +135,7 @@ class EmbeddingModule(pl.LightningModule):
         self.base_metrics: dict[str, float] = {}
         self._measured: tuple[int, dict[str, float]] = (-1, {})
         self._place = Place()
-        self._wants_compiled = compile
+        self.compiles = compile
         self.grad_cache, self._cache = grad_cache, GradientCache()
         spec = EncoderSpec(
             model_name_or_path,
@@ -160,6 +159,11 @@ class EmbeddingModule(pl.LightningModule):
         strategy: Any = self.trainer.strategy
         device = strategy.root_device
         refuse_flash_in_float32(self.encoder, str(self.trainer.precision))
+        if self.compiles and (device.type != "cuda" or shards_parameters(strategy)):
+            raise InputError(
+                "model.compile: expected false on a CPU (it takes minutes) and under FSDP and "
+                "ZeRO-3, found true"
+            )
         if stage == "fit":
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
         self.encoder.pack(device, autocast_dtype(str(self.trainer.precision)))
@@ -224,8 +228,7 @@ class EmbeddingModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Switch dropout on: models come out of ``from_pretrained`` in eval mode."""
         self.train()
-        batches = self.num_steps * self.trainer.accumulate_grad_batches
-        if compiles(self._wants_compiled, self.trainer, batches):
+        if self.compiles:
             self.encoder.compile_layers()
         refuse_other_ranks(told_by_all(self.trainer, self), self.device)
 
