@@ -41,6 +41,11 @@ def fit(model: object) -> tuple[str, ...]:
     )
 
 
+def test_nothing_is_compiled_on_a_cpu(tiny_bert, capsys):
+    message = said(capsys, *fit(tiny_bert), "--model.compile", "true")
+    assert message.startswith("model.compile: expected false on a CPU")
+
+
 # --- YAML -----------------------------------------------------------------------------------------
 
 LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
