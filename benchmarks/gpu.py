@@ -147,8 +147,8 @@ STEPS = [
 MEMORY = [
     Case("MiniLM", "banking77", 1024, negatives=0),
     Case("MiniLM", "banking77", 1024, negatives=0, grad_cache=True),
-    Case("MiniLM", "banking77", 65536, negatives=0, grad_cache=True),
     Case("BERT-base", "scifact", 96, grad_cache=True),
+    Case("MiniLM", "banking77", 65536, negatives=0, grad_cache=True),
 ]
 
 
