@@ -7,13 +7,18 @@ it, so that an upgrade says at once what has to be looked at.
 import importlib.util
 import inspect
 import re
+import zipfile
+import zlib
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
+import datasets
 import lightning.pytorch as pl
+import pyarrow as pa
 import pytest
 import torch
+import torch.distributed.checkpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 DOCS = Path(__file__).parents[2] / "docs" / "architecture.md"
@@ -58,6 +63,17 @@ def test_the_documentation_lists_each():
 
 
 # --- torch ----------------------------------------------------------------------------------------
+
+
+@borrows("torch: save writes zip files with a CRC32 of each part, also within .distcp")
+def _(folder, model):
+    tensor = torch.arange(100.0)
+    torch.save(tensor, folder / "a.pt")
+    torch.distributed.checkpoint.save({"a": tensor}, checkpoint_id=folder / "shards")
+    for path in (folder / "a.pt", folder / "shards" / "__0_0.distcp"):
+        with zipfile.ZipFile(path) as parts:
+            (part,) = (p for p in parts.infolist() if p.filename.endswith("/data/0"))
+            assert zlib.crc32(tensor.numpy().tobytes()) == part.CRC
 
 
 @borrows("torch: AdamW._step_supports_amp_scaling")
@@ -535,6 +551,16 @@ def _(folder, model):
 
 
 # --- datasets, huggingface_hub --------------------------------------------------------------------
+
+
+@borrows("datasets: Dataset.from_file reads a stream of Arrow to its own end")
+def _(folder, model):
+    schema = pa.schema({"a": pa.int32()})
+    with (folder / "t.arrow").open("wb") as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            writer.write_batch(pa.record_batch([pa.array([1, 2], pa.int32())], schema=schema))
+        file.write(b"what follows")
+    assert datasets.Dataset.from_file(str(folder / "t.arrow"))["a"][:] == [1, 2]
 
 
 @borrows("datasets: config.HF_DATASETS_CACHE, Dataset.data")

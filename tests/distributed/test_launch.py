@@ -155,6 +155,27 @@ def test_a_rank_that_dies_ends_the_run_and_the_last_checkpoint_resumes(
     assert np.abs(embed("run/model") - embed(str(tiny_bert))).max() > 1e-3
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "file"), [("fsdp", "__1_0.distcp"), ("zero2", "*_1_*.pt")])
+def test_a_damaged_shard_of_any_rank_is_told_once(tiny_bert, strategy, file):
+    arguments = fit(tiny_bert, "run", *on_two(strategy), "--trainer.max_epochs", "1")
+    assert finish(start(arguments))[0] == 0
+    (path,) = Path("run/checkpoints").glob(f"last.ckpt/**/{file}")
+    data = bytearray(path.read_bytes())
+    largest = max(re.finditer(rb"PK\x03\x04.*?(?=PK)", bytes(data), re.DOTALL), key=len_of)
+    data[(largest.start() + largest.end()) // 2] ^= 1  # in the middle of a tensor
+    path.write_bytes(data)
+    code, output = finish(start([*arguments, "--ckpt_path", "last"]), LIMIT)
+    assert code == 2, output
+    assert output.count("embedtune: error: ") == 1, output
+    assert f"{path.name}: is damaged" in output
+    assert "Traceback" not in output
+
+
+def len_of(found: re.Match) -> int:
+    return found.end() - found.start()
+
+
 def test_one_command_and_torchrun_train_alike_and_export_offline(tiny_bert):
     arguments = fit(tiny_bert, "own", *on_two("zero2"))
     code, output = finish(start(arguments))
