@@ -10,6 +10,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
@@ -297,6 +298,44 @@ def _(folder, model):
 @borrows("lightning: rank_zero_only.rank")
 def _(folder, model):
     assert import_module("lightning.pytorch.utilities").rank_zero_only.rank == 0
+
+
+@borrows("lightning: what the observer of launched ranks logs, launcher.procs")
+def _(folder, model):
+    from embedtune.cli import lost_ranks
+
+    module = import_module(lost_ranks.OBSERVER)
+    launcher = module._SubprocessScriptLauncher(None, 1, 1)
+    assert launcher.procs == []
+    observer = source_of(module._ChildProcessObserver)
+    assert (
+        'f"Child process with PID {proc.pid} terminated with code {proc.returncode}."' in observer
+    )
+    assert "_logger.info(message)" in observer
+    said = "[rank: 2] Child process with PID 7 terminated with code -9. Forcefully"
+    assert lost_ranks.DIED.search(said).groups() == ("2", "-9")
+
+
+@borrows("lightning: DDPStrategy._timeout, FSDPStrategy._timeout, DeepSpeedStrategy._timeout")
+def _(folder, model):
+    from embedtune.distributed.strategies import named_strategy, set_timeout
+
+    for strategy in (pl.strategies.DDPStrategy(), named_strategy("fsdp"), named_strategy("zero2")):
+        set_timeout(strategy, 7)
+        assert strategy._timeout.total_seconds() == 7
+
+
+@borrows("torch: what gloo and torch.distributed raise of a lost rank")
+def _(folder, model):
+    from embedtune.distributed.exchange import is_rank_lost
+
+    assert issubclass(torch.distributed.DistBackendError, torch.distributed.DistError)
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(milliseconds=50))
+    with pytest.raises(torch.distributed.DistError) as caught:  # nobody sets it
+        store.get("never")
+    assert is_rank_lost(caught.value)
+    assert not is_rank_lost(RuntimeError("size mismatch"))
 
 
 @borrows("lightning: where the number of a rank is looked for")

@@ -11,6 +11,7 @@ from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
 from embedtune.callbacks.run_report import RunReport
 from embedtune.callbacks.run_summary import RunSummary
+from embedtune.callbacks.shared_folder import SharedFolder
 from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.callbacks.throughput import Throughput
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
@@ -55,12 +56,12 @@ def callbacks_of(config: Any, command: str) -> list[pl.Callback]:
         callbacks.append(TQDMProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary()
-        callbacks += [Finite(config.skip_nonfinite), StopOnSignal()]
+        callbacks += [SharedFolder(), Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
     elif command == "predict":
-        callbacks += [WriteEmbeddings()]
+        callbacks += [SharedFolder(), WriteEmbeddings()]
     return callbacks
 
 

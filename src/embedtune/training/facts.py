@@ -11,6 +11,7 @@ from torch import nn
 from embedtune.checkpoints.training_facts import NOTHING_KNOWN, TrainingFacts
 from embedtune.data.records import Format
 from embedtune.models.encoder import Encoder
+from embedtune.secrets import withhold
 
 LIBRARIES = ("embedtune", "torch", "lightning", "transformers", "sentence-transformers")
 
@@ -109,6 +110,6 @@ def describe_loss(loss: nn.Module) -> str:
     """
     given = inspect.signature(type(loss).__init__).parameters
     values = {k: v for k, v in vars(loss).items() if isinstance(v, bool | int | float | str)}
-    shown = ", ".join(f"{k}={v}" for k, v in values.items() if k in given)
+    shown = ", ".join(f"{k}={v}" for k, v in withhold(values).items() if k in given)
     inner = [describe_loss(child) for child in loss.children()]
     return f"{type(loss).__name__}({', '.join(inner + ([shown] if shown else []))})"
