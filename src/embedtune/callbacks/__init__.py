@@ -11,6 +11,7 @@ Read first: ``export_model``. Imports from ``training``, ``export``, ``reports``
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.out_of_memory import OutOfMemory
 from embedtune.callbacks.run_report import RunReport
 from embedtune.callbacks.run_summary import RunSummary
 from embedtune.callbacks.shared_folder import SharedFolder
@@ -22,6 +23,7 @@ __all__ = [
     "Baseline",
     "ExportModel",
     "Finite",
+    "OutOfMemory",
     "RunReport",
     "RunSummary",
     "SharedFolder",

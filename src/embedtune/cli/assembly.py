@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.out_of_memory import OutOfMemory
 from embedtune.callbacks.run_report import RunReport
 from embedtune.callbacks.run_summary import RunSummary
 from embedtune.callbacks.shared_folder import SharedFolder
@@ -56,7 +57,7 @@ def callbacks_of(config: Any, command: str) -> list[pl.Callback]:
         callbacks.append(TQDMProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary()
-        callbacks += [SharedFolder(), Finite(config.skip_nonfinite), StopOnSignal()]
+        callbacks += [SharedFolder(), OutOfMemory(), Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]

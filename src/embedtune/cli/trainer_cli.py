@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from embedtune.callbacks.out_of_memory import out_of_memory_said
 from embedtune.checkpoints.find import best_checkpoint, last_checkpoint
 from embedtune.checkpoints.read import read_spec
 from embedtune.cli.assembly import (
@@ -161,7 +162,8 @@ class TrainerCLI(LightningCLI):
             getattr(self.trainer, command)(ckpt_path=path, **kwargs)
         except Exception as error:
             timeout = self.config_init[self.subcommand].rank_timeout
-            said = lost_rank_said(error, self.trainer, timeout)
+            said = out_of_memory_said(error, self.trainer)
+            said = said or lost_rank_said(error, self.trainer, timeout)
             if said is None:
                 raise
             raise TrainingError(said) from error

@@ -25,12 +25,13 @@ def training_facts(trainer: Any, module: Any) -> TrainingFacts:
     """
     if "train" not in module.data.datasets:  # a checkpoint may be saved without a fit
         return NOTHING_KNOWN
+    place = module.place
     return TrainingFacts(
         data=data_facts(module.data, module.encoder),
         configuration=_configuration(trainer, module),
         mrl_dims=list(module.mrl_dims) if module.use_mrl else None,
         step=trainer.global_step,
-        epoch=module.place.epoch + 1,
+        epoch=max(1, place.epoch + (place.batch > 0)),  # at a start: the one before
         base_metrics={name: float(value) for name, value in module.base_metrics.items()},
         metrics={name: float(value) for name, value in module.metrics.items()},
     )
