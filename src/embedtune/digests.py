@@ -42,11 +42,12 @@ def refuse_damaged(folder: Path) -> None:
     known = folder / DIGESTS
     if not known.is_file():  # of an older version, or of somebody else
         return
-    for line in known.read_text(encoding="utf-8", errors="replace").splitlines():
-        digest, _, name = line.partition("  ")
-        path = folder / name
-        # Who reads the folder says what is missing.
-        if path.is_file() and digest_of(path) != digest:
+    lines = known.read_text(encoding="utf-8", errors="replace").splitlines()
+    digests = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    # Who reads the folder says what is missing.
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        expected = digests.get(path.relative_to(folder).as_posix())
+        if expected is not None and digest_of(path) != expected:
             raise InputError(
                 f"{path}: is damaged: expected the bytes that were written, found others "
                 f"(if they were changed on purpose, remove {known})"

@@ -4,7 +4,9 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
+import time
 from typing import Any
 
 from embedtune.cli.mistakes import first_line
@@ -14,6 +16,8 @@ from embedtune.distributed import exchange
 OBSERVER = "lightning.fabric.strategies.launchers.subprocess_script"
 """Logger of Lightning's thread that looks every 5 seconds for ranks that have died, and kills."""
 DIED = re.compile(r"\[rank: (\d+)\] Child process with PID \d+ terminated with code (-?\d+)")
+CLOSING = 2
+"""Seconds for which the kernel may take to end a process whose connections are closed."""
 SECONDS = 20
 """For which a rank waits for rank 0, which has lost the same rank, to end it."""
 
@@ -48,9 +52,9 @@ def lost_rank_said(error: Exception, trainer: Any, timeout: float) -> str | None
     if not exchange.is_rank_lost(error):
         return None
     launcher = getattr(trainer.strategy, "launcher", None)
-    for rank, process in enumerate(getattr(launcher, "procs", []), start=1):
-        if process.poll():
-            return f"rank {rank} {how_it_ended(process.returncode)}; all ranks end with it"
+    dead = _dead_rank(getattr(launcher, "procs", []))
+    if dead is not None:
+        return dead
     if re.search(r"[Tt]imed? ?out", str(error)):
         said = f"a rank has neither come nor ended within rank_timeout, {timeout:g} seconds"
     else:
@@ -62,6 +66,17 @@ def lost_rank_said(error: Exception, trainer: Any, timeout: float) -> str | None
         os.kill(os.getppid(), signal.SIGKILL)
         os._exit(1)
     return said
+
+
+def _dead_rank(processes: list[subprocess.Popen]) -> str | None:
+    """Return how the first rank that has died has, which closes its connections before it ends."""
+    end = time.monotonic() + CLOSING
+    while processes and time.monotonic() < end:
+        for rank, process in enumerate(processes, start=1):
+            if process.poll():
+                return f"rank {rank} {how_it_ended(process.returncode)}; all ranks end with it"
+        time.sleep(0.1)
+    return None
 
 
 def _say(message: str) -> None:

@@ -160,6 +160,7 @@ class TrainerCLI(LightningCLI):
                 self.model.match(read_spec(Path(path)))
         try:
             getattr(self.trainer, command)(ckpt_path=path, **kwargs)
+            exchange.leave()
         except Exception as error:
             timeout = self.config_init[self.subcommand].rank_timeout
             said = out_of_memory_said(error, self.trainer)
@@ -196,7 +197,6 @@ def trainer_command(argv: Sequence[str]) -> None:
         _run_trainer(list(argv))
     except MisconfigurationException as error:
         raise InputError(first_line(error)) from error
-    exchange.leave()
 
 
 def _run_trainer(args: list[str]) -> None:
