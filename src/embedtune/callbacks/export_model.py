@@ -96,11 +96,13 @@ class ExportModel(pl.Callback):
         self._ended_epoch = self._missing_epoch(trainer, cast(EmbeddingModule, pl_module))
 
     def _missing_epoch(self, trainer: pl.Trainer, module: EmbeddingModule) -> int | None:
-        """Return the epoch at whose end the fit goes on, counted from 1, if it has no folder."""
-        place = module.place
-        ended = place.epoch + (place.batches > 0 and place.batch >= place.batches)
-        is_at_its_end = place.batch in (0, place.batches) and ended > 0
-        if trainer.ckpt_path is None or not (self.save_on_epoch_end and is_at_its_end):
+        """Return the epoch at whose end this run goes on, counted from 1, if it has no folder."""
+        if trainer.ckpt_path is None or not self.save_on_epoch_end:
+            return None
+        run_folder, place = Path(trainer.default_root_dir).resolve(), module.place
+        is_own = Path(trainer.ckpt_path).resolve().is_relative_to(run_folder)
+        ended = place.epoch + (place.batch == place.batches)
+        if not is_own or not ended or place.batch not in (0, place.batches):
             return None
         is_there = (_epochs_folder(trainer) / f"epoch-{ended}").exists()
         return None if trainer.strategy.broadcast(is_there) else ended
@@ -160,16 +162,12 @@ class ExportModel(pl.Callback):
                 "trainer.max_epochs, max_steps, max_time, limit_train_batches: expected a step to "
                 "train, found none"
             )
-        module, last, keeper = (
-            cast(EmbeddingModule, pl_module),
-            trainer.ckpt_path,
-            best_keeper(trainer),
-        )
-        missing = self._missing_epoch(trainer, module)
+        module, last = cast(EmbeddingModule, pl_module), Path(trainer.ckpt_path)
+        missing, keeper = self._missing_epoch(trainer, module), best_keeper(trainer)
         if missing is not None:
-            _export_saved(trainer, module, Path(last), _epochs_folder(trainer) / f"epoch-{missing}")
-        path = last if keeper is None else keeper.best_model_path
-        _export_saved(trainer, module, Path(path), _model_folder(trainer))
+            _export_saved(trainer, module, last, _epochs_folder(trainer) / f"epoch-{missing}")
+        path = last if keeper is None else Path(keeper.best_model_path)
+        _export_saved(trainer, module, path, _model_folder(trainer))
         if trainer.is_global_zero:
             log.info(describe_choice(trainer))
 

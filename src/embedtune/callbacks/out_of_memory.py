@@ -40,15 +40,15 @@ class OutOfMemory(pl.Callback):
         self._fitted = max(self._fitted[0], tokens), max(self._fitted[1], longest)
 
     def describe(self, trainer: pl.Trainer) -> str:
-        """Return what is known of the step: its batch and chunks, and what fitted before."""
+        """Return what is known: the step's batch and chunks, the keys, what fitted, what helps."""
         module = cast(EmbeddingModule, trainer.lightning_module)
         data, cache = module.data, str(module.grad_cache).lower()
         keys = (
             f"data.batch_size is {data.batch_size}, data.tokens_per_chunk "
             f"{data.tokens_per_chunk:,}, model.grad_cache {cache}"
         )
-        if self._batch is None:
-            return keys
+        if self._batch is None:  # not in a step
+            return f"{keys}; give a lower data.tokens_per_chunk"
         tokens, longest = _sizes(self._batch)
         told = [
             f"its batch is {tokens:,} tokens in {len(self._batch.chunks):,} chunks, the largest "
@@ -58,7 +58,14 @@ class OutOfMemory(pl.Callback):
         if self._fitted[0]:
             batch, chunk = self._fitted
             told.append(f"batches of {batch:,} tokens in chunks of {chunk:,} have fitted")
-        return "; ".join(told)
+        if module.grad_cache:
+            told.append("give a lower data.tokens_per_chunk")
+        else:
+            told.append(
+                "give model.grad_cache true, which keeps one chunk at a time in memory, or a lower "
+                "data.batch_size"
+            )
+        return "; ".join([f"step {trainer.global_step + 1:,}", *told])
 
 
 def out_of_memory_said(error: Exception, trainer: pl.Trainer) -> str | None:
@@ -67,14 +74,10 @@ def out_of_memory_said(error: Exception, trainer: pl.Trainer) -> str | None:
         return None
     asked = ASKED.search(str(error))
     said = "out of memory" + (f" (asked for {asked[1]} more)" if asked else "")
-    remembering = [c for c in cast(Any, trainer).callbacks if isinstance(c, OutOfMemory)]
-    module = cast(EmbeddingModule, trainer.lightning_module)
-    advice = "give a lower data.tokens_per_chunk"
-    if not module.grad_cache:
-        advice = "give model.grad_cache true, which keeps one chunk at a time in memory, or a "
-        advice += "lower data.batch_size"
-    described = [callback.describe(trainer) for callback in remembering]
-    return "; ".join([f"step {trainer.global_step + 1:,}: {said}", *described, advice])
+    callbacks = cast(Any, trainer).callbacks
+    return "; ".join(
+        [said, *(c.describe(trainer) for c in callbacks if isinstance(c, OutOfMemory))]
+    )
 
 
 def _sizes(batch: Batch) -> tuple[int, int]:

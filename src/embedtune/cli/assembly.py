@@ -52,12 +52,12 @@ def trainer_settings(config: Any, is_fit: bool) -> dict[str, Any]:
 
 def callbacks_of(config: Any, command: str) -> list[pl.Callback]:
     """Return the callbacks of a command beside those that save checkpoints."""
-    callbacks = list(config.trainer.callbacks or [])
+    callbacks = [*(config.trainer.callbacks or []), OutOfMemory()]
     if config.trainer.enable_progress_bar is not False:
         callbacks.append(TQDMProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary()
-        callbacks += [SharedFolder(), OutOfMemory(), Finite(config.skip_nonfinite), StopOnSignal()]
+        callbacks += [SharedFolder(), Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
