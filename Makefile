@@ -16,7 +16,7 @@ BENCH_DATA  ?=
 BENCH_ARGS  ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv bench demo test test-all lint type format clean
+.PHONY: help .venv bench demo test test-all lint type audit format clean
 
 # $(call run,tool arguments): show the command, then run the tool of that name in .venv.
 run = @printf '\n\033[1m$$ %s\033[0m\n' '$(1)'; $(BIN)/$(1)
@@ -64,6 +64,10 @@ lint: .venv/.installed ## Check style, format, and who imports whom
 
 type: .venv/.installed ## Check types
 	$(call run,mypy)
+
+# Asks the network for what is known of each version: no part of `make test`.
+audit: .venv/.installed ## Look for known vulnerabilities of the tested versions
+	$(call run,pip-audit --disable-pip --no-deps -r constraints.txt)
 
 format: .venv/.installed ## Fix style and format
 	$(call run,ruff check --fix)

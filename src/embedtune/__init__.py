@@ -6,8 +6,8 @@ Each folder is a room of one idea, and its page is the docstring of its ``__init
 fit does beside its steps; ``training`` is the step, ``export`` the folder that proves itself,
 ``reports`` what people read; ``evaluation`` measures; ``losses`` say what is learnt; ``data`` makes
 batches of rows; ``distributed`` divides among ranks; ``checkpoints`` are gone on with; ``models``
-are what is trained. A room imports only from those after it; all may use ``errors`` and
-``whole_files``.
+are what is trained. A room imports only from those after it; all may use ``errors``,
+``whole_files``, ``digests`` and ``secrets``.
 """
 
 from importlib import import_module

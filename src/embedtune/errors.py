@@ -1,5 +1,10 @@
 """What a user is told in one line, without a traceback: every other exception is a defect."""
 
+import errno
+
+OF_ALLOCATORS = ("DefaultCPUAllocator", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""What torch says of memory where it raises no class of its own."""
+
 
 class InputError(ValueError):
     """Bad input: its message names the file, line, field or YAML key, what was found and expected.
@@ -26,3 +31,16 @@ def require_positive(key: str, value: float) -> float:
     if not value > 0:
         raise InputError(f"{key}: expected a positive number, found {value}")
     return value
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether memory has not sufficed, on a GPU or in this process; without torch.
+
+    >>> is_out_of_memory(MemoryError()), is_out_of_memory(RuntimeError("size mismatch"))
+    (True, False)
+    """
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    of_torch = any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+    is_told = isinstance(error, RuntimeError) and any(s in str(error) for s in OF_ALLOCATORS)
+    return isinstance(error, MemoryError) or of_torch or is_told

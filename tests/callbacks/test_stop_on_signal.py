@@ -82,6 +82,22 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on(tiny_bert, caplog, n
     assert stopped.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.parametrize("at", [5, 11])
+def test_a_signal_in_the_last_step_of_an_epoch_costs_no_exported_folder(tiny_bert, at):
+    with pytest.raises(SystemExit):
+        main(flags(tiny_bert, "run", *told(at, signal.SIGTERM)))
+    stopped = at // 6 + 1
+    assert not Path(f"run/checkpoints/epoch-{stopped}").exists()
+    main(flags(tiny_bert, "run", "--ckpt_path=last"))
+    for number in (1, 2):
+        folder = Path(f"run/checkpoints/epoch-{number}")
+        assert f"after step {6 * number}, in epoch {number}" in (folder / "README.md").read_text()
+    weights = "model.safetensors"
+    last = Path("run/checkpoints/epoch-2", weights).read_bytes()
+    assert last == Path("run/model", weights).read_bytes()
+    assert last != Path("run/checkpoints/epoch-1", weights).read_bytes()
+
+
 def test_without_checkpoints_nothing_is_said_to_be_saved(tiny_bert, caplog):
     no = "--trainer.enable_checkpointing=false"
     with pytest.raises(SystemExit):

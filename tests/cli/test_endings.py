@@ -63,6 +63,15 @@ def test_an_asked_number_of_steps_is_trained(tiny_bert, flags, steps):
     assert fit(tiny_bert, *flags) == steps
 
 
+@pytest.mark.parametrize(
+    "flag",
+    ["--trainer.max_epochs=0", "--trainer.max_steps=0", "--trainer.limit_train_batches=0"],
+)
+def test_a_fit_that_trains_nothing_is_no_success(tiny_bert, capsys, flag):
+    assert "expected a step to train, found none" in error(capsys, tiny_bert, flag)
+    assert not Path("run/model").exists()
+
+
 def test_a_fit_may_have_a_time_alone_with_a_constant_rate(tiny_bert, capsys):
     flags = ("--trainer.max_epochs=-1", "--trainer.max_time={seconds: 3}")
     said = error(capsys, tiny_bert, *flags)

@@ -7,13 +7,19 @@ it, so that an upgrade says at once what has to be looked at.
 import importlib.util
 import inspect
 import re
+import zipfile
+import zlib
 from collections.abc import Callable
+from datetime import timedelta
 from importlib import import_module
 from pathlib import Path
 
+import datasets
 import lightning.pytorch as pl
+import pyarrow as pa
 import pytest
 import torch
+import torch.distributed.checkpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
 DOCS = Path(__file__).parents[2] / "docs" / "architecture.md"
@@ -58,6 +64,17 @@ def test_the_documentation_lists_each():
 
 
 # --- torch ----------------------------------------------------------------------------------------
+
+
+@borrows("torch: save writes zip files with a CRC32 of each part, also within .distcp")
+def _(folder, model):
+    tensor = torch.arange(100.0)
+    torch.save(tensor, folder / "a.pt")
+    torch.distributed.checkpoint.save({"a": tensor}, checkpoint_id=folder / "shards")
+    for path in (folder / "a.pt", folder / "shards" / "__0_0.distcp"):
+        with zipfile.ZipFile(path) as parts:
+            (part,) = (p for p in parts.infolist() if p.filename.endswith("/data/0"))
+            assert zlib.crc32(tensor.numpy().tobytes()) == part.CRC
 
 
 @borrows("torch: AdamW._step_supports_amp_scaling")
@@ -309,6 +326,44 @@ def _(folder, model):
 @borrows("lightning: rank_zero_only.rank")
 def _(folder, model):
     assert import_module("lightning.pytorch.utilities").rank_zero_only.rank == 0
+
+
+@borrows("lightning: what the observer of launched ranks logs, launcher.procs")
+def _(folder, model):
+    from embedtune.cli import lost_ranks
+
+    module = import_module(lost_ranks.OBSERVER)
+    launcher = module._SubprocessScriptLauncher(None, 1, 1)
+    assert launcher.procs == []
+    observer = source_of(module._ChildProcessObserver)
+    assert (
+        'f"Child process with PID {proc.pid} terminated with code {proc.returncode}."' in observer
+    )
+    assert "_logger.info(message)" in observer
+    said = "[rank: 2] Child process with PID 7 terminated with code -9. Forcefully"
+    assert lost_ranks.DIED.search(said).groups() == ("2", "-9")
+
+
+@borrows("lightning: DDPStrategy._timeout, FSDPStrategy._timeout, DeepSpeedStrategy._timeout")
+def _(folder, model):
+    from embedtune.distributed.strategies import named_strategy, set_timeout
+
+    for strategy in (pl.strategies.DDPStrategy(), named_strategy("fsdp"), named_strategy("zero2")):
+        set_timeout(strategy, 7)
+        assert strategy._timeout.total_seconds() == 7
+
+
+@borrows("torch: what gloo and torch.distributed raise of a lost rank")
+def _(folder, model):
+    from embedtune.distributed.exchange import is_rank_lost
+
+    assert issubclass(torch.distributed.DistBackendError, torch.distributed.DistError)
+    store = torch.distributed.HashStore()
+    store.set_timeout(timedelta(milliseconds=50))
+    with pytest.raises(torch.distributed.DistError) as caught:  # nobody sets it
+        store.get("never")
+    assert is_rank_lost(caught.value)
+    assert not is_rank_lost(RuntimeError("size mismatch"))
 
 
 @borrows("lightning: where the number of a rank is looked for")
@@ -573,6 +628,16 @@ def _(folder, model):
 
 
 # --- datasets, huggingface_hub --------------------------------------------------------------------
+
+
+@borrows("datasets: Dataset.from_file reads a stream of Arrow to its own end")
+def _(folder, model):
+    schema = pa.schema({"a": pa.int32()})
+    with (folder / "t.arrow").open("wb") as file:
+        with pa.ipc.new_stream(file, schema) as writer:
+            writer.write_batch(pa.record_batch([pa.array([1, 2], pa.int32())], schema=schema))
+        file.write(b"what follows")
+    assert datasets.Dataset.from_file(str(folder / "t.arrow"))["a"][:] == [1, 2]
 
 
 @borrows("datasets: config.HF_DATASETS_CACHE, Dataset.data")

@@ -34,12 +34,50 @@ def rows(folder: Path, name: str, days: int = 0) -> Rows:
     return opened
 
 
+def flip_bit(path: Path, place: float) -> None:
+    """Flip a bit at a place from 0, the start of a file, to 1, its end."""
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("place", [0, 0.3, 0.5, 0.7, 0.999, 1])
+def test_a_damaged_table_is_made_anew(tmp_path, caplog, place):
+    whole = rows(tmp_path, "a")
+    before = whole.table[:]
+    (table,) = cached_tables()
+    flip_bit(table.path, place)
+    again = Rows([tmp_path / "a.jsonl"])
+    assert again.table[:] == before
+    assert (again.format, again.queries_digest) == (whole.format, whole.queries_digest)
+    assert f"{table.path}: is damaged, and made anew" in caplog.text
+    caplog.clear()
+    assert Rows([tmp_path / "a.jsonl"]).table[:] == before
+    assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("size", [0, 1, 20, 100, -1])
+def test_so_is_one_that_was_cut_short(tmp_path, size):
+    before = rows(tmp_path, "a").table[:]
+    (table,) = cached_tables()
+    table.path.write_bytes(table.path.read_bytes()[:size])
+    assert Rows([tmp_path / "a.jsonl"]).table[:] == before
+
+
+def test_who_has_a_damaged_table_open_keeps_what_it_has(tmp_path):
+    first = rows(tmp_path, "a")
+    (table,) = cached_tables()
+    with table.path.open("ab") as file:
+        file.write(b"more")
+    Rows([tmp_path / "a.jsonl"])
+    assert first.table[999]["query"].startswith("a 999")
+
+
 def test_the_tables_not_opened_for_longest_make_room(tmp_path, cache, monkeypatch):
     monkeypatch.setenv("EMBEDTUNE_CACHE_LIMIT", "0.00025")
     for name, days in (("oldest", 3), ("older", 2), ("recent", 1)):
         rows(tmp_path, name, days)
     assert len(cached_tables()) == 2  # a third makes one go
-    assert len(list(cache.glob("*.json"))) == 2
     reopened = Rows([tmp_path / "older.jsonl"])  # now it was opened last
     new = rows(tmp_path, "new")
     assert len(cached_tables()) == 2

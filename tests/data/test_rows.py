@@ -42,10 +42,12 @@ def test_rows_come_back_as_they_were_written(tmp_path):
 
 def test_the_cache_follows_the_content(tmp_path, monkeypatch):
     reads = []
-    write_table = rows_module.write_table
-    monkeypatch.setattr(
-        rows_module, "write_table", lambda *args: (reads.append(args[0]), write_table(*args))
-    )
+    open_table = rows_module.open_table
+
+    def opened(path, schema, write, facts):
+        return open_table(path, schema, lambda: reads.append(path) or write(), facts)
+
+    monkeypatch.setattr(rows_module, "open_table", opened)
     path = write(tmp_path / "f.jsonl", [{"query": "cached"}])
     Rows([path])
     Rows([path])

@@ -210,3 +210,41 @@ def test_no_description_stands_beside_the_embeddings_of_another(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         write_store(path, 2)
     assert not path.exists()
+
+
+# --- Damage ---------------------------------------------------------------------------------
+
+
+def write_values(path, values):
+    with TeacherWriter(path, *values.shape) as writer:
+        for block in np.array_split(values, 3):
+            writer.write(block)
+        writer.close("d")
+    return path
+
+
+def test_a_flipped_bit_in_a_store_is_named(tmp_path):
+    values = np.random.default_rng(0).standard_normal((20, 8), dtype=np.float32)
+    path = write_values(tmp_path / "t.f32", values)
+    assert np.array_equal(TeacherStore([path], 20)[19], values[19])
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1  # a number as any other
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=rf"^{path}: is damaged: expected the bytes"):
+        TeacherStore([path], 20)
+
+
+def test_a_store_without_a_digest_is_taken(tmp_path):
+    path = write_values(tmp_path / "t.f32", np.ones((4, 2), np.float32))
+    known = json.loads(sidecar_path(path).read_text())
+    assert len(known.pop("digest")) == 32
+    sidecar_path(path).write_text(json.dumps(known))
+    assert TeacherStore([path], 4, None, "d").width == 2
+
+
+def test_a_digest_that_is_none_is_named(tmp_path):
+    path = write_values(tmp_path / "t.f32", np.ones((4, 2), np.float32))
+    known = json.loads(sidecar_path(path).read_text())
+    sidecar_path(path).write_text(json.dumps(known | {"digest": 7}))
+    with pytest.raises(InputError, match="digest: expected a string, found the number 7"):
+        TeacherStore([path], 4)

@@ -234,10 +234,12 @@ def teacher(folder: Path) -> str:
 def written(monkeypatch) -> list[Path]:
     """Return the paths of the tables that are written."""
     paths = []
-    write_table = token_table.write_table
-    monkeypatch.setattr(
-        token_table, "write_table", lambda *args: (paths.append(args[0]), write_table(*args))
-    )
+    open_table = token_table.open_table
+
+    def opened(path, schema, write):
+        return open_table(path, schema, lambda: paths.append(path) or write())
+
+    monkeypatch.setattr(token_table, "open_table", opened)
     return paths
 
 

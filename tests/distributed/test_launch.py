@@ -39,16 +39,18 @@ def die(*_):
 class Dying(InfoNCE):
     """InfoNCE that kills one rank's process in its step `at`, counted from 0.
 
-    Or in the save after it, when all is written and nothing renamed.
+    Or in the save after it, when all is written and nothing renamed; or stops it.
     """
 
-    def __init__(self, at: int, rank: int = 0, saving: bool = False):
+    def __init__(self, at: int, rank: int = 0, saving: bool = False, stopping: bool = False):
         super().__init__()
-        self.left, self.rank, self.saving = at, rank, saving
+        self.left, self.rank, self.saving, self.stopping = at, rank, saving, stopping
 
     def forward(self, embeddings, target):
         if self.left == 0 and int(os.environ.get("LOCAL_RANK", 0)) == self.rank:
-            if not self.saving:
+            if self.stopping:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            elif not self.saving:
                 die()
             write.put = die
         self.left -= 1
@@ -146,6 +148,10 @@ def test_a_rank_that_dies_ends_the_run_and_the_last_checkpoint_resumes(
         time.sleep(0.1)
     code, output = finish(process, LIMIT)  # communicate: until the last rank has closed its output
     assert code != 0, output
+    if rank:
+        said = f"error: rank {rank} was ended by SIGKILL, as the system does where memory is short"
+        assert output.count(said) == 1, output
+        assert "Traceback" not in output
     assert len(list(Path("run/checkpoints").glob("*.part"))) == saving
     code, output = finish(start(fit(tiny_bert, "run", *on_two(strategy), "--ckpt_path", "last")))
     assert code == 0, output
@@ -153,6 +159,40 @@ def test_a_rank_that_dies_ends_the_run_and_the_last_checkpoint_resumes(
     kept = {path.name for path in Path("run/checkpoints").iterdir()}
     assert kept == {f"epoch=1-step={STEPS}.ckpt", "last.ckpt"}
     assert np.abs(embed("run/model") - embed(str(tiny_bert))).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "rank"), [("ddp", 0), ("fsdp", 1)])
+def test_a_rank_that_hangs_ends_the_run_in_time(tiny_bert, strategy, rank):
+    stopping = ("--model.loss", "dying.Dying", "--model.loss.at", "5", "--model.loss.rank")
+    stopping += (str(rank), "--model.loss.stopping", "true", "--rank_timeout", "60")
+    code, output = finish(start(fit(tiny_bert, "run", *on_two(strategy), *stopping)), 4 * LIMIT)
+    assert code == (1 if rank else -signal.SIGKILL), output
+    said = "step 6: a rank has neither come nor ended within rank_timeout, 60 seconds"
+    assert output.count(said) == 1, output
+    assert ("rank 0 still runs, and is killed" in output) == (rank == 0)
+    assert "Traceback" not in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "file"), [("fsdp", "__1_0.distcp"), ("zero2", "*_1_*.pt")])
+def test_a_damaged_shard_of_any_rank_is_told_once(tiny_bert, strategy, file):
+    arguments = fit(tiny_bert, "run", *on_two(strategy), "--trainer.max_epochs", "1")
+    assert finish(start(arguments))[0] == 0
+    (path,) = Path("run/checkpoints").glob(f"last.ckpt/**/{file}")
+    data = bytearray(path.read_bytes())
+    largest = max(re.finditer(rb"PK\x03\x04.*?(?=PK)", bytes(data), re.DOTALL), key=len_of)
+    data[(largest.start() + largest.end()) // 2] ^= 1  # in the middle of a tensor
+    path.write_bytes(data)
+    code, output = finish(start([*arguments, "--ckpt_path", "last"]), LIMIT)
+    assert code == 2, output
+    assert output.count("embedtune: error: ") == 1, output
+    assert f"{path.name}: is damaged" in output
+    assert "Traceback" not in output
+
+
+def len_of(found: re.Match) -> int:
+    return found.end() - found.start()
 
 
 def test_one_command_and_torchrun_train_alike_and_export_offline(tiny_bert):
@@ -228,16 +268,26 @@ def test_a_mistake_is_told_once_by_two_ranks(tiny_bert):
 DIFFERENT = """
 import os, sys
 from embedtune.cli import main
+from embedtune.callbacks import shared_folder
+shared_folder.SECONDS = 1
 rank = os.environ["RANK"]
-data, rate = {"data": (f"rows{rank}.jsonl", 1e-4), "rate": ("rows0.jsonl", 1e-4 + int(rank))}[
-    sys.argv[1]
-]
-main([*sys.argv[2:], "--data.train_path", data, "--model.lr", str(rate)])
+given = {"data.train_path": "rows0.jsonl", "model.lr": 1e-4, "trainer.default_root_dir": "run"}
+given |= {
+    "data": {"data.train_path": f"rows{rank}.jsonl"},
+    "rate": {"model.lr": 1e-4 + int(rank)},
+    "folder": {"trainer.default_root_dir": f"run{rank}"},
+}[sys.argv[1]]
+main([*sys.argv[2:], *(f"--{name}={value}" for name, value in given.items())])
 """
 
 
 @pytest.mark.parametrize(
-    ("what", "expected"), [("data", "training data"), ("rate", "configuration")]
+    ("what", "expected"),
+    [
+        ("data", "rank 1: expected the training data of rank 0, found another"),
+        ("rate", "rank 1: expected the configuration of rank 0, found another"),
+        ("folder", "expected a folder that all ranks share, found that rank 1 does not see in run"),
+    ],
 )
 def test_ranks_that_differ_are_told_at_the_start(tiny_bert, what, expected):
     Path("different.py").write_text(DIFFERENT)
@@ -255,5 +305,5 @@ def test_ranks_that_differ_are_told_at_the_start(tiny_bert, what, expected):
         check=False,
     )
     assert done.returncode != 0
-    assert f"rank 1: expected the {expected} of rank 0, found another" in done.stderr
-    assert not Path("run/model").exists()
+    assert expected in done.stderr
+    assert not [*Path().glob("run*/model"), *Path().glob("run*/.seen-*")]

@@ -23,6 +23,7 @@ from embedtune.data.beir import read_beir
 from embedtune.data.records import RecordReader
 from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherStore, sidecar_path
+from embedtune.digests import DIGESTS, refuse_damaged, write_digests
 from embedtune.errors import InputError
 
 SEEDS = range(2)
@@ -150,6 +151,13 @@ def store_case(is_sidecar: bool) -> Callable[[Path], tuple[Path, Callable[[], No
     return build
 
 
+def digests_case(folder: Path) -> tuple[Path, Callable[[], None]]:
+    for name in ("model.safetensors", "dense.safetensors"):
+        (folder / name).write_bytes(random.Random(name).randbytes(500))
+    write_digests(folder, sorted(folder.glob("*.safetensors")))
+    return folder / DIGESTS, lambda: refuse_damaged(folder)
+
+
 def yaml_case(folder: Path) -> tuple[Path, Callable[[], None]]:
     path = folder / "run.yaml"
     path.write_text(
@@ -174,6 +182,7 @@ KINDS = {
     "test.tsv": beir_case("qrels/test.tsv"),
     "store": store_case(is_sidecar=False),
     "sidecar": store_case(is_sidecar=True),
+    "digests": digests_case,
     "yaml": yaml_case,
 }
 

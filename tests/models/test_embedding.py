@@ -1,9 +1,17 @@
 """A trained model in a few words."""
 
+from pathlib import Path
+
+import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 
 from embedtune import Embedding
+from embedtune.data.chunks import Text, make_chunks
+from embedtune.data.scored_pairs import ScoredPairs
+from embedtune.evaluation import evaluate_models
+from embedtune.models import Encoder, EncoderSpec
 
 
 def test_embedding_encodes_in_order_without_gradients(tiny_bert):
@@ -29,3 +37,39 @@ def test_embedding_takes_a_prompt_and_a_longest_input(tiny_bert):
     assert embedding.encode([]).shape == (0, 32)
     # Longer than the model's 64 positions, by the default of 512 tokens.
     torch.testing.assert_close(embedding.encode(["a " * 100]), embedding.encode(["a " * 62]))
+
+
+# --- Texts without tokens -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_qwen, tmp_path_factory) -> Path:
+    """Return a model whose tokenizer adds no tokens of its own."""
+    folder = tmp_path_factory.mktemp("decoder")
+    modules = [Transformer(str(tiny_qwen)), Pooling(32, pooling_mode="mean")]
+    with torch.no_grad():  # padding is no zero, so that it shows
+        modules[0].auto_model.embed_tokens.weight.add_(0.1 * torch.randn(32))
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("texts", [[""], ["", ""], ["", "a b"], [*["a b"] * 64, ""]])
+def test_an_empty_text_is_encoded_as_in_training(decoder, texts):
+    encoder = Encoder(EncoderSpec(str(decoder))).eval()
+    with torch.no_grad():
+        chunks, order = make_chunks(encoder, [Text("", "document", None, 64)], 64)
+        trained = torch.cat([encoder(chunk) for chunk in chunks])[order]
+    found = Embedding(decoder).encode(texts)
+    torch.testing.assert_close(found[texts.index("")], trained[0])
+    assert found[0].norm() > 0
+    torch.testing.assert_close(
+        Embedding(decoder).encode([""], prompt="find: "), Embedding(decoder).encode(["find: "])
+    )
+
+
+def test_an_empty_document_is_evaluated_wherever_it_falls(decoder):
+    """Also where it is alone in the last of sentence-transformers' batches of 32."""
+    texts = [f"text {i}" for i in range(32)] + [""]
+    pairs = ScoredPairs(texts, [f"other {i}" for i in range(33)], torch.arange(33.0))
+    (result,) = evaluate_models([str(decoder)], {"sts": pairs})
+    assert -1 <= result.quality() <= 1

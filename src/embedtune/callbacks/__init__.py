@@ -1,8 +1,9 @@
 """What a fit does beside its steps, a file a callback.
 
 Comes in: the hooks of Lightning's Trainer. Goes out: metrics of the base model, a summary, speed,
-exported folders, the report, predicted embeddings; an end in time where a loss is no number or a
-signal comes. A new callback goes here, and its place in the order into ``cli.assembly``.
+exported folders, the report, predicted embeddings; an end in time where ranks share no folder, a
+loss is no number or a signal comes. A new callback goes here, and its place in the order into
+``cli.assembly``.
 
 Read first: ``export_model``. Imports from ``training``, ``export``, ``reports`` and all below.
 """
@@ -10,9 +11,11 @@ Read first: ``export_model``. Imports from ``training``, ``export``, ``reports``
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.out_of_memory import OutOfMemory
 from embedtune.callbacks.progress_bar import ProgressBar
 from embedtune.callbacks.run_report import RunReport
 from embedtune.callbacks.run_summary import RunSummary
+from embedtune.callbacks.shared_folder import SharedFolder
 from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.callbacks.throughput import Throughput
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
@@ -21,9 +24,11 @@ __all__ = [
     "Baseline",
     "ExportModel",
     "Finite",
+    "OutOfMemory",
     "ProgressBar",
     "RunReport",
     "RunSummary",
+    "SharedFolder",
     "StopOnSignal",
     "Throughput",
     "WriteEmbeddings",

@@ -91,6 +91,22 @@ class ExportModel(pl.Callback):
         """Forget the fit before."""
         self._ended_epoch, self._has_ended = None, False
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make up for the epoch before, where a run was stopped between its end and its export."""
+        self._ended_epoch = self._missing_epoch(trainer, cast(EmbeddingModule, pl_module))
+
+    def _missing_epoch(self, trainer: pl.Trainer, module: EmbeddingModule) -> int | None:
+        """Return the epoch at whose end this run goes on, counted from 1, if it has no folder."""
+        if trainer.ckpt_path is None or not self.save_on_epoch_end:
+            return None
+        run_folder, place = Path(trainer.default_root_dir).resolve(), module.place
+        is_own = Path(trainer.ckpt_path).resolve().is_relative_to(run_folder)
+        ended = place.epoch + (place.batch == place.batches)
+        if not is_own or not ended or place.batch not in (0, place.batches):
+            return None
+        is_there = (_epochs_folder(trainer) / f"epoch-{ended}").exists()
+        return None if trainer.strategy.broadcast(is_there) else ended
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the epoch: Lightning saves checkpoints after this hook, whatever the order."""
         self._ended_epoch = trainer.current_epoch + 1 if self.save_on_epoch_end else None
@@ -104,7 +120,7 @@ class ExportModel(pl.Callback):
         number, self._ended_epoch = self._ended_epoch, None
         if number is None:
             return
-        epochs = Path(trainer.default_root_dir) / "checkpoints"
+        epochs = _epochs_folder(trainer)
         try:
             export_running(trainer, module, epochs / f"epoch-{number}")
         except (ExportError, InputError) as error:
@@ -125,7 +141,7 @@ class ExportModel(pl.Callback):
         if keeper is None:
             export_running(trainer, module, _model_folder(trainer))
         else:
-            _export_saved(trainer, module, Path(keeper.best_model_path))
+            _export_saved(trainer, module, Path(keeper.best_model_path), _model_folder(trainer))
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             log.info(describe_choice(trainer))
@@ -135,12 +151,23 @@ class ExportModel(pl.Callback):
 
         It may have been killed before its model was exported. Lightning calls no other hook of its
         end, and by now the strategy holds nothing.
+
+        Raises:
+            InputError: There was nothing to train from the start.
         """
-        if self._has_ended or trainer.ckpt_path is None:
+        if self._has_ended:
             return
-        keeper = best_keeper(trainer)
-        path = trainer.ckpt_path if keeper is None else keeper.best_model_path
-        _export_saved(trainer, cast(EmbeddingModule, pl_module), Path(path))
+        if trainer.ckpt_path is None:
+            raise InputError(
+                "trainer.max_epochs, max_steps, max_time, limit_train_batches: expected a step to "
+                "train, found none"
+            )
+        module, last = cast(EmbeddingModule, pl_module), Path(trainer.ckpt_path)
+        missing, keeper = self._missing_epoch(trainer, module), best_keeper(trainer)
+        if missing is not None:
+            _export_saved(trainer, module, last, _epochs_folder(trainer) / f"epoch-{missing}")
+        path = last if keeper is None else Path(keeper.best_model_path)
+        _export_saved(trainer, module, path, _model_folder(trainer))
         if trainer.is_global_zero:
             log.info(describe_choice(trainer))
 
@@ -149,10 +176,16 @@ def _model_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "model"
 
 
-def _export_saved(trainer: pl.Trainer, module: EmbeddingModule, checkpoint: Path) -> None:
+def _epochs_folder(trainer: pl.Trainer) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints"
+
+
+def _export_saved(
+    trainer: pl.Trainer, module: EmbeddingModule, checkpoint: Path, folder: Path
+) -> None:
     """Export a checkpoint, on rank 0; it was saved by this fit, which knows what it trusts."""
     if trainer.is_global_zero:
-        folder, spec = _model_folder(trainer), module.encoder.spec
+        spec = module.encoder.spec
         difference = export_checkpoint(
             checkpoint, folder, spec.trust_remote_code, spec.model_name_or_path
         )

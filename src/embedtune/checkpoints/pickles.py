@@ -16,6 +16,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from embedtune.errors import InputError
 
+FSDP_METADATA = ".metadata"
+"""What FSDP's shards hold, and where."""
+
 DEEPSPEED = (
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
@@ -90,6 +93,19 @@ class _MetadataUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"a pickle that wants to use {module}.{name}")
 
 
+def read_fsdp_metadata(folder: Path) -> Metadata:
+    """Return what a folder of FSDP's shards says of them.
+
+    Raises:
+        pickle.UnpicklingError: It holds more than torch saves.
+    """
+    with (folder / FSDP_METADATA).open("rb") as file:
+        metadata = _MetadataUnpickler(file).load()
+    if not isinstance(metadata, Metadata):
+        raise pickle.UnpicklingError(type(metadata).__name__)
+    return metadata
+
+
 def refuse_code_in_fsdp(folder: Path) -> None:
     """Refuse a folder of FSDP's shards that torch would run code of.
 
@@ -100,11 +116,7 @@ def refuse_code_in_fsdp(folder: Path) -> None:
         InputError: Something else than what torch saves is there.
     """
     try:
-        with (folder / ".metadata").open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise pickle.UnpicklingError(type(metadata).__name__)
-        _refuse_code_in_bytes(folder, metadata)
+        _refuse_code_in_bytes(folder, read_fsdp_metadata(folder))
     except Exception as error:  # whatever bytes that are no pickle lead to
         raise _refusal(folder, error) from error
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
+from embedtune.checkpoints.damage import refuse_damaged_file
 from embedtune.checkpoints.pickles import load_tensors, load_zero
 from embedtune.checkpoints.shards import (
     FSDP_FACTS,
@@ -62,7 +63,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Return the module's weights, put together from the shards of all ranks, on the CPU.
 
     Raises:
-        InputError: A part of them is missing.
+        InputError: A part of them is missing or damaged.
     """
     readers: dict[Kind, Callable[[Path], dict[str, Tensor]]] = {
         "file": _read_file,
@@ -98,4 +99,5 @@ def read_checkpoint(path: Path) -> Checkpoint:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
+    refuse_damaged_file(path)
     return load_tensors(path)["state_dict"]

@@ -12,7 +12,13 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from embedtune.checkpoints.pickles import load_zero, refuse_code_in_fsdp, refuse_code_in_zero
+from embedtune.checkpoints.damage import refuse_damaged_shards
+from embedtune.checkpoints.pickles import (
+    FSDP_METADATA,
+    load_zero,
+    refuse_code_in_fsdp,
+    refuse_code_in_zero,
+)
 from embedtune.errors import InputError
 from embedtune.whole_files import remove
 
@@ -36,7 +42,7 @@ def kind_of(path: Path) -> Kind:
     path = Path(path)
     if path.is_file():
         return "file"
-    if (path / FSDP_FACTS).is_file() and (path / ".metadata").is_file():
+    if (path / FSDP_FACTS).is_file() and (path / FSDP_METADATA).is_file():
         return "fsdp"
     if (path / DEEPSPEED_TAG).is_file() and any(_zero_folder(path).glob("*_model_states.pt")):
         return "zero"
@@ -60,6 +66,7 @@ def read_fsdp(path: Path) -> dict[str, Tensor]:
     """Return the module's weights from the shards of FSDP."""
     prefix = "model."
     refuse_code_in_fsdp(path)
+    refuse_damaged_shards(path)
     stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     weights: dict[str, Any] = {
         name: torch.empty(facts.size, dtype=facts.properties.dtype)
@@ -91,6 +98,7 @@ def divide_anew(path: Path) -> None:
         _folder_of(path / UNIVERSAL_TAG)
         return
     refuse_code_in_zero(path)
+    refuse_damaged_shards(path)
     remove(path / "universal")
     command = ["deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--input_folder", str(_zero_folder(path)), "--output_folder"]
@@ -125,6 +133,7 @@ def read_zero(path: Path) -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     refuse_code_in_zero(path)
+    refuse_damaged_shards(path)
     file = zero_states(path)
     with (
         open(os.devnull, "w") as nowhere,

@@ -9,9 +9,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.out_of_memory import OutOfMemory
 from embedtune.callbacks.progress_bar import ProgressBar
 from embedtune.callbacks.run_report import RunReport
 from embedtune.callbacks.run_summary import RunSummary
+from embedtune.callbacks.shared_folder import SharedFolder
 from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.callbacks.throughput import Throughput
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
@@ -51,17 +53,17 @@ def trainer_settings(config: Any, is_fit: bool) -> dict[str, Any]:
 
 def callbacks_of(config: Any, command: str) -> list[pl.Callback]:
     """Return the callbacks of a command beside those that save checkpoints."""
-    callbacks = list(config.trainer.callbacks or [])
+    callbacks = [*(config.trainer.callbacks or []), OutOfMemory()]
     if config.trainer.enable_progress_bar is not False:
         callbacks.append(ProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary()
-        callbacks += [Finite(config.skip_nonfinite), StopOnSignal()]
+        callbacks += [SharedFolder(), Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
     elif command == "predict":
-        callbacks += [WriteEmbeddings()]
+        callbacks += [SharedFolder(), WriteEmbeddings()]
     return callbacks
 
 

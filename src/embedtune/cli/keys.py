@@ -13,6 +13,9 @@ from embedtune.errors import InputError, require_positive
 EPOCHS = 2
 """Of a fit that is given neither ``trainer.max_epochs`` nor ``max_steps``."""
 
+LONGEST_TIMEOUT = 10**6
+"""Seconds, twelve days."""
+
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "run",
     "gradient_clip_val": 1.0,
@@ -40,6 +43,11 @@ KEYS: dict[str, tuple[Any, Any, str]] = {
         int,
         0,
         "Steps whose gradient is no number that are left out before a fit ends.",
+    ),
+    "rank_timeout": (
+        float,
+        1800.0,
+        "Seconds for which a rank waits for the others before the run ends.",
     ),
     "anchors": (
         dict[str, float] | None,
@@ -94,6 +102,11 @@ def refuse_numbers(config: Any) -> None:
     for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
         if config.trainer[key] is not None:
             require_positive(f"trainer.{key}", config.trainer[key])
+    if not 0 < config.rank_timeout <= LONGEST_TIMEOUT:
+        raise InputError(
+            f"rank_timeout: expected seconds above 0, at most {LONGEST_TIMEOUT:,}, "
+            f"found {config.rank_timeout}"
+        )
     clip = config.trainer.gradient_clip_val
     if clip is not None and not 0 <= clip < math.inf:
         raise InputError(f"trainer.gradient_clip_val: expected a number from 0 on, found {clip}")

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import NoReturn
 
 from embedtune.cli.processes import let_rank_0_speak
+from embedtune.errors import is_out_of_memory
 
 SURROUNDINGS = {
     getattr(errno, name)
@@ -31,12 +32,16 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 
 def surroundings_said(error: Exception) -> str | None:
-    """Return what to say of an error of the disk or of permissions, None for any other.
+    """Return what to say of an error of memory, disks or permissions, None for any other.
 
+    >>> surroundings_said(MemoryError())
+    'out of memory: MemoryError'
     >>> surroundings_said(OSError(errno.ENOSPC, "No space left on device", "run/last.ckpt"))
     'run/last.ckpt: No space left on device'
     >>> surroundings_said(KeyError("query"))
     """
+    if is_out_of_memory(error):
+        return f"out of memory: {first_line(error)}"
     if not isinstance(error, OSError) or error.errno not in SURROUNDINGS:
         return None
     said = os.strerror(error.errno or 0)

@@ -19,10 +19,15 @@ def launched_rank() -> int:
     return next((int(os.environ[name]) for name in RANK_VARIABLES if name in os.environ), 0)
 
 
-def let_rank_0_speak() -> None:
-    """Give rank 0, which most likely fails alike, 5 seconds to say so and to end this rank."""
+def let_rank_0_speak(seconds: float = 5) -> None:
+    """Give rank 0, which most likely fails alike, the time to say so and to end this rank."""
     if launched_rank():
-        time.sleep(5)
+        time.sleep(seconds)
+
+
+def is_launched_by_rank_0() -> bool:
+    """Tell whether rank 0 has started this rank, as torchrun and SLURM would otherwise."""
+    return bool(launched_rank()) and not {"RANK", "SLURM_PROCID"} & os.environ.keys()
 
 
 def end_with_rank_0() -> None:
@@ -30,7 +35,19 @@ def end_with_rank_0() -> None:
 
     torchrun and SLURM see to that themselves.
     """
-    is_ours = launched_rank() and not {"RANK", "SLURM_PROCID"} & os.environ.keys()
-    if is_ours and sys.platform == "linux":
+    if is_launched_by_rank_0() and sys.platform == "linux":
         set_parent_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def how_it_ended(code: int) -> str:
+    """Return how a process has ended, for messages.
+
+    >>> how_it_ended(1), how_it_ended(-15)
+    ('ended with exit code 1', 'was ended by SIGTERM')
+    """
+    if code >= 0:
+        return f"ended with exit code {code}"
+    name = signal.Signals(-code).name
+    hint = ", as the system does where memory is short" if name == "SIGKILL" else ""
+    return f"was ended by {name}{hint}"

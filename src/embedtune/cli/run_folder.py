@@ -3,15 +3,17 @@
 import itertools
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from embedtune.errors import InputError
-from embedtune.whole_files import writing
+from embedtune.secrets import WITHHELD, withheld_keys, withhold
+from embedtune.whole_files import write_text
 
 log = logging.getLogger("embedtune")
 
@@ -19,14 +21,33 @@ LoggerName = Literal["csv", "tensorboard", "wandb"]
 
 
 class SaveConfig(SaveConfigCallback):
-    """Write the whole configuration of a fit to ``<default_root_dir>/config.yaml``."""
+    """Write the configuration of a fit, but its secrets, to ``<default_root_dir>/config.yaml``."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write the file; only a fit that runs again in the same folder overwrites it."""
         if stage != "fit":
             return
-        with writing(Path(trainer.default_root_dir) / "config.yaml") as part:
-            self.parser.save(self.config, str(part), skip_none=False, multifile=False)
+        whole = self.parser.dump(self.config, skip_none=False)
+        header = [line for line in whole.splitlines() if line.startswith("#")]
+        kept = yaml.safe_dump(withhold(yaml.safe_load(whole)), sort_keys=False, allow_unicode=True)
+        path = Path(trainer.default_root_dir) / "config.yaml"
+        write_text(path, "\n".join([*header, kept]))
+
+
+def refuse_withheld(config: Any) -> None:
+    """Refuse a configuration of a run folder whose secrets were not given again.
+
+    Args:
+        config: That of a command.
+
+    Raises:
+        InputError: It names the key.
+    """
+    for key in withheld_keys(config.as_dict()):
+        raise InputError(
+            f"{key}: expected a value, found {WITHHELD}: config.yaml of a run folder keeps no "
+            "secrets; give it again, as a flag or in a second --config"
+        )
 
 
 def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> list[Logger]:

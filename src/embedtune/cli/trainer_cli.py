@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from embedtune.callbacks.out_of_memory import out_of_memory_said
 from embedtune.checkpoints.find import best_checkpoint, last_checkpoint
 from embedtune.checkpoints.read import read_spec
 from embedtune.cli.assembly import (
@@ -20,14 +21,15 @@ from embedtune.cli.assembly import (
 from embedtune.cli.config_files import refuse_broken_configs
 from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, refuse_numbers, settle
 from embedtune.cli.log_lines import quiet_libraries
+from embedtune.cli.lost_ranks import lost_rank_said, tell_of_dead_ranks
 from embedtune.cli.mistakes import first_line
 from embedtune.cli.parser import Parser
 from embedtune.cli.processes import end_with_rank_0
-from embedtune.cli.run_folder import SaveConfig, keep_earlier_checkpoints
+from embedtune.cli.run_folder import SaveConfig, keep_earlier_checkpoints, refuse_withheld
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.distributed import exchange
-from embedtune.distributed.strategies import refuse_checkpoint
-from embedtune.errors import InputError
+from embedtune.distributed.strategies import refuse_checkpoint, set_timeout
+from embedtune.errors import InputError, TrainingError
 from embedtune.training.module import EmbeddingModule
 
 log = logging.getLogger("embedtune")
@@ -55,11 +57,13 @@ class TrainerCLI(LightningCLI):
         """Parse what :func:`main` was given, which need not be the process's own arguments.
 
         Raises:
-            InputError: A YAML file is broken, or a number out of range.
+            InputError: A YAML file is broken, a secret withheld, or a number out of range.
         """
         refuse_broken_configs(args)
         self.config = parser.parse_args(args)
-        refuse_numbers(self.config[self.config.subcommand])
+        config = self.config[self.config.subcommand]
+        refuse_withheld(config)
+        refuse_numbers(config)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""
@@ -115,6 +119,7 @@ class TrainerCLI(LightningCLI):
             trainer: Any = super().instantiate_trainer(callbacks=callbacks, **settings, **kwargs)
         except REFUSALS as error:
             raise InputError(f"trainer: {first_line(error)}") from error
+        set_timeout(trainer.strategy, config.rank_timeout)
         trainer.callbacks += latest  # last, so that it also saves which is the best
         sort_callbacks(trainer.callbacks)
         return trainer
@@ -153,7 +158,16 @@ class TrainerCLI(LightningCLI):
             refuse_checkpoint(self.trainer.strategy, Path(path))
             if command != "fit":
                 self.model.match(read_spec(Path(path)))
-        getattr(self.trainer, command)(ckpt_path=path, **kwargs)
+        try:
+            getattr(self.trainer, command)(ckpt_path=path, **kwargs)
+            exchange.leave()
+        except Exception as error:
+            timeout = self.config_init[self.subcommand].rank_timeout
+            said = out_of_memory_said(error, self.trainer)
+            said = said or lost_rank_said(error, self.trainer, timeout)
+            if said is None:
+                raise
+            raise TrainingError(said) from error
 
     def _start_afresh(self) -> None:
         """Tell this run's files from those that an earlier one has left in its folder.
@@ -178,11 +192,11 @@ def trainer_command(argv: Sequence[str]) -> None:
     """Run ``embedtune fit | validate | test | predict``."""
     quiet_libraries()
     end_with_rank_0()
+    tell_of_dead_ranks()
     try:
         _run_trainer(list(argv))
     except MisconfigurationException as error:
         raise InputError(first_line(error)) from error
-    exchange.leave()
 
 
 def _run_trainer(args: list[str]) -> None:

@@ -1,17 +1,27 @@
-"""Arrow tables on disk: where they are kept, how they get there, and which of them go again."""
+"""Arrow tables on disk: where they are kept, how they get there, and which of them go again.
+
+A file holds a stream of Arrow, which knows its own end; what is said of the table, as JSON; the
+length of that; and the digest of all before. A table that is damaged is made anew.
+"""
 
 import contextlib
+import hashlib
+import json
+import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
 
+from embedtune.digests import Hasher
 from embedtune.errors import InputError
 from embedtune.whole_files import writing
+
+log = logging.getLogger("embedtune")
 
 GB = 10**9
 LIMIT = 100
@@ -20,8 +30,16 @@ IN_USE = 3600
 """Seconds for which a table stays after it was opened, whatever the limit."""
 
 
+BLOCK = 2**20
+"""Bytes that are read at once."""
+LENGTH_BYTES = 8
+DIGEST_BYTES = Hasher().digest_size
+Facts = dict[str, Any]
+"""What is said of a table, as JSON holds it."""
+
+
 class Table(NamedTuple):
-    """A cached table: its file, its bytes with what is said of it, and when it was last opened."""
+    """A cached table: its file, its bytes, and when it was last opened."""
 
     path: Path
     size: int
@@ -34,27 +52,66 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EMBEDTUNE_CACHE", default))
 
 
-def write_table(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write a table batch by batch; one that another process has written meanwhile stays.
+def open_table(
+    path: Path,
+    schema: pa.Schema,
+    write: Callable[[], Iterator[pa.RecordBatch]],
+    facts: Callable[[], Facts] = dict,
+) -> tuple[datasets.Dataset, Facts]:
+    """Return the rows of a table, which stay on disk until they are read, and what is said of it.
 
-    Tables that were not opened for the longest time make room for it.
+    It is written where there is none, or none that is whole. Tables that were not opened for the
+    longest time make room for it.
+
+    Args:
+        path: Where it is kept.
+        schema: Its columns.
+        write: Yields its rows.
+        facts: Returns what is said of it, when all are written.
     """
+    is_there = path.exists()
+    if is_there and not _is_whole(path):
+        log.warning("%s: is damaged, and made anew", path)
+    elif is_there:
+        return _map(path)
     limit = _limit()
-    with (
-        writing(path, keep_existing=True) as part,
-        pa.OSFile(str(part), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as writer,
-    ):
-        for batch in batches:
-            writer.write_batch(batch)
+    # One that another process has written meanwhile stays.
+    with writing(path, keep_existing=not is_there) as part:
+        with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for batch in write():
+                writer.write_batch(batch)
+        _seal(part, facts())
     _keep_within(limit, path)
+    return _map(path)
 
 
-def map_table(path: Path) -> datasets.Dataset:
-    """Return the rows of a table, which stay on disk until they are read."""
+def _seal(path: Path, facts: Facts) -> None:
+    said = json.dumps(facts).encode()
+    with path.open("ab") as file:
+        file.write(said + len(said).to_bytes(LENGTH_BYTES))
+    with path.open("r+b") as file:
+        digest = hashlib.file_digest(file, Hasher).digest()
+        file.write(digest)
+
+
+def _is_whole(path: Path) -> bool:
+    hasher, left = Hasher(), path.stat().st_size - DIGEST_BYTES
+    with path.open("rb") as file:
+        while left > 0 and (block := file.read(min(left, BLOCK))):
+            hasher.update(block)
+            left -= len(block)
+        return file.read() == hasher.digest()
+
+
+def _map(path: Path) -> tuple[datasets.Dataset, Facts]:
     with contextlib.suppress(OSError):  # a cache of somebody else's
         os.utime(path)
-    return datasets.Dataset.from_file(str(path))
+    with path.open("rb") as file:
+        file.seek(-DIGEST_BYTES - LENGTH_BYTES, os.SEEK_END)
+        end = file.tell()
+        length = int.from_bytes(file.read(LENGTH_BYTES))
+        file.seek(end - length)
+        return datasets.Dataset.from_file(str(path)), json.loads(file.read(length))
 
 
 def cached_tables() -> list[Table]:
@@ -62,14 +119,13 @@ def cached_tables() -> list[Table]:
     tables = []
     for path in cache_folder().glob("*.arrow"):
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
-            about = path.with_suffix(".json")
-            size = path.stat().st_size + (about.stat().st_size if about.exists() else 0)
-            tables.append(Table(path, size, path.stat().st_mtime))
+            tables.append(Table(path, path.stat().st_size, path.stat().st_mtime))
     return sorted(tables, key=lambda table: -table.used)
 
 
 def remove_table(table: Table) -> None:
     """Remove a table. A process that has it open keeps what it has."""
+    # Older versions have written what is said of a table beside it.
     for path in (table.path, table.path.with_suffix(".json")):
         path.unlink(missing_ok=True)
 

@@ -1,7 +1,6 @@
 """Hold jsonl rows in a memory-mapped Arrow table."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
@@ -12,15 +11,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedtune.data.cache import cache_folder, map_table, write_table
+from embedtune.data.cache import Facts, cache_folder, open_table
 from embedtune.data.lines import unreadable
 from embedtune.data.records import Format, Record, RecordReader
-from embedtune.whole_files import write_text
 
 log = logging.getLogger("embedtune")
 
 ROWS_PER_WRITE = 5_000
-CACHE_VERSION = 2  # raised whenever the table's columns or the rules of records.py change
+CACHE_VERSION = 3  # raised whenever the table's columns or the rules of records.py change
 SCHEMA = pa.schema(
     {
         "query": pa.string(),
@@ -59,12 +57,8 @@ class Rows:
             digest.update("".join(path.suffixes).encode())  # a .txt file is read in another way
             digest.update(_file_digest(path))
         self.digest = digest.hexdigest()
-        stem = cache_folder() / self.digest
-        arrow, facts = stem.with_suffix(".arrow"), stem.with_suffix(".json")
-        if not (arrow.exists() and facts.exists()):
-            _write(RecordReader(self.paths, declared), arrow, facts)
-        self.table = map_table(arrow)
-        known = json.loads(facts.read_text(encoding="utf-8"))
+        path, reading = cache_folder() / f"{self.digest}.arrow", _Reading(self.paths, declared)
+        self.table, known = open_table(path, SCHEMA, reading.batches, reading.facts)
         self.format = Format(known["format"])
         self.ignored_fields: list[str] = known["ignored_fields"]
         self.prompt: str | None = known["prompts"][0] if len(known["prompts"]) == 1 else None
@@ -117,27 +111,30 @@ def _file_digest(path: Path) -> bytes:
         raise unreadable(str(path), error) from None
 
 
-def _write(reader: RecordReader, arrow: Path, facts: Path) -> None:
-    log.info("reading %s", ", ".join(map(str, reader.paths)))
-    queries = hashlib.blake2b(digest_size=16)
+class _Reading:
+    """Reads the files of a table, and tells of them afterwards."""
 
-    def batches() -> Iterator[pa.RecordBatch]:
-        for records in _batched(reader, ROWS_PER_WRITE):
+    def __init__(self, paths: list[Path], declared: Format | None) -> None:
+        self._reader = RecordReader(paths, declared)
+        self._queries = hashlib.blake2b(digest_size=16)
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        log.info("reading %s", ", ".join(map(str, self._reader.paths)))
+        for records in _batched(self._reader, ROWS_PER_WRITE):
             for record in records:
-                queries.update(query_digest(record.query))
+                self._queries.update(query_digest(record.query))
             columns = dict(zip(Record._fields, zip(*records, strict=True), strict=True))
             arrays = [pa.array(columns[name], SCHEMA.field(name).type) for name in SCHEMA.names]
             yield pa.record_batch(arrays, schema=SCHEMA)
 
-    write_table(arrow, SCHEMA, batches())
-    known = {
-        "format": reader.format,
-        "ignored_fields": sorted(reader.ignored_fields),
-        "prompts": reader.prompts,
-        "queries_digest": queries.hexdigest(),
-        "rows_per_file": list(reader.rows_per_file),
-    }
-    write_text(facts, json.dumps(known))
+    def facts(self) -> Facts:
+        return {
+            "format": self._reader.format,
+            "ignored_fields": sorted(self._reader.ignored_fields),
+            "prompts": self._reader.prompts,
+            "queries_digest": self._queries.hexdigest(),
+            "rows_per_file": list(self._reader.rows_per_file),
+        }
 
 
 def query_digest(query: str) -> bytes:

@@ -12,6 +12,7 @@ import numpy as np
 from embedtune.data.lines import describe_value, unreadable
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
+from embedtune.digests import Hasher, digest_of
 from embedtune.errors import InputError
 from embedtune.whole_files import remove, write_text, writing
 
@@ -28,11 +29,12 @@ WIDEST_SPREAD, ORDINARY_SPREAD = 6.0, 4.0
 
 
 class Description(NamedTuple):
-    """What is said of a memory map in the file beside it."""
+    """What is said of a memory map in the file beside it; those of old ones have no digest."""
 
     rows: int
     width: int
     queries_digest: str
+    digest: str | None = None
 
 
 def sidecar_path(memmap: Path) -> Path:
@@ -64,8 +66,8 @@ class TeacherStore:
             queries_digest: Digest of the data's queries, compared with a sidecar that has one.
 
         Raises:
-            InputError: A file is missing or cannot be read, does not hold ``rows`` rows, or other
-                texts' rows, or values that are not finite or of another type.
+            InputError: A file is missing, damaged or cannot be read, does not hold ``rows`` rows,
+                or other texts' rows, or values that are not finite or of another type.
         """
         self._maps = [self._open(Path(path), rows, queries_digest) for path in paths]
         self.width = sum(store.shape[1] for store in self._maps)
@@ -104,6 +106,7 @@ class TeacherStore:
                 )
             if known is not None:
                 _compare(path, known, rows, width, queries_digest)
+                _refuse_damaged(path, known)
             store = np.memmap(path, dtype=np.float32, mode="r", shape=(rows, width))
         except OSError as error:
             raise unreadable(str(path), error) from None
@@ -132,11 +135,13 @@ def read_description(path: Path) -> Description | None:
         found = describe_value(known)
         raise InputError(f"{sidecar}: expected a JSON object, found {found}")
     for name, kind in Description.__annotations__.items():
-        if type(known.get(name)) is not kind:
+        value = known.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
             found = describe_value(known[name]) if name in known else "no such field"
             expected = "a whole number" if kind is int else "a string"
             raise InputError(f"{sidecar}: {name}: expected {expected}, found {found}")
-    return Description(*(known[name] for name in Description._fields))
+    values: list[Any] = [known.get(name) for name in Description._fields]
+    return Description(*values)
 
 
 def _compare(
@@ -151,6 +156,14 @@ def _compare(
         raise InputError(
             f"{path}: expected the embeddings of this data's texts in their order, "
             "found those of other texts or of another order"
+        )
+
+
+def _refuse_damaged(path: Path, known: Description) -> None:
+    if known.digest is not None and digest_of(path) != known.digest:
+        raise InputError(
+            f"{path}: is damaged: expected the bytes that its description tells the digest of, "
+            "found others"
         )
 
 
@@ -216,7 +229,7 @@ class TeacherWriter:
         self._exit = ExitStack()
         part = self._exit.enter_context(writing(path))
         self._file = self._exit.enter_context(part.open("wb"))
-        self._next = 0
+        self._next, self._digest = 0, Hasher()
 
     def __enter__(self) -> Self:
         """Return the writer."""
@@ -229,14 +242,17 @@ class TeacherWriter:
     def write(self, embeddings: np.ndarray) -> None:
         """Append a block ``[n, width]``."""
         assert embeddings.shape[1] == self.width, "the width of the store"
-        self._file.write(np.ascontiguousarray(embeddings, np.float32).data)
+        block = np.ascontiguousarray(embeddings, np.float32).data
+        self._file.write(block)
+        self._digest.update(block)
         self._next += len(embeddings)
 
     def close(self, queries_digest: str, **about: str) -> None:
         """Put the file in its place, and the description that a :class:`TeacherStore` checks."""
         assert self._next == self.rows, "every row is written exactly once"
         remove(self.path)  # no description ever stands beside another's embeddings
-        known = Description(self.rows, self.width, queries_digest)._asdict() | about
+        digest = self._digest.hexdigest()
+        known = Description(self.rows, self.width, queries_digest, digest)._asdict() | about
         write_text(sidecar_path(self.path), json.dumps(known, indent=2))
         self._exit.close()
 

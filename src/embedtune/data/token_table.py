@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from embedtune.data.cache import cache_folder, map_table, write_table
+from embedtune.data.cache import cache_folder, open_table
 from embedtune.data.chunks import Text
 from embedtune.data.collate import Collator
 from embedtune.data.examples import Example
@@ -17,7 +17,7 @@ from embedtune.data.rows import Rows
 
 log = logging.getLogger("embedtune")
 
-TABLE_VERSION = 2  # raised whenever the columns change
+TABLE_VERSION = 3  # raised whenever the columns change
 TEXTS_PER_WRITE = 20_000
 TEXTS_PER_CALL = 1_000
 """Texts that are tokenised at once: they are padded to the longest of them."""
@@ -45,10 +45,7 @@ class TokenTable:
         name = f"tokens {TABLE_VERSION} {rows.digest} {key}"
         digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         path = cache_folder() / f"{digest}.arrow"
-        if not path.exists():
-            log.info("tokenising %s rows", f"{len(rows):,}")
-            write_table(path, SCHEMA, _tokenised(rows, collator))
-        self.table = map_table(path)
+        self.table, _ = open_table(path, SCHEMA, lambda: _tokenised(rows, collator))
 
     def find(
         self, row: int, fields: Mapping[str, Any], example: Example
@@ -76,6 +73,7 @@ class TokenTable:
 
 
 def _tokenised(rows: Rows, collator: Collator) -> Iterator[pa.RecordBatch]:
+    log.info("tokenising %s rows", f"{len(rows):,}")
     for start, end in pairwise(_cuts(rows.texts_per_row)):
         yield _tokenise(rows.table[start:end], collator)
 

@@ -120,6 +120,13 @@ class GatherRows(torch.autograd.Function):
         return own[: sizes[dist.get_rank()]], None
 
 
+def is_rank_lost(error: BaseException) -> bool:
+    """Tell whether an exchange has failed because a rank has ended, or has not come in time."""
+    # gloo, on CPUs, raises no class of its own.
+    is_of_gloo = isinstance(error, RuntimeError) and "gloo" in str(error)
+    return is_of_gloo or (dist.is_available() and isinstance(error, dist.DistError))
+
+
 def leave() -> None:
     """Wait for all ranks and leave the process group: one that exits earlier aborts the others."""
     if dist.is_available() and dist.is_initialized():

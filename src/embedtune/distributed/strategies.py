@@ -1,9 +1,11 @@
 """Which strategy a name stands for, and which checkpoints it takes."""
 
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
@@ -41,6 +43,12 @@ def named_strategy(name: str) -> Strategy | str:
         return name
     kind, settings = NAMED[name]
     return kind(**settings)
+
+
+def set_timeout(strategy: Strategy, seconds: float) -> None:
+    """Let ranks wait so long for each other, unless the strategy was given a time of its own."""
+    if getattr(strategy, "_timeout", None) == default_pg_timeout:
+        cast(Any, strategy)._timeout = timedelta(seconds=seconds)
 
 
 def refuse_unsupported(trainer: pl.Trainer) -> None:

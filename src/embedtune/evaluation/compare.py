@@ -13,6 +13,7 @@ from embedtune.errors import InputError
 from embedtune.evaluation.measure import main_metric, measure
 from embedtune.evaluation.metrics import TITLES
 from embedtune.evaluation.quantise import as_stored
+from embedtune.models.embedding import with_tokens
 from embedtune.models.loading import load_sentence_transformer
 
 log = logging.getLogger("embedtune")
@@ -83,8 +84,9 @@ def _evaluate(
     widths = sorted((width for width in asked if width <= own), reverse=True)
     for set_as_given, texts in data.items() if widths else ():
         as_queries, as_documents, *_ = texts
-        queries = _encode(model.encode_query, as_queries)
-        documents = _encode(model.encode_document, as_documents)
+        prompts = [model.prompts.get(role) for role in ("query", "document")]
+        queries = _encode(model.encode_query, with_tokens(model, as_queries, prompts[0]))
+        documents = _encode(model.encode_document, with_tokens(model, as_documents, prompts[1]))
         for width in widths:
             metrics = _measure(texts, queries[:, :width], documents[:, :width], model.device)
             yield Result(name, set_as_given, width, metrics)

@@ -8,6 +8,7 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 
 from embedtune.checkpoints.training_facts import TrainingFacts
+from embedtune.digests import write_digests
 from embedtune.errors import ExportError, InputError
 from embedtune.export.model_card import write_model_card
 from embedtune.export.probes import embed_exported, embed_probes, largest_difference
@@ -96,6 +97,8 @@ def _write(folder: Path, encoder: Encoder, facts: TrainingFacts | None) -> None:
         if encoder.normalizes:
             del model[-1]
     write_model_card(folder, encoder, facts)
+    # Of weights alone: what people edit, such as the card, is theirs.
+    write_digests(folder, sorted(folder.rglob("*.safetensors")))
 
 
 def _embed_exported(part: Path, folder: Path, trust_remote_code: bool) -> Tensor:

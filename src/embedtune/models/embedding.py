@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
+from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from embedtune.models.loading import cap_length, load_sentence_transformer
@@ -61,7 +62,7 @@ class Embedding:
         if not texts:
             return torch.empty(0, int(self.model.get_embedding_dimension() or 0))
         embeddings = self.model.encode(
-            list(texts),
+            with_tokens(self.model, texts, prompt),
             prompt=prompt,
             batch_size=batch_size,
             device=device,
@@ -70,3 +71,22 @@ class Embedding:
             processing_kwargs={"text": {"max_length": cap_length(self.model, max_len)}},
         )
         return embeddings.float().cpu().clone()
+
+
+def with_tokens(model: SentenceTransformer, texts: Sequence[str], prompt: str | None) -> list[str]:
+    """Return texts that have a token each: as in training, of none is made one of padding.
+
+    A tokenizer that adds no tokens of its own makes none of an empty text, and models compute
+    nothing where all texts of a batch are such.
+
+    Args:
+        model: It will encode them.
+        texts: Any texts.
+        prompt: What will be prepended to each.
+    """
+    padding = getattr(model.tokenizer, "pad_token", None)
+    blank = {text for text in texts if not text.strip()}
+    if padding is None or prompt or not blank:
+        return list(texts)
+    empty = {text for text in blank if model.preprocess([text])["input_ids"].shape[-1] == 0}
+    return [padding if text in empty else text for text in texts]

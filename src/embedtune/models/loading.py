@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
+from embedtune.digests import refuse_damaged
 from embedtune.errors import InputError
 
 log = logging.getLogger("embedtune")
@@ -58,7 +59,7 @@ def load_sentence_transformer(
         config: Changes to its configuration; those it does not have are ignored.
 
     Raises:
-        InputError: Nothing loadable is there, or its weights are not finite.
+        InputError: Nothing loadable is there, or its weights are damaged or not finite.
     """
     # cuDNN plans for longer than a step takes, anew for every shape, and each batch has its own.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -71,6 +72,7 @@ def load_sentence_transformer(
         raise InputError(
             f"model_name_or_path: expected a model folder or a hub name, found no folder {path}"
         )
+    refuse_damaged(path)
     try:
         model = SentenceTransformer(
             model_name_or_path,

@@ -24,6 +24,7 @@ from embedtune.reports.panels import (
     width_panels,
 )
 from embedtune.reports.ticks import number
+from embedtune.secrets import withhold
 from embedtune.whole_files import write_text
 
 
@@ -70,7 +71,7 @@ def write_report(
         widths=sorted({w for s in sets for w in s.widths if w != ALL_WIDTHS}, reverse=True),
         training=training_panels(curves),
         speed=quantity_panels(curves, "examples_per_s", "padding_efficiency", "input_wait"),
-        facts=facts,
+        facts=withhold(facts),
         config=config.read_text("utf-8") if config.is_file() else None,
         number=number,
         quote=shlex.quote,

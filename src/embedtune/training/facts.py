@@ -11,6 +11,7 @@ from torch import nn
 from embedtune.checkpoints.training_facts import NOTHING_KNOWN, TrainingFacts
 from embedtune.data.records import Format
 from embedtune.models.encoder import Encoder
+from embedtune.secrets import withhold
 
 LIBRARIES = ("embedtune", "torch", "lightning", "transformers", "sentence-transformers")
 
@@ -24,12 +25,13 @@ def training_facts(trainer: Any, module: Any) -> TrainingFacts:
     """
     if "train" not in module.data.datasets:  # a checkpoint may be saved without a fit
         return NOTHING_KNOWN
+    place = module.place
     return TrainingFacts(
         data=data_facts(module.data, module.encoder),
         configuration=_configuration(trainer, module),
         mrl_dims=list(module.mrl_dims) if module.use_mrl else None,
         step=trainer.global_step,
-        epoch=module.place.epoch + 1,
+        epoch=max(1, place.epoch + (place.batch > 0)),  # at a start: the one before
         base_metrics={name: float(value) for name, value in module.base_metrics.items()},
         metrics={name: float(value) for name, value in module.metrics.items()},
     )
@@ -109,6 +111,6 @@ def describe_loss(loss: nn.Module) -> str:
     """
     given = inspect.signature(type(loss).__init__).parameters
     values = {k: v for k, v in vars(loss).items() if isinstance(v, bool | int | float | str)}
-    shown = ", ".join(f"{k}={v}" for k, v in values.items() if k in given)
+    shown = ", ".join(f"{k}={v}" for k, v in withhold(values).items() if k in given)
     inner = [describe_loss(child) for child in loss.children()]
     return f"{type(loss).__name__}({', '.join(inner + ([shown] if shown else []))})"
