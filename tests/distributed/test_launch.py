@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Ranks, embedtune
 from sentence_transformers import SentenceTransformer
 
 from embedtune.cli import main
@@ -91,7 +92,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:
     """Return the exit code and the output."""
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -115,8 +116,8 @@ def test_a_run_killed_at_a_random_step_ends_as_the_uninterrupted_one(tiny_bert):
     main(fit(tiny_bert, "whole"))
     at = random.SystemRandom().randrange(2, STEPS)
     dying = ("--model.loss", "dying.Dying", "--model.loss.at", str(at))
-    code, output = finish(start(fit(tiny_bert, "killed", *dying)))
-    assert code == -signal.SIGKILL, output
+    killed = Ranks(embedtune, fit(tiny_bert, "killed", *dying), folder=Path.cwd())
+    assert killed.wait() == [-signal.SIGKILL], killed.output()
     assert not Path("killed/model").exists()
     main(fit(tiny_bert, "killed", "--ckpt_path", "last"))
     assert steps_of("killed") == STEPS - at // 2 * 2, f"killed in step {at}"
@@ -128,8 +129,8 @@ def test_a_run_killed_at_a_random_step_ends_as_the_uninterrupted_one(tiny_bert):
 @pytest.mark.parametrize(
     ("strategy", "rank", "saving"),
     [
-        ("ddp", 1, False),
         ("fsdp", 0, True),
+        pytest.param("ddp", 1, False, marks=pytest.mark.slow),
         pytest.param("ddp", 0, True, marks=pytest.mark.slow),
         pytest.param("zero2", 1, False, marks=pytest.mark.slow),
         pytest.param("zero3", 0, True, marks=pytest.mark.slow),
@@ -147,8 +148,9 @@ def test_a_rank_that_dies_ends_the_run_and_the_last_checkpoint_resumes(
     code, output = finish(process, LIMIT)  # communicate: until the last rank has closed its output
     assert code != 0, output
     assert len(list(Path("run/checkpoints").glob("*.part"))) == saving
-    code, output = finish(start(fit(tiny_bert, "run", *on_two(strategy), "--ckpt_path", "last")))
-    assert code == 0, output
+    arguments = fit(tiny_bert, "run", *on_two(strategy), "--ckpt_path", "last")
+    resumed = Ranks(embedtune, arguments, folder=Path.cwd(), ranks=2)
+    assert resumed.wait() == [0, 0], resumed.output()
     assert steps_of("run") == STEPS - 4
     kept = {path.name for path in Path("run/checkpoints").iterdir()}
     assert kept == {f"epoch=1-step={STEPS}.ckpt", "last.ckpt"}
@@ -258,7 +260,11 @@ main([*sys.argv[2:], "--data.train_path", data, "--model.lr", str(rate)])
 
 
 @pytest.mark.parametrize(
-    ("what", "expected"), [("data", "training data"), ("rate", "configuration")]
+    ("what", "expected"),
+    [
+        ("data", "training data"),
+        pytest.param("rate", "configuration", marks=pytest.mark.slow),
+    ],
 )
 def test_ranks_that_differ_are_told_at_the_start(tiny_bert, what, expected):
     Path("different.py").write_text(DIFFERENT)

@@ -13,7 +13,7 @@ from embedtune.distributed.fsdp import FSDP
 from embedtune.distributed.strategies import whole_weights
 from embedtune.distributed.zero import ZeRO
 from embedtune.errors import ExportError, InputError
-from embedtune.export.folder import LOOSE_TOLERANCE, TOLERANCE, export_encoder
+from embedtune.export.folder import LOOSE_TOLERANCE, TOLERANCE, export_encoder, is_verified
 from embedtune.export.probes import embed_probes
 from embedtune.export.rebuild import export_checkpoint, rebuild
 from embedtune.models.spec import Features
@@ -91,6 +91,10 @@ class ExportModel(pl.Callback):
         """Forget the fit before."""
         self._ended_epoch, self._has_ended = None, False
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Export the epoch that a checkpoint was saved after, if no export of it followed."""
+        self._export_missing_epoch(trainer, cast(EmbeddingModule, pl_module))
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the epoch: Lightning saves checkpoints after this hook, whatever the order."""
         self._ended_epoch = trainer.current_epoch + 1 if self.save_on_epoch_end else None
@@ -104,15 +108,34 @@ class ExportModel(pl.Callback):
         number, self._ended_epoch = self._ended_epoch, None
         if number is None:
             return
-        epochs = Path(trainer.default_root_dir) / "checkpoints"
         try:
-            export_running(trainer, module, epochs / f"epoch-{number}")
+            export_running(trainer, module, _epoch_folder(trainer, number))
         except (ExportError, InputError) as error:
             log.error("epoch %d is not exported: %s", number, error)
         trainer.strategy.barrier()
+        self._delete_older(trainer, number)
+
+    def _export_missing_epoch(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
+        """Export the epoch at whose end a fit goes on, which was killed before it could."""
+        place, path = module.place, trainer.ckpt_path
+        is_at_end = place.epoch > 0 and not place.batch
+        if path is None or not self.save_on_epoch_end or not is_at_end:
+            return
+        folder = _epoch_folder(trainer, place.epoch)
+        is_own = Path(path).absolute().parent == folder.absolute().parent
+        if is_own and not is_verified(folder):
+            try:
+                _export_saved(trainer, module, Path(path), folder)
+            except (ExportError, InputError) as error:
+                log.error("epoch %d is not exported: %s", place.epoch, error)
+        self._delete_older(trainer, place.epoch)
+
+    def _delete_older(self, trainer: pl.Trainer, number: int) -> None:
+        """Delete the folders of epochs too many, also what is left of one that a kill spared."""
         oldest = number - self.num_max_checkpoints
-        if oldest >= 1 and trainer.is_global_zero:
-            shutil.rmtree(epochs / f"epoch-{oldest}", ignore_errors=True)
+        if trainer.is_global_zero:
+            for epoch in range(oldest, 0, -1):
+                shutil.rmtree(_epoch_folder(trainer, epoch), ignore_errors=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the last epoch and the final model: the best, or what the strategy still holds."""
@@ -125,7 +148,7 @@ class ExportModel(pl.Callback):
         if keeper is None:
             export_running(trainer, module, _model_folder(trainer))
         else:
-            _export_saved(trainer, module, Path(keeper.best_model_path))
+            _export_saved(trainer, module, Path(keeper.best_model_path), _model_folder(trainer))
         trainer.strategy.barrier()
         if trainer.is_global_zero:
             log.info(describe_choice(trainer))
@@ -138,9 +161,11 @@ class ExportModel(pl.Callback):
         """
         if self._has_ended or trainer.ckpt_path is None:
             return
+        module = cast(EmbeddingModule, pl_module)
+        self._export_missing_epoch(trainer, module)
         keeper = best_keeper(trainer)
         path = trainer.ckpt_path if keeper is None else keeper.best_model_path
-        _export_saved(trainer, cast(EmbeddingModule, pl_module), Path(path))
+        _export_saved(trainer, module, Path(path), _model_folder(trainer))
         if trainer.is_global_zero:
             log.info(describe_choice(trainer))
 
@@ -149,10 +174,16 @@ def _model_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "model"
 
 
-def _export_saved(trainer: pl.Trainer, module: EmbeddingModule, checkpoint: Path) -> None:
+def _epoch_folder(trainer: pl.Trainer, number: int) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints" / f"epoch-{number}"
+
+
+def _export_saved(
+    trainer: pl.Trainer, module: EmbeddingModule, checkpoint: Path, folder: Path
+) -> None:
     """Export a checkpoint, on rank 0; it was saved by this fit, which knows what it trusts."""
     if trainer.is_global_zero:
-        folder, spec = _model_folder(trainer), module.encoder.spec
+        spec = module.encoder.spec
         difference = export_checkpoint(
             checkpoint, folder, spec.trust_remote_code, spec.model_name_or_path
         )

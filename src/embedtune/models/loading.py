@@ -13,6 +13,7 @@ from torch import nn
 
 from embedtune.digests import refuse_damaged
 from embedtune.errors import InputError
+from embedtune.models.tokenizer_state import remember_tokenizers
 
 log = logging.getLogger("embedtune")
 
@@ -94,6 +95,7 @@ def load_sentence_transformer(
                 f"model_name_or_path: {model_name_or_path!r}: expected finite weights, "
                 f"found others in {name}"
             )
+    remember_tokenizers(model)
     return model
 
 
