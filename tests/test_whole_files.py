@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,22 @@ def test_a_file_system_that_cannot_wait_for_the_disk_is_written_to(tmp_path, mon
     monkeypatch.setattr(os, "fsync", fail)
     write_text(tmp_path / "a.txt", "new")
     assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_what_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    make, made = tempfile.mkdtemp, []
+
+    def make_and_lose(*args, **kwargs) -> str:
+        made.append(make(*args, **kwargs))
+        if len(made) == 1:
+            sweep(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose)
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert len(made) == 2
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_the_first_of_two_writers_stays_where_asked(tmp_path):

@@ -25,6 +25,9 @@ FORMER = ".former"
 LOST = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO") if hasattr(errno, name)}
 """Errors by which the system says that what was written has not reached the disk."""
 
+MAKES = 3
+"""Times that a part is made, before the file system is taken for one without locks."""
+
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors ends what it says of an error of the system."""
 
@@ -112,8 +115,7 @@ def part_folder(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     sweep(path.parent, f".{path.name}.*{PART}")
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
-    lock = _lock(folder)
+    folder, lock = _make_part(path)
     try:
         yield folder
     finally:
@@ -137,6 +139,17 @@ def writing(path: Path, keep_existing: bool = False) -> Iterator[Path]:
         yield folder / path.name
         if not (keep_existing and path.exists()):
             put(folder / path.name, path)
+
+
+def _make_part(path: Path) -> tuple[Path, int | None]:
+    """Make a folder beside ``path`` and lock it."""
+    for _ in range(MAKES):
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
+        lock = _lock(folder)
+        if lock is not None and folder.exists():
+            break  # else another process took it for a leftover, or nothing can be locked
+    folder.mkdir(exist_ok=True)
+    return folder, lock
 
 
 def write_text(path: Path, text: str) -> None:

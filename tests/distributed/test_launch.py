@@ -242,7 +242,7 @@ def free_port() -> int:
 
 def test_a_mistake_is_told_once_by_two_ranks(tiny_bert):
     Path("train.jsonl").write_text('{"query": "q", "pos": ["p"]}\n{"query": "q", "pos": "p"}\n')
-    code, output = finish(start(fit(tiny_bert, "run", *on_two("ddp"))), LIMIT)
+    code, output = finish(start(fit(tiny_bert, "run", *on_two("ddp"))))
     assert code == 2, output
     assert output.count("embedtune: error: train.jsonl:2: field 'pos'") == 1, output
     assert "Traceback" not in output
@@ -278,7 +278,7 @@ def test_ranks_that_differ_are_told_at_the_start(tiny_bert, what, expected):
         env={**os.environ, **ONE_THREAD},
         capture_output=True,
         text=True,
-        timeout=2 * LIMIT,
+        timeout=240,
         check=False,
     )
     assert done.returncode != 0

@@ -19,6 +19,7 @@ from embedtune.export.rebuild import export_checkpoint, rebuild
 from embedtune.models.spec import Features
 from embedtune.training.facts import training_facts
 from embedtune.training.module import EmbeddingModule
+from embedtune.whole_files import sweep
 
 log = logging.getLogger("embedtune")
 
@@ -88,8 +89,10 @@ class ExportModel(pl.Callback):
         self._has_ended = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the fit before."""
+        """Forget the fit before, and sweep what was left of it by a kill."""
         self._ended_epoch, self._has_ended = None, False
+        if trainer.is_global_zero:
+            sweep(_epoch_folder(trainer, 1).parent)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the epoch that a checkpoint was saved after, if no export of it followed."""
