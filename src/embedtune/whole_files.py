@@ -214,7 +214,8 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno in LOST:
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+            error.filename = str(path)
+            raise
         return  # a file system without it
     finally:
         os.close(descriptor)

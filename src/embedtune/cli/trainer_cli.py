@@ -18,7 +18,7 @@ from embedtune.cli.assembly import (
     trainer_settings,
 )
 from embedtune.cli.config_files import refuse_broken_configs
-from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, refuse_numbers, settle
+from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, refuse_nulls, refuse_numbers, settle
 from embedtune.cli.log_lines import quiet_libraries
 from embedtune.cli.mistakes import first_line
 from embedtune.cli.parser import Parser
@@ -59,7 +59,10 @@ class TrainerCLI(LightningCLI):
         """
         refuse_broken_configs(args)
         self.config = parser.parse_args(args)
-        refuse_numbers(self.config[self.config.subcommand])
+        config = self.config[self.config.subcommand]
+        refuse_numbers(config)
+        refuse_nulls("model", EmbeddingModule, config.model)
+        refuse_nulls("data", EmbeddingDataModule, config.data)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""

@@ -89,6 +89,10 @@ def load_sentence_transformer(
         raise InputError(
             f"model_name_or_path: cannot load {model_name_or_path!r}: {reason}"
         ) from error
+    if any(getattr(module, "pooling_output_dimension", 1) == 0 for module in model):
+        raise InputError(
+            f"model_name_or_path: {model_name_or_path!r}: expected a pooling mode, found none"
+        )
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise InputError(
