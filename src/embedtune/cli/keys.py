@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -111,9 +111,8 @@ def refuse_nulls(section: str, kind: type, values: Any) -> None:
     Raises:
         InputError: It names the key.
     """
-    hints = get_type_hints(kind.__init__)
-    for name, parameter in inspect.signature(kind).parameters.items():
-        hint, default = hints.get(name, Any), parameter.default
+    for name, parameter in inspect.signature(kind, eval_str=True).parameters.items():
+        hint, default = parameter.annotation, parameter.default
         is_needed = hint is not Any and type(None) not in get_args(hint)
         if is_needed and default is not parameter.empty and values.get(name, default) is None:
             raise InputError(f"{section}.{name}: expected a value such as {default}, found null")
