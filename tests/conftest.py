@@ -32,6 +32,10 @@ BERT_SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 def pytest_addoption(parser):
     parser.addoption("--chains", type=int, default=40, help="chains of stops that are tried")
+    parser.addoption("--kills", type=int, default=5, help="processes that are killed")
+    parser.addoption("--mutations", type=int, default=132, help="files that are broken")
+    parser.addoption("--steps", type=int, default=200, help="steps of a long run")
+    parser.addoption("--write-points", type=int, default=1, help="writes that fail; 0 for all")
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,11 @@
 """What is written is whole or not there, whoever else writes and whenever a process dies."""
 
+import errno
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,46 @@ def test_a_block_that_fails_leaves_the_former(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fail()
     assert path.read_text() == "former"
+    assert names(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("full", ["ENOSPC", "EIO"])
+def test_what_has_not_reached_the_disk_takes_no_place(tmp_path, monkeypatch, full):
+    path = tmp_path / "a.txt"
+    write_text(path, "former")
+
+    def fail(descriptor: int) -> None:
+        raise OSError(getattr(errno, full), "lost")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="part"):
+        write_text(path, "new")
+    assert path.read_text() == "former"
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_a_file_system_that_cannot_wait_for_the_disk_is_written_to(tmp_path, monkeypatch):
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EINVAL, "no fsync")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+def test_what_is_swept_before_it_is_locked_is_made_again(tmp_path, monkeypatch):
+    make, made = tempfile.mkdtemp, []
+
+    def make_and_lose(*args, **kwargs) -> str:
+        made.append(make(*args, **kwargs))
+        if len(made) == 1:
+            sweep(tmp_path)
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", make_and_lose)
+    write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "a.txt").read_text() == "new"
+    assert len(made) == 2
     assert names(tmp_path) == ["a.txt"]
 
 

@@ -4,11 +4,12 @@ It is written beside its place, under a name that ends in ``.part``, reaches the
 renamed. What a killed process left beside is swept by the next one that writes there.
 """
 
+import errno
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,12 @@ except ModuleNotFoundError:  # there are none on Windows, where nothing is swept
 PART = ".part"
 FORMER = ".former"
 """What a folder is called that is about to be replaced: two folders cannot be swapped at once."""
+
+LOST = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO") if hasattr(errno, name)}
+"""Errors by which the system says that what was written has not reached the disk."""
+
+MAKES = 3
+"""Times that a part is made, before the file system is taken for one without locks."""
 
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 """How safetensors ends what it says of an error of the system."""
@@ -46,6 +53,36 @@ def put(part: Path, path: Path) -> None:
     remove(former)
 
 
+def put_together(parts: Mapping[Path, Path]) -> None:
+    """Let files that belong together take their places: all of them, or on an error none.
+
+    A process that is killed meanwhile leaves no file of one kind beside one of the other.
+
+    Args:
+        parts: Where each is written, and its place.
+    """
+    for part in parts:
+        _reach_disk(part)
+    formers = {path: path.with_name(path.name + FORMER) for path in parts.values()}
+    held = [path for path in formers if path.exists()]
+    try:
+        for path in held:
+            path.replace(formers[path])
+        for part, path in parts.items():
+            part.replace(path)
+    except BaseException:
+        for path, former in formers.items():
+            if path not in held:
+                remove(path)
+            elif former.exists():
+                former.replace(path)
+        raise
+    for folder in {path.parent for path in formers}:
+        _sync(folder)
+    for former in formers.values():
+        remove(former)
+
+
 def bring_back(path: Path) -> None:
     """Give a folder its name again, which a killed process took from it to put another there."""
     former = path.with_name(path.name + FORMER)
@@ -70,6 +107,24 @@ def naming(path: Path) -> Iterator[None]:
 
 
 @contextmanager
+def part_folder(path: Path) -> Iterator[Path]:
+    """Yield a folder beside ``path`` to write in, which goes with the block.
+
+    What processes that were killed have left of theirs is swept; the folder that holds ``path`` is
+    made.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sweep(path.parent, f".{path.name}.*{PART}")
+    folder, lock = _make_part(path)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+@contextmanager
 def writing(path: Path, keep_existing: bool = False) -> Iterator[Path]:
     """Yield where to write what becomes ``path`` once the block has ended well.
 
@@ -80,19 +135,21 @@ def writing(path: Path, keep_existing: bool = False) -> Iterator[Path]:
         keep_existing: Leave alone what another process has put there meanwhile, and may have mapped
             into memory.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent, f".{path.name}.*{PART}")
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
-    lock = _lock(folder)
-    try:
-        with naming(path):
-            yield folder / path.name
+    with part_folder(path) as folder, naming(path):
+        yield folder / path.name
         if not (keep_existing and path.exists()):
             put(folder / path.name, path)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+
+
+def _make_part(path: Path) -> tuple[Path, int | None]:
+    """Make a folder beside ``path`` and lock it."""
+    for _ in range(MAKES):
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent))
+        lock = _lock(folder)
+        if lock is not None and folder.exists():
+            break  # else another process took it for a leftover, or nothing can be locked
+    folder.mkdir(exist_ok=True)
+    return folder, lock
 
 
 def write_text(path: Path, text: str) -> None:
@@ -155,7 +212,10 @@ def _sync(path: Path) -> None:
         return
     try:
         os.fsync(descriptor)
-    except OSError:  # a file system without it
-        return
+    except OSError as error:
+        if error.errno in LOST:
+            error.filename = str(path)
+            raise
+        return  # a file system without it
     finally:
         os.close(descriptor)

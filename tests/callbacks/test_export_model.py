@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,22 @@ def test_a_fit_with_nothing_left_to_train_leaves_a_model_and_a_report(tiny_bert,
     text = report.read_text()
     assert "The fit is running" not in text
     assert "global batch" in text
+
+
+@pytest.mark.parametrize("epochs", ["2", "4"])
+def test_an_epoch_that_a_kill_left_without_its_export_gets_one(tiny_bert, epochs):
+    """Whether nothing is left to train or more is; one too many goes, were it half there."""
+    kept = ("--num_max_checkpoints", "2")
+    fit(tiny_bert, *kept)
+    epoch = Path("run/checkpoints/epoch-2")
+    written = {path.name: path.read_bytes() for path in epoch.iterdir() if path.is_file()}
+    shutil.rmtree(epoch)
+    shutil.rmtree("run/checkpoints/epoch-1/1_Pooling")
+    fit(tiny_bert, *kept, "--ckpt_path", "last", "--trainer.max_epochs", epochs)
+    found = sorted(path.name for path in Path("run/checkpoints").glob("epoch-*"))
+    assert found == (["epoch-1", "epoch-2"] if epochs == "2" else ["epoch-3", "epoch-4"])
+    if epochs == "2":
+        assert {name: (epoch / name).read_bytes() for name in written} == written
 
 
 def test_such_a_fit_fails_if_its_model_cannot_be_exported(tiny_bert, monkeypatch, capsys):

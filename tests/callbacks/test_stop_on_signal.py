@@ -1,13 +1,11 @@
 """A fit that is told to stop finishes its step, saves, and says how to go on."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import Ranks, embedtune
 
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
@@ -105,23 +103,23 @@ def test_without_checkpoints_nothing_is_said_to_be_saved(tiny_bert, caplog):
     assert "SIGTERM: stopped after step 2: nothing is saved" in caplog.text
 
 
-def run(model, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "embedtune", *flags(model, "run", *more)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+def run(model, *more: str, ranks: int = 1) -> tuple[set[int | None], str]:
+    """Return the exit codes of processes of their own, and what they have written."""
+    started = Ranks(embedtune, flags(model, "run", *more), folder=Path.cwd(), ranks=ranks)
+    return set(started.wait()), started.output()
 
 
 def test_a_second_signal_ends_it_at_once(tiny_bert):
-    done = run(tiny_bert, *told(1, signal.SIGTERM, times=2))
-    assert done.returncode == -signal.SIGTERM
-    assert "stopped after" not in done.stderr
+    codes, output = run(tiny_bert, *told(1, signal.SIGTERM, times=2))
+    assert codes == {-signal.SIGTERM}
+    assert "stopped after" not in output
     assert not Path("run/checkpoints/last.ckpt").exists()
 
 
 def test_a_signal_to_one_rank_stops_all(tiny_bert):
     two = ("--trainer.devices=2", "--data.batch_size=2")
-    done = run(tiny_bert, *told(2, signal.SIGTERM, rank=1), *two)
-    assert done.returncode == 143, done.stderr
-    assert done.stderr.count("SIGTERM: stopped after step 3: saved") == 1
-    assert "Traceback" not in done.stderr
+    codes, output = run(tiny_bert, *told(2, signal.SIGTERM, rank=1), *two, ranks=2)
+    assert codes == {143}, output
+    assert output.count("SIGTERM: stopped after step 3: saved") == 1
+    assert "Traceback" not in output
     assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 3

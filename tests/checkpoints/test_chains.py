@@ -170,6 +170,7 @@ def assert_chain_is_unbroken(tmp_path: Path, static: Path, rows: Path, chain: Ch
     assert all(torch.equal(ended.weights[name], value) for name, value in whole.weights.items())
 
 
+@pytest.mark.timeout(0)
 def test_a_chain_of_stops_is_the_unbroken_run(tmp_path_factory, static, rows, request):
     count = request.config.getoption("--chains")
 

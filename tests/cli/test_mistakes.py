@@ -136,6 +136,14 @@ def test_a_value_that_does_not_do_is_one_line(tiny_bert, capsys, flag, value, me
 # --- The machine ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("key", ["model.lr", "model.use_mrl", "data.batch_size", "data.shuffle"])
+def test_a_null_where_a_value_is_needed_is_one_line(tiny_bert, capsys, key):
+    section, name = key.split(".")
+    Path("null.yaml").write_text(f"{section}:\n  {name}:\n")
+    message = said(capsys, *fit(tiny_bert), "--config", "null.yaml")
+    assert re.match(rf"{key}: expected .*, found null$", message), message
+
+
 @pytest.fixture
 def _full_disk():
     """Let no file be as large as weights: a process learns of it as of a full disk."""

@@ -111,3 +111,12 @@ def test_the_command_lists_and_clears(tmp_path, cache, capsys):
     main(["cache", "--clear", "true"])
     assert f"2 tables removed from {cache}" in capsys.readouterr().out
     assert list(cache.iterdir()) == []
+
+
+def test_what_a_kill_left_of_any_table_is_swept(tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEDTUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text('{"query": "q", "pos": ["p"]}\n')
+    (tmp_path / "cache/.another.arrow.x.part").mkdir(parents=True)
+    for _ in range(2):
+        Rows([tmp_path / "rows.jsonl"])
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]

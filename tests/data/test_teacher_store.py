@@ -2,11 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from embedtune import whole_files
 from embedtune.data import teacher_store
 from embedtune.data.teacher_store import TeacherStore, TeacherWriter, sidecar_path
 from embedtune.errors import InputError
@@ -197,19 +197,18 @@ def test_a_store_is_not_there_before_it_is_whole(tmp_path):
 
 def test_no_description_stands_beside_the_embeddings_of_another(tmp_path, monkeypatch):
     """Also where the second store is stopped in its last moment."""
-    path = tmp_path / "t.f32"
+    path, replace = tmp_path / "t.f32", Path.replace
     write_store(path, 1)
-    put = whole_files.put
 
     def stopped(part, place):
-        if place == path:
+        if Path(place) == sidecar_path(path) and part.parent != place.parent:
             raise KeyboardInterrupt
-        put(part, place)
+        return replace(part, place)
 
-    monkeypatch.setattr(whole_files, "put", stopped)
+    monkeypatch.setattr(Path, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
         write_store(path, 2)
-    assert not path.exists()
+    assert TeacherStore([path], 4, 2, "d")[3].tolist() == [1, 1]
 
 
 # --- Damage ---------------------------------------------------------------------------------

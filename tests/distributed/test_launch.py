@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Ranks, embedtune
 from sentence_transformers import SentenceTransformer
 
 from embedtune.cli import main
@@ -93,7 +94,7 @@ def start(arguments: list[str]) -> subprocess.Popen:
     )
 
 
-def finish(process: subprocess.Popen, seconds: float = 120) -> tuple[int, str]:
+def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:
     """Return the exit code and the output."""
     try:
         output, _ = process.communicate(timeout=seconds)
@@ -117,8 +118,8 @@ def test_a_run_killed_at_a_random_step_ends_as_the_uninterrupted_one(tiny_bert):
     main(fit(tiny_bert, "whole"))
     at = random.SystemRandom().randrange(2, STEPS)
     dying = ("--model.loss", "dying.Dying", "--model.loss.at", str(at))
-    code, output = finish(start(fit(tiny_bert, "killed", *dying)))
-    assert code == -signal.SIGKILL, output
+    killed = Ranks(embedtune, fit(tiny_bert, "killed", *dying), folder=Path.cwd())
+    assert killed.wait() == [-signal.SIGKILL], killed.output()
     assert not Path("killed/model").exists()
     main(fit(tiny_bert, "killed", "--ckpt_path", "last"))
     assert steps_of("killed") == STEPS - at // 2 * 2, f"killed in step {at}"
@@ -130,8 +131,8 @@ def test_a_run_killed_at_a_random_step_ends_as_the_uninterrupted_one(tiny_bert):
 @pytest.mark.parametrize(
     ("strategy", "rank", "saving"),
     [
-        ("ddp", 1, False),
         ("fsdp", 0, True),
+        pytest.param("ddp", 1, False, marks=pytest.mark.slow),
         pytest.param("ddp", 0, True, marks=pytest.mark.slow),
         pytest.param("zero2", 1, False, marks=pytest.mark.slow),
         pytest.param("zero3", 0, True, marks=pytest.mark.slow),
@@ -153,8 +154,9 @@ def test_a_rank_that_dies_ends_the_run_and_the_last_checkpoint_resumes(
         assert output.count(said) == 1, output
         assert "Traceback" not in output
     assert len(list(Path("run/checkpoints").glob("*.part"))) == saving
-    code, output = finish(start(fit(tiny_bert, "run", *on_two(strategy), "--ckpt_path", "last")))
-    assert code == 0, output
+    arguments = fit(tiny_bert, "run", *on_two(strategy), "--ckpt_path", "last")
+    resumed = Ranks(embedtune, arguments, folder=Path.cwd(), ranks=2)
+    assert resumed.wait() == [0, 0], resumed.output()
     assert steps_of("run") == STEPS - 4
     kept = {path.name for path in Path("run/checkpoints").iterdir()}
     assert kept == {f"epoch=1-step={STEPS}.ckpt", "last.ckpt"}
@@ -259,7 +261,7 @@ def free_port() -> int:
 
 def test_a_mistake_is_told_once_by_two_ranks(tiny_bert):
     Path("train.jsonl").write_text('{"query": "q", "pos": ["p"]}\n{"query": "q", "pos": "p"}\n')
-    code, output = finish(start(fit(tiny_bert, "run", *on_two("ddp"))), LIMIT)
+    code, output = finish(start(fit(tiny_bert, "run", *on_two("ddp"))))
     assert code == 2, output
     assert output.count("embedtune: error: train.jsonl:2: field 'pos'") == 1, output
     assert "Traceback" not in output
@@ -285,8 +287,16 @@ main([*sys.argv[2:], *(f"--{name}={value}" for name, value in given.items())])
     ("what", "expected"),
     [
         ("data", "rank 1: expected the training data of rank 0, found another"),
-        ("rate", "rank 1: expected the configuration of rank 0, found another"),
-        ("folder", "expected a folder that all ranks share, found that rank 1 does not see in run"),
+        pytest.param(
+            "rate",
+            "rank 1: expected the configuration of rank 0, found another",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "folder",
+            "expected a folder that all ranks share, found that rank 1 does not see in run",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_ranks_that_differ_are_told_at_the_start(tiny_bert, what, expected):
@@ -301,7 +311,7 @@ def test_ranks_that_differ_are_told_at_the_start(tiny_bert, what, expected):
         env={**os.environ, **ONE_THREAD},
         capture_output=True,
         text=True,
-        timeout=2 * LIMIT,
+        timeout=240,
         check=False,
     )
     assert done.returncode != 0

@@ -1,21 +1,20 @@
 """Every strategy gives one process's weights, checkpoints and model, on two real processes.
 
-All runs of two ranks are made by one `torchrun` of strategy_cases.py, and those that go on from
+All runs of two ranks are made by one launch of strategy_cases.py, and those that go on from
 their checkpoints on one rank by another; each test compares what they left with the same run in
 this process. Stochastic gradient descent shows a wrong gradient
 scale; dropout is off, for masks depend on how a batch is divided.
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import strategy_cases
 import torch
+from forks import Ranks
 from sentence_transformers import SentenceTransformer
 
 from embedtune import InputError, export_checkpoint
@@ -26,8 +25,10 @@ from embedtune.distributed.strategies import named_strategy, refuse_checkpoint
 from embedtune.export.rebuild import rebuild
 
 pytestmark = pytest.mark.timeout(600)  # the first test of a fixture waits for all its runs
-STRATEGIES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
-SHARDED = ["fsdp", "zero1", "zero2", "zero3"]
+SHARDED = ["fsdp", "zero2", "zero3"]
+STRATEGIES = ["ddp", *SHARDED]
+REPEATED = "zero1"
+"""ZeRO-2 but for where gradients lie: with the slow tests alone."""
 DECODERS = ["zero2", "zero3"]  # what a decoder is trained with, besides a BERT
 PROBES = ["a b c", "one longer text of several words", "1 2 3"]
 # The last global batch of 19 examples is ragged; that of 17 leaves a rank without any.
@@ -105,10 +106,14 @@ def single_cases(models: dict[str, dict]) -> dict[str, dict]:
     return {name: {**case, "name": name, "strategy": "auto"} for name, case in single.items()}
 
 
-def two_rank_cases(single: dict[str, dict]) -> list[dict]:
+def slow(*values: str) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def two_rank_cases(single: dict[str, dict], strategies: list[str]) -> list[dict]:
     """Return the runs of two ranks."""
     cases = []
-    for strategy in STRATEGIES:
+    for strategy in strategies:
 
         def add(base: str, strategy=strategy, name: str | None = None, **changes) -> None:
             name = f"{strategy}-{name or base}"
@@ -145,10 +150,10 @@ def two_rank_cases(single: dict[str, dict]) -> list[dict]:
     return cases
 
 
-def one_rank_cases(single: dict[str, dict]) -> list[dict]:
+def one_rank_cases(single: dict[str, dict], strategies: list[str]) -> list[dict]:
     """Return the runs of one rank that go on from checkpoints of two."""
     cases = []
-    for strategy in SHARDED:
+    for strategy in strategies[1:]:  # all but ddp
         checkpoint = {"from": f"{strategy}-whole/{CHECKPOINT}", "strategy": strategy}
         cases.append({**single["whole"], **checkpoint, "name": f"{strategy}-onto_one"})
         cases.append({**single["validated"], **checkpoint, "name": f"{strategy}-validated_by_one"})
@@ -158,28 +163,20 @@ def one_rank_cases(single: dict[str, dict]) -> list[dict]:
 class Runs:
     """The runs of two ranks and of one, and on demand those of this process."""
 
-    def __init__(self, folder: Path, single: dict[str, dict]) -> None:
-        self.folder, self.single = folder, single
+    def __init__(self, folder: Path, single: dict[str, dict], strategies: list[str]) -> None:
+        self.folder, self.single, self.strategies = folder, single, strategies
         self._alone: dict[str, dict] = {}
 
     def launch(self, ranks: int, cases: list[dict]) -> None:
         """Run cases on a number of ranks, all in one launch."""
         file = self.folder / f"cases-{ranks}.json"
         file.write_text(json.dumps(cases))
-        script = Path(strategy_cases.__file__)
-        command = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        done = subprocess.run(
-            [sys.executable, "-m", *command, str(script), str(self.folder), str(file)],
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "EMBEDTUNE_CACHE": str(self.folder / "cache"),
-            },
-            capture_output=True,
-            text=True,
-            timeout=580,
-        )
-        assert done.returncode == 0, done.stderr[-15000:]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("EMBEDTUNE_CACHE", str(self.folder / "cache"))
+            launched = Ranks(
+                strategy_cases.main, self.folder, file, folder=self.folder, ranks=ranks
+            )
+        assert set(launched.wait(580)) == {0}, launched.output()[-15000:]
 
     def on_ranks(self, name: str) -> dict:
         """Return the result of rank 0, and the steps and losses of all ranks."""
@@ -200,13 +197,15 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(models, tmp_path_factory) -> Runs:
+def runs(models, tmp_path_factory, request) -> Runs:
     single = single_cases(models)
-    runs = Runs(tmp_path_factory.mktemp("strategies"), single)
-    cases = two_rank_cases(single)
+    is_repeated = any(REPEATED in item.name for item in request.session.items)
+    strategies = [*STRATEGIES, *([REPEATED] if is_repeated else [])]
+    runs = Runs(tmp_path_factory.mktemp("strategies"), single, strategies)
+    cases = two_rank_cases(single, strategies)
     strategy_cases.write_data(runs.folder, cases)
     runs.alone("whole")  # two ranks go on from it
-    for strategy in SHARDED:
+    for strategy in strategies[1:]:
         for leftover in ("step=2.ckpt.part", "step=3.ckpt.former"):  # of a run that was killed
             (runs.folder / f"{strategy}-rotated/checkpoints" / leftover / "a").mkdir(parents=True)
     runs.launch(2, cases)
@@ -215,7 +214,7 @@ def runs(models, tmp_path_factory) -> Runs:
 
 @pytest.fixture(scope="session")
 def onto_one(runs) -> Runs:
-    runs.launch(1, one_rank_cases(runs.single))
+    runs.launch(1, one_rank_cases(runs.single, runs.strategies))
     return runs
 
 
@@ -231,10 +230,10 @@ def assert_same_weights(result: dict, expected: dict) -> None:
     assert movement(result["weights"], expected["weights"]) < 1e-4 * moved
 
 
-def cases_of(tasks: list[str]) -> list[tuple[str, str]]:
-    return [(strategy, f"bert-{task}") for strategy in STRATEGIES for task in tasks] + [
-        (strategy, f"qwen-{task}") for strategy in DECODERS for task in tasks if task in TASKS
-    ]
+def cases_of(tasks: list[str]) -> list:
+    bert = [(strategy, f"bert-{task}") for strategy in STRATEGIES for task in tasks]
+    qwen = [(strategy, f"qwen-{task}") for strategy in DECODERS for task in tasks if task in TASKS]
+    return [*bert, *qwen, *(slow(REPEATED, f"bert-{task}") for task in tasks)]
 
 
 # --- One process's weights ------------------------------------------------------------------
@@ -260,20 +259,20 @@ def test_so_do_adamw_and_clipping(runs, strategy, task):
     assert movement(expected["weights"], unclipped["weights"]) > 1e-4
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 @pytest.mark.parametrize("task", ["triplet", "distill", "cosent"])
 def test_so_does_a_gradient_cache(runs, strategy, task):
     result = runs.on_ranks(f"{strategy}-cached-bert-{task}")
     assert_same_weights(result, runs.alone(f"bert-{task}"))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_a_gradient_cache_computes_the_same_in_half_precision(runs, strategy):
     result, expected = runs.on_ranks(f"{strategy}-cached-half"), runs.on_ranks(f"{strategy}-half")
     assert_same_weights(result, expected)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_a_gradient_cache_replays_dropout(runs, strategy):
     expected = runs.on_ranks(f"{strategy}-dropped")
     assert_same_weights(runs.on_ranks(f"{strategy}-dropped-cached"), expected)
@@ -292,7 +291,7 @@ def test_a_wrong_factor_in_the_gather_is_seen(runs):
     assert movement(result["weights"], expected["weights"]) > 100 * 1e-4 * moved
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_accumulated_batches_equal_one(runs, strategy):
     result = runs.on_ranks(f"{strategy}-accumulated")
     assert_same_weights(result, runs.alone("accumulated"))
@@ -314,12 +313,12 @@ def test_a_loss_over_each_rank_is_that_of_accumulated_batches(runs, name, task, 
     assert movement(expected["weights"], together["weights"]) > 1e-3
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_what_is_left_at_the_end_of_an_epoch_is_stepped_with(runs, strategy):
     assert_same_weights(runs.on_ranks(f"{strategy}-left_over"), runs.alone("left_over"))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_a_rank_holds_no_more_than_its_share(runs, strategy):
     task = "bert-pair-adamw"
     held, whole = runs.on_ranks(f"{strategy}-{task}")["held"], runs.alone(task)["held"]
@@ -342,7 +341,7 @@ def joined(seen_by_rank: list) -> list:
     ]
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_two_ranks_see_the_examples_and_negatives_of_one(runs, strategy):
     together = joined(runs.on_ranks(f"{strategy}-bert-triplet")["seen_by_rank"])
     alone = joined([runs.alone("bert-triplet")["seen"]])
@@ -355,7 +354,7 @@ def test_two_ranks_see_the_examples_and_negatives_of_one(runs, strategy):
 
 
 @pytest.mark.parametrize("loss", ["pair", "multi_positive"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_a_duplicate_on_the_other_rank_is_no_negative(runs, strategy, loss):
     result = runs.on_ranks(f"{strategy}-duplicated-{loss}")
     given = [{example for step in rank for example in step[0]} for rank in result["seen_by_rank"]]
@@ -366,7 +365,7 @@ def test_a_duplicate_on_the_other_rank_is_no_negative(runs, strategy, loss):
     assert_same_weights(result, expected)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_without_the_mask_it_would_be(runs, strategy):
     result = runs.on_ranks(f"{strategy}-duplicated-unmasked")
     masked = runs.alone("bert-pair", **DUPLICATED, loss="pair")
@@ -385,7 +384,7 @@ def mean_loss(result: dict) -> float:
 
 
 @pytest.mark.parametrize("task", ["half", "half_scored"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_half_precision_rounds_no_teacher_score_or_loss(runs, strategy, task):
     result, expected = runs.on_ranks(f"{strategy}-{task}"), runs.alone(task, precision="32-true")
     assert result["precisions"] == {"torch.float32"}
@@ -408,7 +407,7 @@ def test_float16_scales_its_gradients_and_trains(runs, strategy):
 # --- Checkpoints and exports ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one(runs, strategy):
     whole, resumed = (runs.on_ranks(f"{strategy}-{name}") for name in ("whole", "resumed"))
     assert joined(resumed["seen_by_rank"]) == joined(whole["seen_by_rank"])[4:]
@@ -416,7 +415,7 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_the_uninterrupted_one(runs, 
     assert movement(resumed["weights"], whole["weights"]) == 0
 
 
-@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.parametrize("strategy", [*SHARDED, slow(REPEATED)])
 def test_a_run_of_two_ranks_goes_on_on_one(onto_one, strategy):
     result, whole = onto_one.on_ranks(f"{strategy}-onto_one"), onto_one.alone("whole")
     assert joined(result["seen_by_rank"]) == joined([whole["seen"]])[4:]
@@ -436,25 +435,25 @@ def test_a_run_of_one_process_goes_on_on_two(runs):
     assert_same_weights(result, whole)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_a_checkpoint_is_validated_on_any_number_of_ranks(onto_one, strategy):
     loss = "val/triplet-19/loss"
     expected = onto_one.alone("validated", **{"from": f"ddp-whole/{CHECKPOINT}"})[loss]
     assert expected != pytest.approx(onto_one.alone("validated")[loss], rel=0.01)
-    names = ["validated", "validated_by_one"] if strategy in SHARDED else ["validated"]
+    names = ["validated", "validated_by_one"] if strategy != "ddp" else ["validated"]
     for name in names:
         found = onto_one.on_ranks(f"{strategy}-{name}")[loss]
         assert found == pytest.approx(expected, rel=1e-5), name
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_ranks_validate_scored_rows_together(runs, strategy):
     found, expected = runs.on_ranks(f"{strategy}-validated_scored"), runs.alone("validated_scored")
     for name in ("val/scored-19/loss", "val/scored-19/spearman"):
         assert found[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_ranks_evaluate_test_sets_together(runs, strategy):
     found, expected = runs.on_ranks(f"{strategy}-evaluated"), runs.alone("evaluated")
     assert {"val/docs/ndcg@10", "val/docs/map@100/8", "val/pairs/spearman/8"} < set(found["base"])
@@ -464,7 +463,7 @@ def test_ranks_evaluate_test_sets_together(runs, strategy):
     assert found["metrics"]["val/docs/ndcg@10"] != pytest.approx(found["base"]["val/docs/ndcg@10"])
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_rotation_leaves_the_last_checkpoint(runs, strategy):
     folder = runs.folder / f"{strategy}-rotated" / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"step=6.ckpt", "last.ckpt"}
@@ -474,7 +473,7 @@ def test_rotation_leaves_the_last_checkpoint(runs, strategy):
     assert last_checkpoint(folder) == folder / "step=6.ckpt"
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_a_checkpoint_is_read_without_its_processes(runs, strategy, tmp_path):
     path = runs.folder / f"{strategy}-whole" / CHECKPOINT
     kind = {"ddp": "file", "fsdp": "fsdp"}.get(strategy, "zero")
@@ -489,7 +488,7 @@ def test_a_checkpoint_is_read_without_its_processes(runs, strategy, tmp_path):
     assert rebuild(spec, weights, "checkpoint").width == 32
 
 
-@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.parametrize("strategy", [*SHARDED, slow(REPEATED)])
 def test_a_checkpoint_without_the_part_of_a_rank_is_an_error(runs, strategy, tmp_path):
     path = tmp_path / "part.ckpt"
     shutil.copytree(runs.folder / f"{strategy}-whole" / CHECKPOINT, path)
@@ -500,7 +499,7 @@ def test_a_checkpoint_without_the_part_of_a_rank_is_an_error(runs, strategy, tmp
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("strategy", SHARDED)
+@pytest.mark.parametrize("strategy", [*SHARDED, slow(REPEATED)])
 def test_placeholders_are_no_weights(runs, strategy):
     """What ZeRO-3 leaves in place of a divided parameter has no elements."""
     spec, weights = read_checkpoint(runs.folder / f"{strategy}-whole" / CHECKPOINT)
@@ -523,7 +522,7 @@ def test_a_stage_that_divides_otherwise_is_told(runs):
 
 
 def test_exported_models_encode_alike(runs):
-    names = [*STRATEGIES, OFFLOADED]
+    names = [*runs.strategies, OFFLOADED]
     folders = [runs.folder / f"{name}-bert-pair" / "model" for name in names]
     runs.alone("bert-pair", name="alone", export=True)
     folders.append(runs.folder / "alone" / "model")

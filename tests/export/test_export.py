@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, InputError
 from embedtune.checkpoints import read_spec
@@ -89,6 +90,24 @@ def test_a_model_that_truncates_is_trained_and_exported_at_its_full_width(tiny_b
     encoder = Encoder(EncoderSpec(str(tmp_path / "cut")))
     assert encoder.width == 32
     assert export_encoder(encoder, tmp_path / "model") <= TOLERANCE
+
+
+@pytest.mark.parametrize("longest", [None, 48])
+def test_a_tokenizer_is_exported_as_it_was_loaded(tiny_bert, tmp_path, longest):
+    """Other runtimes obey the truncation and padding that ``tokenizer.json`` holds."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+    if longest is not None:
+        tokenizer.enable_truncation(longest)
+        tokenizer.enable_padding(length=longest)
+    tokenizer.save(str(base / "tokenizer.json"))
+    encoder = Encoder(EncoderSpec(str(base)))
+    encoder.tokenize(["some texts", "of another length"], "query", None, 8)
+    export_encoder(encoder, tmp_path / "model")
+    exported = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    assert exported.truncation == tokenizer.truncation
+    assert exported.padding == tokenizer.padding
 
 
 def test_training_goes_on_after_an_export(encoder, tmp_path):

@@ -87,3 +87,12 @@ def test_weights_that_are_not_finite_are_refused(tiny_bert, tmp_path, value):
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=rf"'{folder}': expected finite weights.* in \S*{name}$"):
         load(folder)
+
+
+def test_a_model_that_pools_nothing_is_named(tiny_bert, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_bert, folder)
+    path = folder / "1_Pooling" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pooling_mode": []}))
+    with pytest.raises(InputError, match=r"model_name_or_path: .*expected a pooling mode"):
+        load(folder)

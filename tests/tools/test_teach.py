@@ -1,15 +1,15 @@
 """A teacher store is of one run: a second one that is stopped leaves the first, or none."""
 
+import errno
 import json
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from embedtune import whole_files
 from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherStore
-from embedtune.errors import InputError
 from embedtune.tools import teach as module
 from embedtune.tools.teach import teach
 
@@ -62,22 +62,23 @@ def test_a_teacher_that_is_stopped_leaves_the_former_store(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("second", [range(8), range(7, -1, -1)])
 @pytest.mark.parametrize("name", ["texts.jsonl", "embeddings.f32", "embeddings.f32.json"])
-def test_no_store_is_of_two_runs(tmp_path, monkeypatch, name, second):
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "full")])
+def test_no_store_is_of_two_runs(tmp_path, monkeypatch, error, name, second):
     """Wherever the second one ends while it puts its files in their places."""
     run(monkeypatch, Teacher(1), [f"text {i}" for i in range(8)], tmp_path / "store")
-    put = whole_files.put
+    texts, replace = [f"text {i}" for i in second], Path.replace
 
-    def killed(part, path):
-        if path.name == name:
-            raise KeyboardInterrupt
-        put(part, path)
+    def stopped(part, path):
+        if Path(path).name == name and part.parent != path.parent:
+            raise error
+        return replace(part, path)
 
-    monkeypatch.setattr(whole_files, "put", killed)
-    texts = [f"text {i}" for i in second]
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(Path, "replace", stopped)
+    with pytest.raises(type(error)):
         run(monkeypatch, Teacher(2), texts, tmp_path / "store")
-    with pytest.raises(InputError, match=r"found no file .*embeddings\.f32"):
-        owner(tmp_path / "store")
-    monkeypatch.setattr(whole_files, "put", put)
+    monkeypatch.setattr(Path, "replace", replace)
+    assert owner(tmp_path / "store") == 1
     run(monkeypatch, Teacher(3), texts, tmp_path / "store")
     assert owner(tmp_path / "store") == 3
+    names = {path.name for path in (tmp_path / "store").iterdir()}
+    assert names == {"texts.jsonl", "embeddings.f32", "embeddings.f32.json"}

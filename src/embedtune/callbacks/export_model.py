@@ -13,12 +13,13 @@ from embedtune.distributed.fsdp import FSDP
 from embedtune.distributed.strategies import whole_weights
 from embedtune.distributed.zero import ZeRO
 from embedtune.errors import ExportError, InputError
-from embedtune.export.folder import LOOSE_TOLERANCE, TOLERANCE, export_encoder
+from embedtune.export.folder import LOOSE_TOLERANCE, TOLERANCE, export_encoder, is_verified
 from embedtune.export.probes import embed_probes
 from embedtune.export.rebuild import export_checkpoint, rebuild
 from embedtune.models.spec import Features
 from embedtune.training.facts import training_facts
 from embedtune.training.module import EmbeddingModule
+from embedtune.whole_files import sweep
 
 log = logging.getLogger("embedtune")
 
@@ -88,15 +89,19 @@ class ExportModel(pl.Callback):
         self._has_ended = False
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forget the fit before."""
+        """Forget the fit before, and sweep what was left of it by a kill."""
         self._ended_epoch, self._has_ended = None, False
+        if trainer.is_global_zero:
+            sweep(_epoch_folder(trainer, 1).parent)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make up for the epoch before, where a run was stopped between its end and its export."""
-        self._ended_epoch = self._missing_epoch(trainer, cast(EmbeddingModule, pl_module))
+        module = cast(EmbeddingModule, pl_module)
+        self._ended_epoch = self._missing_epoch(trainer, module)
+        self._delete_older(trainer, module.place.epoch)
 
     def _missing_epoch(self, trainer: pl.Trainer, module: EmbeddingModule) -> int | None:
-        """Return the epoch at whose end this run goes on, counted from 1, if it has no folder."""
+        """Return the epoch at whose end this run goes on, from 1 on, if it has no whole folder."""
         if trainer.ckpt_path is None or not self.save_on_epoch_end:
             return None
         run_folder, place = Path(trainer.default_root_dir).resolve(), module.place
@@ -104,7 +109,7 @@ class ExportModel(pl.Callback):
         ended = place.epoch + (place.batch == place.batches)
         if not is_own or not ended or place.batch not in (0, place.batches):
             return None
-        is_there = (_epochs_folder(trainer) / f"epoch-{ended}").exists()
+        is_there = is_verified(_epoch_folder(trainer, ended))
         return None if trainer.strategy.broadcast(is_there) else ended
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -120,15 +125,19 @@ class ExportModel(pl.Callback):
         number, self._ended_epoch = self._ended_epoch, None
         if number is None:
             return
-        epochs = _epochs_folder(trainer)
         try:
-            export_running(trainer, module, epochs / f"epoch-{number}")
+            export_running(trainer, module, _epoch_folder(trainer, number))
         except (ExportError, InputError) as error:
             log.error("epoch %d is not exported: %s", number, error)
         trainer.strategy.barrier()
+        self._delete_older(trainer, number)
+
+    def _delete_older(self, trainer: pl.Trainer, number: int) -> None:
+        """Delete the folders of epochs too many, also what is left of one that a kill spared."""
         oldest = number - self.num_max_checkpoints
-        if oldest >= 1 and trainer.is_global_zero:
-            shutil.rmtree(epochs / f"epoch-{oldest}", ignore_errors=True)
+        if trainer.is_global_zero:
+            for epoch in range(oldest, 0, -1):
+                shutil.rmtree(_epoch_folder(trainer, epoch), ignore_errors=True)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the last epoch and the final model: the best, or what the strategy still holds."""
@@ -165,7 +174,11 @@ class ExportModel(pl.Callback):
         module, last = cast(EmbeddingModule, pl_module), Path(trainer.ckpt_path)
         missing, keeper = self._missing_epoch(trainer, module), best_keeper(trainer)
         if missing is not None:
-            _export_saved(trainer, module, last, _epochs_folder(trainer) / f"epoch-{missing}")
+            try:
+                _export_saved(trainer, module, last, _epoch_folder(trainer, missing))
+            except (ExportError, InputError) as error:
+                log.error("epoch %d is not exported: %s", missing, error)
+        self._delete_older(trainer, module.place.epoch)
         path = last if keeper is None else Path(keeper.best_model_path)
         _export_saved(trainer, module, path, _model_folder(trainer))
         if trainer.is_global_zero:
@@ -176,8 +189,8 @@ def _model_folder(trainer: pl.Trainer) -> Path:
     return Path(trainer.default_root_dir) / "model"
 
 
-def _epochs_folder(trainer: pl.Trainer) -> Path:
-    return Path(trainer.default_root_dir) / "checkpoints"
+def _epoch_folder(trainer: pl.Trainer, number: int) -> Path:
+    return Path(trainer.default_root_dir) / "checkpoints" / f"epoch-{number}"
 
 
 def _export_saved(

@@ -1,7 +1,8 @@
 """The keys beside ``model``, ``data`` and ``trainer``, and what the Trainer's keys default to."""
 
+import inspect
 import math
-from typing import Any
+from typing import Any, get_args
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
@@ -110,6 +111,24 @@ def refuse_numbers(config: Any) -> None:
     clip = config.trainer.gradient_clip_val
     if clip is not None and not 0 <= clip < math.inf:
         raise InputError(f"trainer.gradient_clip_val: expected a number from 0 on, found {clip}")
+
+
+def refuse_nulls(section: str, kind: type, values: Any) -> None:
+    """Refuse null, which the parser takes for every key, where a value of another type is needed.
+
+    Args:
+        section: ``model`` or ``data``.
+        kind: The class whose arguments the keys are.
+        values: As they were parsed.
+
+    Raises:
+        InputError: It names the key.
+    """
+    for name, parameter in inspect.signature(kind, eval_str=True).parameters.items():
+        hint, default = parameter.annotation, parameter.default
+        is_needed = hint is not Any and type(None) not in get_args(hint)
+        if is_needed and default is not parameter.empty and values.get(name, default) is None:
+            raise InputError(f"{section}.{name}: expected a value such as {default}, found null")
 
 
 def _data_seed(seed_everything: bool | int) -> int:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from embedtune.errors import InputError
 from embedtune.secrets import WITHHELD, withheld_keys, withhold
-from embedtune.whole_files import write_text
+from embedtune.whole_files import sweep, write_text
 
 log = logging.getLogger("embedtune")
 
@@ -78,6 +78,7 @@ def keep_earlier_metrics(folder: Path) -> None:
 def keep_earlier_checkpoints(folder: Path) -> None:
     """Rename the checkpoints of an earlier run in this folder, which are none of the new one's."""
     checkpoints = folder / "checkpoints"
+    sweep(checkpoints)
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         aside = _set_aside(checkpoints)
         log.warning("%s: an earlier run's checkpoints are now in %s", folder, aside)

@@ -19,7 +19,7 @@ from embedtune.cli.assembly import (
     trainer_settings,
 )
 from embedtune.cli.config_files import refuse_broken_configs
-from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, refuse_numbers, settle
+from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, refuse_nulls, refuse_numbers, settle
 from embedtune.cli.log_lines import quiet_libraries
 from embedtune.cli.lost_ranks import lost_rank_said, tell_of_dead_ranks
 from embedtune.cli.mistakes import first_line
@@ -64,6 +64,8 @@ class TrainerCLI(LightningCLI):
         config = self.config[self.config.subcommand]
         refuse_withheld(config)
         refuse_numbers(config)
+        refuse_nulls("model", EmbeddingModule, config.model)
+        refuse_nulls("data", EmbeddingDataModule, config.data)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from embedtune.digests import Hasher
 from embedtune.errors import InputError
-from embedtune.whole_files import writing
+from embedtune.whole_files import sweep, writing
 
 log = logging.getLogger("embedtune")
 
@@ -69,6 +69,7 @@ def open_table(
         write: Yields its rows.
         facts: Returns what is said of it, when all are written.
     """
+    sweep(path.parent)  # none of the others' leftovers has a name that is written again
     is_there = path.exists()
     if is_there and not _is_whole(path):
         log.warning("%s: is damaged, and made anew", path)

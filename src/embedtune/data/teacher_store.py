@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -14,7 +14,7 @@ from embedtune.data.records import Format
 from embedtune.data.rows import Rows
 from embedtune.digests import Hasher, digest_of
 from embedtune.errors import InputError
-from embedtune.whole_files import remove, write_text, writing
+from embedtune.whole_files import naming, part_folder, put_together
 
 log = logging.getLogger("embedtune")
 
@@ -227,8 +227,8 @@ class TeacherWriter:
         """Open a file beside ``path``."""
         self.path, self.rows, self.width = path, rows, width
         self._exit = ExitStack()
-        part = self._exit.enter_context(writing(path))
-        self._file = self._exit.enter_context(part.open("wb"))
+        self._folder = self._exit.enter_context(part_folder(path))
+        self._file = self._exit.enter_context((self._folder / path.name).open("wb"))
         self._next, self._digest = 0, Hasher()
 
     def __enter__(self) -> Self:
@@ -243,17 +243,30 @@ class TeacherWriter:
         """Append a block ``[n, width]``."""
         assert embeddings.shape[1] == self.width, "the width of the store"
         block = np.ascontiguousarray(embeddings, np.float32).data
-        self._file.write(block)
+        with naming(self.path):
+            self._file.write(block)
         self._digest.update(block)
         self._next += len(embeddings)
 
-    def close(self, queries_digest: str, **about: str) -> None:
-        """Put the file in its place, and the description that a :class:`TeacherStore` checks."""
+    def close(
+        self, queries_digest: str, others: Mapping[Path, Path] | None = None, **about: str
+    ) -> None:
+        """Put the file in its place, and the description that a :class:`TeacherStore` checks.
+
+        Args:
+            queries_digest: Of the texts that were embedded.
+            others: Files that belong to it, which go with it: where each is written, and its place.
+            about: What else the description tells.
+        """
         assert self._next == self.rows, "every row is written exactly once"
-        remove(self.path)  # no description ever stands beside another's embeddings
         digest = self._digest.hexdigest()
         known = Description(self.rows, self.width, queries_digest, digest)._asdict() | about
-        write_text(sidecar_path(self.path), json.dumps(known, indent=2))
+        part, sidecar = self._folder / self.path.name, sidecar_path(self.path)
+        described = self._folder / sidecar.name
+        with naming(self.path):
+            self._file.close()
+            described.write_text(json.dumps(known, indent=2), encoding="utf-8")
+            put_together({**(others or {}), part: self.path, described: sidecar})
         self._exit.close()
 
 

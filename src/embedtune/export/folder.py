@@ -13,6 +13,7 @@ from embedtune.errors import ExportError, InputError
 from embedtune.export.model_card import write_model_card
 from embedtune.export.probes import embed_exported, embed_probes, largest_difference
 from embedtune.models.encoder import Encoder
+from embedtune.models.tokenizer_state import restore_tokenizers
 from embedtune.whole_files import bring_back, put, writing
 
 UNVERIFIED = "UNVERIFIED"
@@ -89,6 +90,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _write(folder: Path, encoder: Encoder, facts: TrainingFacts | None) -> None:
     model = encoder.model
+    restore_tokenizers(model)  # other runtimes obey what is left of the last call
     if encoder.normalizes:
         model.append(Normalize())
     try:

@@ -13,6 +13,7 @@ from torch import nn
 
 from embedtune.digests import refuse_damaged
 from embedtune.errors import InputError
+from embedtune.models.tokenizer_state import remember_tokenizers
 
 log = logging.getLogger("embedtune")
 
@@ -88,12 +89,17 @@ def load_sentence_transformer(
         raise InputError(
             f"model_name_or_path: cannot load {model_name_or_path!r}: {reason}"
         ) from error
+    if any(getattr(module, "pooling_output_dimension", 1) == 0 for module in model):
+        raise InputError(
+            f"model_name_or_path: {model_name_or_path!r}: expected a pooling mode, found none"
+        )
     for name, weight in model.named_parameters():
         if not weight.isfinite().all():
             raise InputError(
                 f"model_name_or_path: {model_name_or_path!r}: expected finite weights, "
                 f"found others in {name}"
             )
+    remember_tokenizers(model)
     return model
 
 

@@ -13,7 +13,7 @@ from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherWriter
 from embedtune.errors import InputError
 from embedtune.models.loading import cap_length, load_sentence_transformer
-from embedtune.whole_files import remove, writing
+from embedtune.whole_files import naming, part_folder
 
 log = logging.getLogger("embedtune")
 
@@ -64,22 +64,22 @@ def teach(
     width = int(teacher.get_embedding_dimension() or 0)
     with ExitStack() as unfinished:
         # Stopped before its end, it leaves a former store as it was.
-        with writing(files.texts) as part:
+        part = unfinished.enter_context(part_folder(files.texts)) / files.texts.name
+        with naming(files.texts):
             _write_texts(part, rows)
-            texts = Rows([part])
-            queries = iter(texts.table["query"])
-            writer = unfinished.enter_context(TeacherWriter(files.embeddings, len(texts), width))
-            while block := list(islice(queries, TEXTS_PER_WRITE)):
-                embeddings = teacher.encode(
-                    block,
-                    prompt=prompt,
-                    batch_size=batch_size,
-                    show_progress_bar=True,
-                    processing_kwargs={"text": {"max_length": cap_length(teacher, max_len)}},
-                )
-                writer.write(embeddings)
-            remove(files.embeddings)  # those of other texts are never beside these
-        writer.close(texts.queries_digest, model=model, prompt=prompt)
+        texts = Rows([part])
+        queries = iter(texts.table["query"])
+        writer = unfinished.enter_context(TeacherWriter(files.embeddings, len(texts), width))
+        while block := list(islice(queries, TEXTS_PER_WRITE)):
+            embeddings = teacher.encode(
+                block,
+                prompt=prompt,
+                batch_size=batch_size,
+                show_progress_bar=True,
+                processing_kwargs={"text": {"max_length": cap_length(teacher, max_len)}},
+            )
+            writer.write(embeddings)
+        writer.close(texts.queries_digest, {part: files.texts}, model=model, prompt=prompt)
     log.info("wrote %s texts of width %s to %s", f"{len(texts):,}", width, out)
     return files
 

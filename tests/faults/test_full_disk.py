@@ -1,0 +1,204 @@
+"""A disk that is full from any write on costs nothing that was there, and is one line.
+
+What a command asks the system to write is counted, and each write in its turn fails: every open,
+write, folder, rename, link and wait for the disk, also of Rust and C++ (write_points.c). Instead of
+that the process may be killed there. `--write-points 0` tries every one of them.
+"""
+
+import json
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from forks import HAS_COMPILER, Ranks, failing_at
+
+from embedtune.checkpoints.find import last_checkpoint
+from embedtune.checkpoints.read import read_weights
+from embedtune.data.lines import resolve_paths
+from embedtune.data.rows import Rows
+from embedtune.data.teacher_store import TeacherStore
+from embedtune.errors import InputError
+from embedtune.export.folder import is_verified
+
+pytestmark = pytest.mark.skipif(not HAS_COMPILER, reason="needs a C compiler")
+
+
+def fit(model: Path, rows: str, *flags: str) -> list[str]:
+    return [
+        *("fit", "--model.model_name_or_path", str(model), "--data.train_path", rows),
+        *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.batch_size=4"),
+        *("--trainer.max_epochs", "1", "--checkpoint.every_n_train_steps", "1", *flags),
+    ]
+
+
+def teach(model: Path, rows: str) -> list[str]:
+    return ["teach", "--model", str(model), "--data", rows, "--out", "store"]
+
+
+def predict(model: Path, rows: str) -> list[str]:
+    return [
+        *("predict", "--model.model_name_or_path", str(model), "--data.predict_path", rows),
+        *("--trainer.accelerator", "cpu"),
+    ]
+
+
+def evaluate(model: Path, rows: str) -> list[str]:
+    return ["evaluate", str(model), "--data", f"{Path(rows).stem}-set", "--out", "measured"]
+
+
+def export(model: Path, rows: str) -> list[str]:
+    return ["export", f"{Path(rows).stem}.ckpt", "exported", "--model_name_or_path", str(model)]
+
+
+def hold_fit(folder: Path) -> None:
+    assert is_verified(folder / "run/model")
+    kept = [last_checkpoint(path) for path in (folder / "run").glob("checkpoints*")]
+    for path in filter(None, kept):
+        read_weights(path)
+
+
+def hold_store(folder: Path) -> None:
+    rows = Rows(resolve_paths(str(folder / "store/texts.jsonl"), "data"))
+    if not (folder / "store/embeddings.f32.json").is_file():
+        raise InputError("store: expected its description")
+    TeacherStore([folder / "store/embeddings.f32"], len(rows), None, rows.queries_digest)
+
+
+def hold_measured(folder: Path) -> None:
+    json.loads((folder / "measured/evaluation.json").read_text())
+
+
+class Case(NamedTuple):
+    """A command: its arguments, what it leaves, and what must hold of that."""
+
+    arguments: Callable[[Path, str], list[str]]
+    leaves: list[str]
+    holds: Callable[[Path], None]
+
+
+CASES = {
+    "fit": Case(fit, ["run/model"], hold_fit),
+    "teach": Case(teach, ["store"], hold_store),
+    "predict": Case(predict, ["run/embeddings.npy"], lambda folder: None),
+    "evaluate": Case(evaluate, ["measured/evaluation.json", "measured/quality.png"], hold_measured),
+    "export": Case(export, ["exported"], lambda folder: is_verified(folder / "exported")),
+}
+
+
+WORDS = {False: "full", True: "killed"}
+FAST = [("fit", False), ("teach", True)]
+OTHERS = [(name, dies) for name in CASES for dies in WORDS if (name, dies) not in FAST]
+WAYS = [*FAST, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
+
+
+@pytest.fixture(scope="module")
+def template(tiny_bert, tmp_path_factory) -> Path:
+    """Return a folder where every command has run once, on the former rows."""
+    folder = tmp_path_factory.mktemp("template") / "work"
+    folder.mkdir()
+    for name, count in (("former", 12), ("new", 16)):
+        made = [{"query": f"{name} {i}", "pos": [f"document {i}"]} for i in range(count)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+        write_plain_set(folder / f"{name}-set", name)
+    for name in ("new", "former"):
+        run(folder, fit(tiny_bert, f"{name}.jsonl"))
+        shutil.copy((folder / "run/checkpoints/last.ckpt").resolve(), folder / f"{name}.ckpt")
+        if name == "new":
+            shutil.rmtree(folder / "run")
+    for case in CASES.values():
+        if case.arguments is not fit:
+            run(folder, case.arguments(tiny_bert, "former.jsonl"))
+    return folder
+
+
+def write_plain_set(folder: Path, name: str) -> None:
+    (folder / "qrels").mkdir(parents=True)
+    texts = [{"_id": str(i), "text": f"{name} {i}"} for i in range(8)]
+    for file in ("corpus", "queries"):
+        (folder / f"{file}.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    judged = "".join(f"{i}\t{(i + 1) % 8}\t1\n" for i in range(8))
+    (folder / "qrels/test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
+
+
+def run(folder: Path, arguments: list[str], point: int = 0, dies: bool = False) -> tuple[int, str]:
+    """Run a command in a folder; return its exit code and what it has written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMBEDTUNE_CACHE", str(folder / "cache"))
+        patch.setenv("TMPDIR", str(folder))
+        started = Ranks(failing_at, point, folder, dies, arguments, folder=folder.parent)
+    (code,) = started.wait()
+    return code, started.output()
+
+
+def states(folder: Path, leaves: list[str]) -> list[dict[str, bytes]]:
+    """Return the files of what a command leaves."""
+    found = []
+    for leaf in leaves:
+        path = folder / leaf
+        files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+        named = {str(file.relative_to(folder)): file for file in files}
+        found.append({at: file.read_bytes() for at, file in named.items() if ".part/" not in at})
+    return found
+
+
+def leftovers(folder: Path) -> list[str]:
+    marks = (".part", ".former", ".unverified", "UNVERIFIED")
+    return [str(path) for path in folder.rglob("*") if path.name.endswith(marks)]
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize(("name", "dies"), WAYS, ids=lambda value: WORDS.get(value, value))
+def test_a_write_that_fails_costs_nothing_that_was_there(
+    tiny_bert, template, tmp_path, request, name, dies
+):
+    case, tried = CASES[name], request.config.getoption("--write-points")
+    arguments = case.arguments(tiny_bert, "new.jsonl")
+    shutil.copytree(template, tmp_path / "whole", symlinks=True)
+    code, output = run(tmp_path / "whole", arguments)
+    assert code == 0, output
+    former, new = (states(folder, case.leaves) for folder in (template, tmp_path / "whole"))
+    assert all(a != b for a, b in zip(former, new, strict=True))
+    count = int(re.findall(r"^write points: (\d+)$", output, re.MULTILINE)[0])
+    points = range(1, count + 1)
+    if tried:
+        points = sorted(random.SystemRandom().sample(points, tried))
+    for point in points:
+        folder = tmp_path / f"{point}-of-{count}"
+        shutil.copytree(template, folder, symlinks=True)
+        code, output = run(folder, arguments, point, dies)
+        found = states(folder, case.leaves)
+        is_old_or_new = all(own in of for own, *of in zip(found, former, new, strict=True))
+        if dies and name == "teach" and not is_old_or_new:
+            assert_refused(folder)
+        else:
+            assert is_old_or_new, output
+            case.holds(folder)
+        if dies:
+            assert code in (-signal.SIGKILL, 0), output
+        else:
+            assert_told(code, output)
+            assert code or found == new
+        code, output = run(folder, arguments)
+        assert code == 0, output
+        assert states(folder, case.leaves) == new
+        assert not leftovers(folder)
+        shutil.rmtree(folder)
+
+
+def assert_refused(folder: Path) -> None:
+    """Hold that a store is none: its files cannot take their places at once."""
+    with pytest.raises(InputError, match="store"):
+        hold_store(folder)
+
+
+def assert_told(code: int, output: str) -> None:
+    """Hold that a command has ended with one line, or well."""
+    said = re.findall(r"embedtune: error: .*$", output, re.MULTILINE)
+    assert code in (0, 1, 2), output
+    assert len(said) == (code != 0), output
+    assert "Traceback" not in output, output
