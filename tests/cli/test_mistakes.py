@@ -46,6 +46,14 @@ def test_nothing_is_compiled_on_a_cpu(tiny_bert, capsys):
     assert message.startswith("model.compile: expected false on a CPU")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
+def test_torch_writes_a_checkpoint_to_a_full_disk():
+    with pytest.raises(RuntimeError) as caught:
+        torch.save({"weight": torch.zeros(10**6)}, "/dev/full")
+    assert str(surroundings_said(caught.value)).startswith("a checkpoint cannot be written")
+    assert surroundings_said(RuntimeError("size mismatch")) is None
+
+
 # --- YAML -----------------------------------------------------------------------------------------
 
 LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9))
