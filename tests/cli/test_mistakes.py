@@ -47,9 +47,10 @@ def test_nothing_is_compiled_on_a_cpu(tiny_bert, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
-def test_torch_writes_a_checkpoint_to_a_full_disk():
+@pytest.mark.parametrize("path", ["/dev/full", "no/such/folder"])
+def test_torch_writes_a_checkpoint_to_a_full_disk(path):
     with pytest.raises(RuntimeError) as caught:
-        torch.save({"weight": torch.zeros(10**6)}, "/dev/full")
+        torch.save({"weight": torch.zeros(10**6)}, path)
     assert str(surroundings_said(caught.value)).startswith("a checkpoint cannot be written")
     assert surroundings_said(RuntimeError("size mismatch")) is None
 

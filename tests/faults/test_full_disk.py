@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,10 @@ def fit(model: Path, rows: str, *flags: str) -> list[str]:
         *("--trainer.accelerator", "cpu", "--trainer.precision", "32-true", "--data.batch_size=4"),
         *("--trainer.max_epochs", "1", "--checkpoint.every_n_train_steps", "1", *flags),
     ]
+
+
+def fit_under(strategy: str, model: Path, rows: str) -> list[str]:
+    return fit(model, rows, "--trainer.strategy", strategy)
 
 
 def teach(model: Path, rows: str) -> list[str]:
@@ -86,6 +91,7 @@ CASES = {
     "teach": Case(teach, ["store"], hold_store),
     "predict": Case(predict, ["run/embeddings.npy"], lambda folder: None),
     "evaluate": Case(evaluate, ["measured/evaluation.json", "measured/quality.png"], hold_measured),
+    **{name: Case(partial(fit_under, name), ["run/model"], hold_fit) for name in ("fsdp", "zero2")},
     "export": Case(export, ["exported"], lambda folder: is_verified(folder / "exported")),
 }
 
@@ -111,7 +117,7 @@ def template(tiny_bert, tmp_path_factory) -> Path:
         if name == "new":
             shutil.rmtree(folder / "run")
     for case in CASES.values():
-        if case.arguments is not fit:
+        if case.holds is not hold_fit:
             run(folder, case.arguments(tiny_bert, "former.jsonl"))
     return folder
 

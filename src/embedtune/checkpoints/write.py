@@ -5,6 +5,7 @@ from typing import Any
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 
 from embedtune.checkpoints.damage import (
     refuse_damaged_file,
@@ -72,7 +73,10 @@ class SavesFolders(ParallelStrategy):
             sweep(folder.parent, LEFTOVERS)
             remove(part_of(folder))
         self.barrier()
-        super().save_checkpoint(checkpoint, part_of(folder), storage_options)
+        try:
+            super().save_checkpoint(checkpoint, part_of(folder), storage_options)
+        except CheckpointException as error:  # on every rank: it wraps what happened on one
+            raise next(iter(error.failures.values()))[0] from error
         self.barrier()
         if self.is_global_zero:
             write_shard_digests(part_of(folder))

@@ -20,7 +20,7 @@ SURROUNDINGS = {
     if hasattr(errno, name)
 }
 """Errors of disks and permissions. A file that is not there may well be a defect."""
-OF_TORCHS_WRITER = "inline_container"
+OF_TORCHS_WRITER = ("inline_container", "Parent directory ")
 """In what torch says, without a cause, when it cannot write to a path, as DeepSpeed has it do."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -44,7 +44,7 @@ def surroundings_said(error: Exception) -> str | None:
     """
     if is_out_of_memory(error):
         return f"out of memory: {first_line(error)}"
-    if isinstance(error, RuntimeError) and OF_TORCHS_WRITER in str(error):
+    if isinstance(error, RuntimeError) and any(said in str(error) for said in OF_TORCHS_WRITER):
         return f"a checkpoint cannot be written as a whole; is the disk full? ({first_line(error)})"
     if not isinstance(error, OSError) or error.errno not in SURROUNDINGS:
         return None
