@@ -5,7 +5,6 @@ from typing import Any
 
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import ParallelStrategy
-from torch.distributed.checkpoint.api import CheckpointException
 
 from embedtune.checkpoints.damage import (
     refuse_damaged_file,
@@ -73,10 +72,7 @@ class SavesFolders(ParallelStrategy):
             sweep(folder.parent, LEFTOVERS)
             remove(part_of(folder))
         self.barrier()
-        try:
-            super().save_checkpoint(checkpoint, part_of(folder), storage_options)
-        except CheckpointException as error:  # on every rank: it wraps what happened on one
-            raise next(iter(error.failures.values()))[0] from error
+        super().save_checkpoint(checkpoint, part_of(folder), storage_options)
         self.barrier()
         if self.is_global_zero:
             write_shard_digests(part_of(folder))

@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -119,6 +120,15 @@ class FSDP(SavesFolders, FSDPStrategy):
 
     def _determine_device_ids(self) -> list[int]:
         return [] if self.root_device.type == "cpu" else super()._determine_device_ids()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Save, or raise on every rank what has happened on one, such as that its disk is full."""
+        try:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error
 
     def whole_weights(self, encoder: nn.Module) -> dict[str, Tensor]:
         """Return the encoder's weights put together, on rank 0 alone where GPUs train."""
