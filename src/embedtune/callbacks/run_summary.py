@@ -9,6 +9,7 @@ from embedtune.data.beir import RetrievalSet
 from embedtune.data.chunks import Text
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.data.records import Format
+from embedtune.distributed.pick import Picked
 from embedtune.distributed.strategies import describe_strategy
 from embedtune.evaluation.measure import main_metric
 from embedtune.training.facts import data_facts, describe_loss
@@ -26,8 +27,13 @@ class RunSummary(pl.Callback):
         facts: That, a text a label.
     """
 
-    def __init__(self) -> None:
-        """Start without facts."""
+    def __init__(self, picked: Picked | None = None) -> None:
+        """Start without facts.
+
+        Args:
+            picked: The strategy, where the user named none.
+        """
+        self.picked = picked
         self.facts: dict[str, str] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -43,6 +49,8 @@ class RunSummary(pl.Callback):
     def collect(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
         """Set the facts of a fit that has been set up."""
         self.facts = {**_about_data(module.data, module), **_about_run(trainer, module)}
+        if self.picked is not None:
+            self.facts["strategy"] += f", picked {self.picked.reason}"
 
 
 def _about_data(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str, str]:
@@ -102,8 +110,8 @@ def _about_run(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
         + (f", each of {accumulated} accumulated batches)" if accumulated > 1 else ")"),
         "loss": describe_loss(module.loss),
         "embedding": f"width {module.encoder.width}",
-        "device": f"{trainer.strategy.root_device.type}, {trainer.world_size} rank(s), "
-        + describe_strategy(trainer.strategy),
+        "device": f"{trainer.strategy.root_device.type}, {trainer.world_size} rank(s)",
+        "strategy": describe_strategy(trainer.strategy),
         "precision": str(trainer.precision),
         "results": str(trainer.default_root_dir),
     }

@@ -20,7 +20,9 @@ from embedtune.callbacks.write_embeddings import WriteEmbeddings
 from embedtune.checkpoints.write import SavesFolders, WholeFiles
 from embedtune.cli.best_checkpoint import early_stopping, keep_the_latest
 from embedtune.cli.run_folder import make_loggers
+from embedtune.distributed.pick import AUTO, Picked, find_devices, pick_strategy, strategy_of
 from embedtune.distributed.strategies import named_strategy
+from embedtune.training.module import EmbeddingModule
 from embedtune.training.precision import default_precision
 
 ORDER: dict[type, int] = {ExportModel: 1, RunReport: 2, Throughput: 3}
@@ -29,11 +31,37 @@ a failing export must not cost a checkpoint. Throughput comes last, so that what
 a step is not taken for waiting."""
 
 
-def trainer_settings(config: Any, is_fit: bool) -> dict[str, Any]:
+def picked_strategy(
+    config: Any, command: str, module: EmbeddingModule, checkpoint: Path | str | None
+) -> Picked | None:
+    """Return the strategy of a run that names none; None where one is named, or Lightning's does.
+
+    Args:
+        config: The configuration of the command, instantiated.
+        command: A fit divides what it trains; the others need what a checkpoint was saved with.
+        module: What is trained.
+        checkpoint: What the run goes on from, or a name that Lightning resolves.
+    """
+    asked = config.trainer
+    if asked.strategy != AUTO or not (command == "fit" or isinstance(checkpoint, Path)):
+        return None
+    given = ("accelerator", "devices", "num_nodes", "plugins")
+    devices = find_devices({key: asked[key] for key in given})
+    if isinstance(checkpoint, Path):
+        return strategy_of(checkpoint, devices)
+    precision = asked.precision or default_precision(str(asked.accelerator))
+    if module.compiles:
+        return Picked(AUTO, "for model.compile, which FSDP does not take")
+    clips_values = asked.gradient_clip_algorithm == "value"
+    return pick_strategy(module.encoder, devices, str(precision), clips_values)
+
+
+def trainer_settings(config: Any, picked: Picked | None, is_fit: bool) -> dict[str, Any]:
     """Return what the configuration leaves to embedtune among the Trainer's arguments.
 
     Args:
         config: The configuration of the command, instantiated.
+        picked: The strategy where none is named.
         is_fit: Whether the run trains.
     """
     settings: dict[str, Any] = {}
@@ -42,7 +70,7 @@ def trainer_settings(config: Any, is_fit: bool) -> dict[str, Any]:
         folder = Path(asked.default_root_dir)
         settings["logger"] = make_loggers(config.log_with, folder) if is_fit else False
     if isinstance(asked.strategy, str):
-        settings["strategy"] = named_strategy(asked.strategy)
+        settings["strategy"] = named_strategy(picked.name if picked else asked.strategy)
     if asked.precision is None and is_fit:
         settings["precision"] = default_precision(str(asked.accelerator))
     saves_files = not isinstance(settings.get("strategy", asked.strategy), SavesFolders)
@@ -51,13 +79,13 @@ def trainer_settings(config: Any, is_fit: bool) -> dict[str, Any]:
     return settings
 
 
-def callbacks_of(config: Any, command: str) -> list[pl.Callback]:
+def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Callback]:
     """Return the callbacks of a command beside those that save checkpoints."""
     callbacks = [*(config.trainer.callbacks or []), OutOfMemory()]
     if config.trainer.enable_progress_bar is not False:
         callbacks.append(ProgressBar())
     if command == "fit":
-        baseline, summary = Baseline(config.anchors), RunSummary()
+        baseline, summary = Baseline(config.anchors), RunSummary(picked)
         callbacks += [SharedFolder(), Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]

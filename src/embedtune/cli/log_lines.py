@@ -44,6 +44,8 @@ def quiet_libraries() -> None:
         ".*`torch.distributed..* is deprecated",  # DeepSpeed with a newer torch
         ".*DTensor instead and we are deprecating ShardedTensor",  # FSDP with a newer torch
         ".*When using ``NO_SHARD``",  # FSDP on one rank: the whole weights are wanted
+        ".*FSDP is switching to use `NO_SHARD`",
+        ".*`load_state_dict` is deprecated and will be removed in future versions",  # the same
         ".*assuming the intent is to load in a single process",  # embedtune export: it is
         ".*`_get_pg_default_device` will be deprecated",
         ".*Multiple backends are registered with this ProcessGroup",

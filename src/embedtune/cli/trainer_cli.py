@@ -15,6 +15,7 @@ from embedtune.checkpoints.read import read_spec
 from embedtune.cli.assembly import (
     callbacks_of,
     latest_beside_best,
+    picked_strategy,
     sort_callbacks,
     trainer_settings,
 )
@@ -110,14 +111,16 @@ class TrainerCLI(LightningCLI):
         command = str(self.subcommand)
         config = self.config_init[command]
         folder = Path(config.trainer.default_root_dir)
-        settings = trainer_settings(config, is_fit=command == "fit")
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
+        self._checkpoint = self._find_checkpoint()
         if config.trainer.enable_checkpointing is False:
             self._parser(command).callback_keys.remove("checkpoint")
         asked = self.config[command].checkpoint
         latest = latest_beside_best(config, asked) if command == "fit" else []
-        callbacks = callbacks_of(config, command)
         try:
+            picked = picked_strategy(config, command, self.model, self._checkpoint)
+            settings = trainer_settings(config, picked, is_fit=command == "fit")
+            callbacks = callbacks_of(config, command, picked)
             trainer: Any = super().instantiate_trainer(callbacks=callbacks, **settings, **kwargs)
         except REFUSALS as error:
             raise InputError(f"trainer: {first_line(error)}") from error
@@ -142,24 +145,34 @@ class TrainerCLI(LightningCLI):
         """Predict without gathering in memory what is written to disk."""
         self._run("predict", **{**kwargs, "return_predictions": False})
 
+    def _find_checkpoint(self) -> Path | str | None:
+        """Return what ``ckpt_path`` comes to: a path, or a name that Lightning resolves.
+
+        Raises:
+            InputError: There is no such checkpoint.
+        """
+        config = self.config_init[self.subcommand]
+        asked, folder = config.ckpt_path, Path(config.checkpoint.dirpath)
+        if asked not in ("last", "best"):
+            return asked if asked is None or asked in CHECKPOINT_NAMES else Path(asked)
+        path = last_checkpoint(folder) if asked == "last" else best_checkpoint(folder)
+        if path is None and (self.subcommand != "fit" or asked == "best"):
+            kept = "" if asked == "last" else " that checkpoint.monitor has kept"
+            raise InputError(
+                f"ckpt_path: {asked}: expected a checkpoint{kept} in {folder}, found none"
+            )
+        if path is None:
+            log.info("ckpt_path: last: there is no checkpoint yet")
+        return path
+
     def _run(self, command: str, ckpt_path: str | None = None, **kwargs: Any) -> None:
-        path: Path | str | None = ckpt_path
-        if ckpt_path in ("last", "best"):
-            folder = Path(self.config_init[self.subcommand].checkpoint.dirpath)
-            path = last_checkpoint(folder) if ckpt_path == "last" else best_checkpoint(folder)
-            if path is None and (command != "fit" or ckpt_path == "best"):
-                kept = "" if ckpt_path == "last" else " that checkpoint.monitor has kept"
-                raise InputError(
-                    f"ckpt_path: {ckpt_path}: expected a checkpoint{kept} in {folder}, found none"
-                )
-            if path is None:
-                log.info("ckpt_path: last: there is no checkpoint yet")
+        path = self._checkpoint  # which ckpt_path comes to
         if path is None and command == "fit":
             self._start_afresh()
-        if path is not None and str(path) not in CHECKPOINT_NAMES:
-            refuse_checkpoint(self.trainer.strategy, Path(path))
+        if isinstance(path, Path):
+            refuse_checkpoint(self.trainer.strategy, path)
             if command != "fit":
-                self.model.match(read_spec(Path(path)))
+                self.model.match(read_spec(path))
         try:
             getattr(self.trainer, command)(ckpt_path=path, **kwargs)
             exchange.leave()

@@ -10,6 +10,7 @@ from torch import nn
 
 from embedtune.checkpoints.training_facts import NOTHING_KNOWN, TrainingFacts
 from embedtune.data.records import Format
+from embedtune.distributed.strategies import describe_strategy
 from embedtune.models.encoder import Encoder
 from embedtune.secrets import withhold
 
@@ -85,7 +86,7 @@ def _configuration(trainer: Any, module: Any) -> dict[str, Any]:
         "batch size": module.data.batch_size * trainer.world_size,
         "accumulated batches": accumulated if accumulated > 1 else None,
         "precision": str(trainer.precision),
-        "strategy": type(trainer.strategy).__name__.removesuffix("Strategy"),
+        "strategy": describe_strategy(trainer.strategy),
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
         "seed": module.data.seed,
         "versions": _versions(),
