@@ -12,6 +12,12 @@ from embedtune.data.records import Format
 from embedtune.distributed.pick import Picked
 from embedtune.distributed.strategies import describe_strategy
 from embedtune.evaluation.measure import main_metric
+from embedtune.models.described import (
+    describe_parameters,
+    describe_pooling,
+    describe_prompt,
+    unused_prompts,
+)
 from embedtune.training.facts import data_facts, describe_loss
 from embedtune.training.module import EmbeddingModule
 
@@ -48,9 +54,57 @@ class RunSummary(pl.Callback):
 
     def collect(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
         """Set the facts of a fit that has been set up."""
-        self.facts = {**_about_data(module.data, module), **_about_run(trainer, module)}
+        self.facts = {
+            **_about_model(module),
+            **_about_data(module.data, module),
+            **_about_run(trainer, module),
+        }
         if self.picked is not None:
             self.facts["strategy"] += f", picked {self.picked.reason}"
+
+
+def _about_model(module: EmbeddingModule) -> dict[str, str]:
+    encoder = module.encoder
+    embedding = f"width {encoder.width}, compared by {encoder.similarity}"
+    if module.use_mrl:
+        embedding += f", trained at {', '.join(map(str, module.mrl_dims))}"
+    return {
+        "base model": encoder.spec.model_name_or_path,
+        "pooling": describe_pooling(encoder),
+        "embedding": embedding,
+        "parameters": describe_parameters(*module.num_parameters),
+        "prompts": _prompts(module),
+        "longest input": _longest_input(module),
+    }
+
+
+def _prompts(module: EmbeddingModule) -> str:
+    """Tell what is put before queries and documents, and what is exported with the model."""
+    encoder, rows = module.encoder, module.data.datasets["train"].rows
+    query = describe_prompt(encoder, "query")
+    if rows.has_prompts:
+        query = f"{query}, of all rows" if rows.prompt else f"of each row, else {query}"
+    line = f"queries {query}; documents {describe_prompt(encoder, 'document')}"
+    unused = unused_prompts(encoder)
+    is_asked = rows.has_prompts or set(module.data.prompts.values()) != {None}
+    if unused and not is_asked:
+        line += (
+            f"; the model's {', '.join(unused)} not used: data.query_prompt and "
+            "data.document_prompt set what is"
+        )
+    return line
+
+
+def _longest_input(module: EmbeddingModule) -> str:
+    """Tell how many tokens of a text count, in training and as exported."""
+    encoder, data = module.encoder, module.data
+    line = f"queries {encoder.cap(data.query_max_len)} tokens"
+    if data.format != Format.DISTILL:
+        line += f", documents {encoder.cap(data.passage_max_len)}"
+    exported, own = encoder.max_seq_length, module.own_max_seq_length
+    if exported == own:
+        return f"{line}; exported with the model's own {exported or 'unlimited'}"
+    return f"{line}; exported with {exported}, raised from the model's own {own}"
 
 
 def _about_data(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str, str]:
@@ -63,9 +117,6 @@ def _about_data(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str,
     }
     if rows.ignored_fields:
         lines["ignored fields"] = ", ".join(rows.ignored_fields)
-    if known["query_prompt"] is not None:
-        prompt = known["query_prompt"]
-        lines["query prompt"] = f"{prompt!r}, of all rows; exported as prompts['query']"
     if known["negatives"] is not None:
         lines["negatives"] = f"{known['negatives']} a query, drawn anew every epoch"
     elif rows.format == Format.PAIR:
@@ -109,7 +160,6 @@ def _about_run(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
         "steps": f"{module.num_steps:,} ({epochs}"
         + (f", each of {accumulated} accumulated batches)" if accumulated > 1 else ")"),
         "loss": describe_loss(module.loss),
-        "embedding": f"width {module.encoder.width}",
         "device": f"{trainer.strategy.root_device.type}, {trainer.world_size} rank(s)",
         "strategy": describe_strategy(trainer.strategy),
         "precision": str(trainer.precision),
@@ -120,8 +170,6 @@ def _about_run(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
         + ("without padding" if module.encoder.packs else "each padded to its longest text")
         + (", computed again in backward (grad_cache)" if module.grad_cache else "")
     )
-    if module.use_mrl:
-        facts["embedding"] += f", trained at {', '.join(map(str, module.mrl_dims))}"
     return facts
 
 

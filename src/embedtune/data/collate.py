@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from embedtune.data.batch import Batch, text_ids
 from embedtune.data.chunks import PROBE, Text, make_chunks, tokenise
 from embedtune.data.examples import Example
 from embedtune.models.encoder import Encoder
-from embedtune.models.spec import Features
+from embedtune.models.spec import ROLES, Features, Role
 
 PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids"}
 """Of these, token ids tell all of a single text."""
@@ -23,7 +23,12 @@ class Collator:
     """Collate examples into a :class:`Batch`."""
 
     def __init__(
-        self, encoder: Encoder, query_max_len: int, passage_max_len: int, tokens_per_chunk: int
+        self,
+        encoder: Encoder,
+        query_max_len: int,
+        passage_max_len: int,
+        tokens_per_chunk: int,
+        prompts: Mapping[Role, str | None] | None = None,
     ) -> None:
         """Take the encoder's own tokenisation.
 
@@ -32,8 +37,11 @@ class Collator:
             query_max_len: Longest query in tokens.
             passage_max_len: Longest positive or negative in tokens.
             tokens_per_chunk: Largest number of tokens, padding included, that are encoded at once.
+            prompts: Those of queries whose row brings none, and of documents; the default is the
+                encoder's own.
         """
         self.encoder = encoder
+        self.prompts = prompts or {role: encoder.default_prompt(role) for role in ROLES}
         self.query_max_len = encoder.cap(query_max_len)
         self.passage_max_len = encoder.cap(passage_max_len)
         self.tokens_per_chunk = tokens_per_chunk
@@ -123,20 +131,20 @@ class Collator:
             model.tokenizer.truncation_side,
             model.tokenizer.chat_template,
             model[0].get_config_dict() if hasattr(model[0], "get_config_dict") else None,
-            [self.encoder.default_prompt(role) for role in ("query", "document")],
+            [self.prompts[role] for role in ROLES],
             self.query_max_len,
             self.passage_max_len,
         ]
         return hashlib.blake2b(json.dumps(rules, default=str).encode(), digest_size=16).hexdigest()
 
     def query(self, example: Example) -> Text:
-        """Return a query with its row's prompt, or else the encoder's own."""
-        prompt = example.prompt or self.encoder.default_prompt("query")
+        """Return a query with its row's prompt, or else that of all queries."""
+        prompt = example.prompt or self.prompts["query"]
         return Text(example.query, "query", prompt, self.query_max_len)
 
     def document(self, text: str) -> Text:
-        """Return a positive or a negative with the encoder's own document prompt."""
-        return Text(text, "document", self.encoder.default_prompt("document"), self.passage_max_len)
+        """Return a positive or a negative with the prompt of all documents."""
+        return Text(text, "document", self.prompts["document"], self.passage_max_len)
 
 
 def _real_tokens(features: Features) -> int:

@@ -24,6 +24,7 @@ from embedtune.data.testsets import name_sets
 from embedtune.data.token_table import TokenTable
 from embedtune.errors import InputError, require_positive
 from embedtune.models.encoder import Encoder
+from embedtune.models.spec import Role
 
 log = logging.getLogger("embedtune")
 
@@ -60,6 +61,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
         neg_nums: int = 15,
         query_max_len: int | None = None,
         passage_max_len: int = 512,
+        query_prompt: str | None = None,
+        document_prompt: str | None = None,
         teacher_path: str | list[str] | None = None,
         val_teacher_path: str | list[str] | None = None,
         test_teacher_path: str | list[str] | None = None,
@@ -85,6 +88,9 @@ class EmbeddingDataModule(pl.LightningDataModule):
             query_max_len: Longest query in tokens; the default is 128, for distill 512, and for
                 ``embedtune predict`` the model's own longest input.
             passage_max_len: Longest positive or negative in tokens.
+            query_prompt: Prepended to each query, and exported as the model's own; empty for none.
+                The default is what the rows bring, or else the model's own.
+            document_prompt: The same for documents, whose prompt no row brings.
             teacher_path: float32 memory map of the teacher's embeddings of ``train_path``
                 (distill), or several, which are concatenated along the width.
             val_teacher_path: The same for ``val_path``.
@@ -119,6 +125,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
         self.batch_size, self.neg_nums = batch_size, neg_nums
         self.shuffle, self.seed = shuffle, seed
         self._query_max_len, self.passage_max_len = query_max_len, passage_max_len
+        self._prompts: dict[Role, str | None] = {"query": query_prompt, "document": document_prompt}
         self.teacher_embedding_dim = teacher_embedding_dim
         self._num_workers, self._tokens_per_chunk = num_workers, tokens_per_chunk
         self.datasets: dict[str, ExampleDataset] = {}
@@ -147,9 +154,17 @@ class EmbeddingDataModule(pl.LightningDataModule):
                 # Queries alone are what predict takes from rows of any format.
                 declared = Format.DISTILL if part == "predict" else self.declared
                 rows = Rows(resolve_paths(self.paths[part], key), declared)
+                self._refuse_two_prompts(rows)
                 self.datasets[part] = self._examples(part, rows)
         # Anew in each run, whose model may be another.
         self._tokens = self._open_tokens() if "train" in needed else None
+
+    def _refuse_two_prompts(self, rows: Rows) -> None:
+        if self._prompts["query"] is not None and rows.has_prompts:
+            raise InputError(
+                f"data.query_prompt: expected none, for rows of {rows.paths[0]} bring prompts, "
+                f"found {self._prompts['query']!r}"
+            )
 
     def _open_evaluated(self, part: Part, name: str, given: list[str]) -> None:
         """Open one set of ``val_path`` or ``test_path`` for what can be measured on it."""
@@ -211,6 +226,11 @@ class EmbeddingDataModule(pl.LightningDataModule):
         """Format of the opened data; None when there is none (predict)."""
         formats = (data.rows.format for part, data in self.datasets.items() if part != "predict")
         return next(formats, None)
+
+    @property
+    def prompts(self) -> dict[Role, str | None]:
+        """Prompts that were asked for, by role; None where the rows or the model say it."""
+        return dict(self._prompts)
 
     @property
     def query_max_len(self) -> int:
@@ -308,7 +328,12 @@ class EmbeddingDataModule(pl.LightningDataModule):
         query_max_len = self.query_max_len
         if name == "predict" and self._query_max_len is None:
             query_max_len = encoder.max_seq_length or query_max_len
-        return Collator(encoder, query_max_len, self.passage_max_len, self.tokens_per_chunk)
+        prompts: dict[Role, str | None] = {
+            role: encoder.default_prompt(role) if prompt is None else prompt or None
+            for role, prompt in self.prompts.items()
+        }
+        limits = (query_max_len, self.passage_max_len, self.tokens_per_chunk)
+        return Collator(encoder, *limits, prompts)
 
     # --- Loaders ------------------------------------------------------------------------
 

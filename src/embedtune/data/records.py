@@ -26,7 +26,9 @@ FIELDS: dict[Format, tuple[str, ...]] = {
     Format.SCORED: ("query", "pos", "scores"),
     Format.DISTILL: ("query",),
 }
-"""The required fields of each format; ``prompt_for_query`` is optional in all of them."""
+"""The required fields of each format; a query prompt is optional in all of them."""
+PROMPT_FIELDS = ("prompt_for_query", "prompt")
+"""What the query prompt of a row is called: the second name is FlagEmbedding's."""
 
 
 LARGEST_SCORE = float(np.finfo(np.float32).max)
@@ -71,13 +73,10 @@ def parse_record(line: Line, row_format: Format) -> Record:
     query = line.fields.get("query")
     if not isinstance(query, str) or not query.strip():
         raise _field_error(line, "query", "a non-empty string")
-    prompt = line.fields.get("prompt_for_query")
-    if prompt is not None and not isinstance(prompt, str):
-        raise _field_error(line, "prompt_for_query", "a string or null")
     needed = FIELDS[row_format]
     record = Record(
         query=query,
-        prompt=prompt or None,
+        prompt=_prompt(line),
         positives=_texts(line, "pos") if "pos" in needed else (),
         negatives=_texts(line, "neg") if "neg" in needed else (),
         scores=_scores(line) if "scores" in needed else (),
@@ -87,6 +86,18 @@ def parse_record(line: Line, row_format: Format) -> Record:
             "field 'neg': expected at least one text that is not also a positive, found none"
         )
     return record
+
+
+def _prompt(line: Line) -> str | None:
+    given = {name: line.fields[name] for name in PROMPT_FIELDS if line.fields.get(name) is not None}
+    for name, prompt in given.items():
+        if not isinstance(prompt, str):
+            raise _field_error(line, name, "a string or null")
+    if len(set(given.values())) > 1:
+        raise line.error(
+            f"fields {' and '.join(map(repr, given))}: expected one query prompt, found two"
+        )
+    return next(iter(given.values()), None) or None
 
 
 def _texts(line: Line, name: str) -> list[str]:
@@ -157,7 +168,7 @@ class RecordReader:
         for line in read_lines(self.paths):
             row_format = self._format_of(line)
             record = parse_record(line, row_format)
-            self.ignored_fields |= line.fields.keys() - {*FIELDS[row_format], "prompt_for_query"}
+            self.ignored_fields |= line.fields.keys() - {*FIELDS[row_format], *PROMPT_FIELDS}
             if record.prompt not in self.prompts and len(self.prompts) < 2:
                 self.prompts.append(record.prompt)
             self.rows_per_file[line.file] += 1

@@ -18,7 +18,7 @@ from embedtune.data.records import Format, Record, RecordReader
 log = logging.getLogger("embedtune")
 
 ROWS_PER_WRITE = 5_000
-CACHE_VERSION = 3  # raised whenever the table's columns or the rules of records.py change
+CACHE_VERSION = 4  # raised whenever the table's columns or the rules of records.py change
 SCHEMA = pa.schema(
     {
         "query": pa.string(),
@@ -42,6 +42,7 @@ class Rows:
         format: What the rows hold.
         ignored_fields: Names of fields in the files that embedtune does not read.
         prompt: The query prompt that all rows share, if they do.
+        has_prompts: Whether any row brings a query prompt.
         queries_digest: Digest of all queries in order, to match a teacher store to its texts.
     """
 
@@ -62,6 +63,7 @@ class Rows:
         self.format = Format(known["format"])
         self.ignored_fields: list[str] = known["ignored_fields"]
         self.prompt: str | None = known["prompts"][0] if len(known["prompts"]) == 1 else None
+        self.has_prompts = any(known["prompts"])
         self.queries_digest: str = known["queries_digest"]
         self._rows_per_file: list[int] = known["rows_per_file"]
 

@@ -32,7 +32,7 @@ from embedtune.models.packing import (
     to_device,
     unpack,
 )
-from embedtune.models.spec import EncoderSpec, Features, PoolingMode, Role
+from embedtune.models.spec import ROLES, EncoderSpec, Features, PoolingMode, Role
 
 
 class Encoder(nn.Module):
@@ -85,8 +85,12 @@ class Encoder(nn.Module):
             self.append_projection(spec.projection_dim)
         if spec.max_seq_length is not None:
             self.raise_max_seq_length(spec.max_seq_length)
-        if spec.query_prompt is not None:
-            self.set_query_prompt(spec.query_prompt)
+        for role in ROLES:
+            prompt = spec.prompt(role)
+            if prompt is not None:
+                self.set_prompt(role, prompt)
+        if spec.similarity is not None:
+            self.set_similarity(spec.similarity)
 
     def _refuse_dropout(self, settings: dict[str, float]) -> None:
         config = getattr(self.model[0], "config", None)
@@ -114,6 +118,14 @@ class Encoder(nn.Module):
         width = self.model.get_embedding_dimension()
         assert width is not None, "checked when the encoder is built"
         return width
+
+    @property
+    def num_parameters(self) -> tuple[int, int]:
+        """Numbers that are trained, and that are frozen; of whole weights, before a strategy."""
+        sizes = {True: 0, False: 0}
+        for parameter in self.parameters():
+            sizes[parameter.requires_grad] += parameter.numel()
+        return sizes[True], sizes[False]
 
     @property
     def dense(self) -> Dense | None:
@@ -150,10 +162,20 @@ class Encoder(nn.Module):
             self.model.max_seq_length = length
         self.spec = self.spec._replace(max_seq_length=length)
 
-    def set_query_prompt(self, prompt: str) -> None:
-        """Make ``prompt`` the model's own query prompt, as exported."""
-        self.model.prompts["query"] = prompt
-        self.spec = self.spec._replace(query_prompt=prompt)
+    def set_prompt(self, role: Role, prompt: str) -> None:
+        """Make ``prompt`` the model's own for queries or documents, as exported; empty for none."""
+        self.model.prompts[role] = prompt
+        self.spec = self.spec.with_prompt(role, prompt)
+
+    @property
+    def similarity(self) -> str:
+        """How two embeddings compare, by sentence-transformers' names, as exported."""
+        return self.model.similarity_fn_name
+
+    def set_similarity(self, similarity: str) -> None:
+        """Make ``similarity`` the model's own, as exported."""
+        self.model.similarity_fn_name = cast(Any, similarity)
+        self.spec = self.spec._replace(similarity=similarity)
 
     @property
     def block_classes(self) -> set[type[nn.Module]]:

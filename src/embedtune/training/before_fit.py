@@ -1,11 +1,48 @@
-"""What is refused before a fit, because it would fail or train on nothing later."""
+"""What is settled or refused before a fit, because it would fail or mislead later."""
 
+import logging
 from typing import Any
 
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import Role
+
+log = logging.getLogger("embedtune")
+
+
+PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
+
+
+def refuse_another_precision(precision: str) -> None:
+    """Refuse precisions whose weights are not float32.
+
+    Steps below their spacing would be lost, and the export would not be the model that was trained.
+
+    Raises:
+        InputError: It is one.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(
+            f"trainer.precision: expected {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, in "
+            f"which weights stay float32, found {precision}"
+        )
+
+
+def compare_directions(encoder: Encoder) -> None:
+    """Make cosine the similarity of a model that takes another, for losses compare directions.
+
+    Of vectors of length 1 the dot product and the distance order as cosine does.
+    """
+    own = encoder.similarity
+    if own == "cosine" or (own in ("dot", "euclidean") and encoder.normalizes):
+        return
+    log.warning(
+        "similarity: cosine from now on, in training, evaluation and the export: losses compare "
+        "directions, and the base model's %s compares lengths as well",
+        own,
+    )
+    encoder.set_similarity("cosine")
 
 
 def refuse_flash_in_float32(encoder: Encoder, precision: str) -> None:

@@ -32,8 +32,10 @@ from embedtune.losses.scope import Shares, in_scope
 from embedtune.models import freed_memory
 from embedtune.models.encoder import Encoder
 from embedtune.models.projection import ProjectionInit, parse_dims
-from embedtune.models.spec import EncoderSpec, Features, PoolingMode
+from embedtune.models.spec import ROLES, EncoderSpec, Features, PoolingMode
 from embedtune.training.before_fit import (
+    compare_directions,
+    refuse_another_precision,
     refuse_flash_in_float32,
     refuse_long_interval,
     refuse_long_prompts,
@@ -145,6 +147,8 @@ class EmbeddingModule(pl.LightningModule):
             attention_dropout=attention_dropout,
         )
         self.encoder = Encoder(spec, attn_implementation)
+        self.own_max_seq_length = self.encoder.max_seq_length
+        self.num_parameters = self.encoder.num_parameters
 
     # --- What depends on the data -------------------------------------------------------
 
@@ -158,6 +162,7 @@ class EmbeddingModule(pl.LightningModule):
         refuse_unsupported(self.trainer)
         strategy: Any = self.trainer.strategy
         device = strategy.root_device
+        refuse_another_precision(str(self.trainer.precision))
         refuse_flash_in_float32(self.encoder, str(self.trainer.precision))
         if self.compiles and (device.type != "cuda" or shards_parameters(strategy)):
             raise InputError(
@@ -169,6 +174,7 @@ class EmbeddingModule(pl.LightningModule):
         self.encoder.pack(device, autocast_dtype(str(self.trainer.precision)))
         if stage == "fit" and device.type == "cpu":
             freed_memory.keep_freed()
+        self._set_prompts()
         if stage == "predict":
             return
         mrl_dims = self.mrl_dims if self.use_mrl else None
@@ -178,13 +184,21 @@ class EmbeddingModule(pl.LightningModule):
                 self.encoder, self.projection_init, mrl_dims, self.data, device, strategy.broadcast
             )
             self.encoder.raise_max_seq_length(self.encoder.cap(self.data.max_len))
-            prompt = self.data.datasets["train"].rows.prompt
-            if prompt is not None:
-                self.encoder.set_query_prompt(prompt)
+            compare_directions(self.encoder)
             refuse_long_prompts(self.encoder, self.data)
+            self.num_parameters = self.encoder.num_parameters
         if not self._has_loss_settled and self.data.format is not None:
             self._has_loss_settled = True
             self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data)
+
+    def _set_prompts(self) -> None:
+        """Make the prompts of the data the model's own: the base was measured with its own."""
+        given = self.data.prompts
+        if "train" in self.data.datasets and given["query"] is None:
+            given["query"] = self.data.datasets["train"].rows.prompt
+        for role, prompt in given.items():
+            if prompt is not None:
+                self.encoder.set_prompt(role, prompt)
 
     # --- Steps --------------------------------------------------------------------------
 
@@ -371,8 +385,13 @@ class EmbeddingModule(pl.LightningModule):
             self.encoder.append_projection(spec.projection_dim)
         if spec.max_seq_length is not None:
             self.encoder.raise_max_seq_length(spec.max_seq_length)
-        if spec.query_prompt is not None:
-            self.encoder.set_query_prompt(spec.query_prompt)
+        if spec.similarity is not None:
+            self.encoder.set_similarity(spec.similarity)
+        for role in ROLES:
+            prompt = spec.prompt(role)
+            # What the configuration or the rows say wins.
+            if prompt is not None and self.encoder.spec.prompt(role) is None:
+                self.encoder.set_prompt(role, prompt)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
