@@ -15,7 +15,16 @@ class InputError(ValueError):
 
 
 class ExportError(RuntimeError):
-    """An exported folder does not give the embeddings of the trained model; the exit code is 1."""
+    """An exported folder does not give the embeddings of the trained model; the exit code is 1.
+
+    Attributes:
+        reason: How the embeddings differ; None where the folder cannot be written.
+    """
+
+    def __init__(self, message: str, reason: str | None = None) -> None:
+        """Take what is printed, and how the embeddings differ."""
+        super().__init__(message)
+        self.reason = reason
 
 
 class TrainingError(RuntimeError):

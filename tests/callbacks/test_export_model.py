@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sentence_transformers.sentence_transformer.modules import Pooling
 
 from embedtune.callbacks import export_model
 from embedtune.checkpoints import last_checkpoint
@@ -43,7 +44,7 @@ def test_an_epoch_is_exported_after_its_checkpoint_and_costs_nothing_if_it_fails
     export = export_model.export_encoder
 
     def fail_in_epochs(encoder, folder, *args, **kwargs):
-        if folder.name == "model":
+        if not folder.name.startswith("epoch-"):
             return export(encoder, folder, *args, **kwargs)
         saved[folder.name] = {path.name for path in Path("run/checkpoints").glob("*step=*.ckpt")}
         raise ExportError(f"{folder}: cannot be written: No space left on device")
@@ -59,13 +60,32 @@ def test_an_epoch_is_exported_after_its_checkpoint_and_costs_nothing_if_it_fails
     assert is_verified(Path("run/model"))
 
 
-def test_a_precision_that_cannot_be_exported_exactly_leaves_every_checkpoint(tiny_bert, capsys):
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_a_precision_without_float32_weights_is_refused_before_anything_is_written(
+    tiny_bert, capsys, precision
+):
     with pytest.raises(SystemExit) as caught:
-        fit(tiny_bert, "--trainer.precision", "bf16-true")
-    assert caught.value.code == 1
+        fit(tiny_bert, "--trainer.precision", precision)
+    assert caught.value.code == 2
     (message,) = re.findall(r"^embedtune: error: .*$", capsys.readouterr().err, re.MULTILINE)
-    assert "differ from those of the training graph" in message
-    assert "step=4" in last_checkpoint(Path("run/checkpoints")).resolve().name
+    assert "trainer.precision: expected 32-true, bf16-mixed or 16-mixed" in message
+    assert precision in message
+    assert not Path("run/metrics.csv").exists()
+
+
+def test_a_model_that_exports_otherwise_is_refused_before_its_first_step(
+    tiny_bert, capsys, monkeypatch
+):
+    """What is saved beside the weights decides: here a module that forgets a setting."""
+    monkeypatch.setattr(Pooling, "get_config_dict", lambda self: {"embedding_dimension": 32})
+    with pytest.raises(SystemExit) as caught:
+        fit(tiny_bert, "--model.pooling", "cls")
+    assert caught.value.code == 2
+    (message,) = re.findall(r"^embedtune: error: .*$", capsys.readouterr().err, re.MULTILINE)
+    assert "cannot be exported as it is trained, hence nothing was trained: embeddings" in message
+    assert "UNVERIFIED" not in message
+    assert not last_checkpoint(Path("run/checkpoints"))
+    assert not list(Path("run").glob("*trial*"))
 
 
 @pytest.mark.parametrize("flags", [(), BEST])

@@ -23,6 +23,9 @@ from embedtune.whole_files import sweep
 
 log = logging.getLogger("embedtune")
 
+TRIAL = "export-trial"
+"""Folder in the run folder that the untouched model is exported to before the first step."""
+
 
 def export_running(trainer: pl.Trainer, module: EmbeddingModule, folder: Path) -> None:
     """Export the model of a running fit; all ranks must call it, and rank 0 alone may fail."""
@@ -49,7 +52,32 @@ def export_running(trainer: pl.Trainer, module: EmbeddingModule, folder: Path) -
 
 
 def _log_export(folder: Path, difference: float) -> None:
-    log.info("exported and verified %s (largest difference %.1e)", folder, difference)
+    if folder.name == TRIAL:
+        log.info("the untouched model exports exactly (largest difference %.1e)", difference)
+    else:
+        log.info("exported and verified %s (largest difference %.1e)", folder, difference)
+
+
+def try_export(trainer: pl.Trainer, module: EmbeddingModule) -> None:
+    """Export the untouched model and throw the folder away; all ranks must call it.
+
+    Raises:
+        InputError: It cannot be exported as it is trained, which no training would change.
+    """
+    folder = Path(trainer.default_root_dir) / TRIAL
+    try:
+        export_running(trainer, module, folder)
+    except ExportError as error:
+        if error.reason is None:
+            raise
+        raise InputError(
+            f"model.model_name_or_path: {module.encoder.spec.model_name_or_path}: cannot be "
+            f"exported as it is trained, hence nothing was trained: {error.reason}"
+        ) from error
+    finally:
+        if trainer.is_global_zero:
+            shutil.rmtree(folder, ignore_errors=True)
+    trainer.strategy.barrier()
 
 
 def _embed_probes_in_training(trainer: pl.Trainer, module: EmbeddingModule) -> Tensor:
@@ -93,10 +121,17 @@ class ExportModel(pl.Callback):
         self._ended_epoch, self._has_ended = None, False
         if trainer.is_global_zero:
             sweep(_epoch_folder(trainer, 1).parent)
+            shutil.rmtree(Path(trainer.default_root_dir) / TRIAL, ignore_errors=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make up for the epoch before, where a run was stopped between its end and its export."""
+        """Try an export, or make up for that of the epoch before which a stopped run has left.
+
+        Raises:
+            InputError: The model cannot be exported as it is trained.
+        """
         module = cast(EmbeddingModule, pl_module)
+        if trainer.ckpt_path is None and not cast(Any, trainer).fast_dev_run:
+            try_export(trainer, module)
         self._ended_epoch = self._missing_epoch(trainer, module)
         self._delete_older(trainer, module.place.epoch)
 

@@ -131,4 +131,4 @@ def _unverified(part: Path, folder: Path, reason: str) -> ExportError:
     message = f"{folder}: {reason}; {note}"
     (part / UNVERIFIED).write_text(message + "\n", encoding="utf-8")
     put(part, kept)
-    return ExportError(message)
+    return ExportError(message, reason)
