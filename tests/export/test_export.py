@@ -82,16 +82,6 @@ def test_prompts_are_those_of_encode_query_and_encode_document(
     assert (exported["query"], exported["document"]) == (prompts.get("query", ""), document)
 
 
-def test_a_model_that_truncates_is_trained_and_exported_at_its_full_width(tiny_bert, tmp_path):
-    SentenceTransformer(str(tiny_bert), device="cpu", truncate_dim=16).save_pretrained(
-        str(tmp_path / "cut")
-    )
-    assert SentenceTransformer(str(tmp_path / "cut"), device="cpu").truncate_dim == 16
-    encoder = Encoder(EncoderSpec(str(tmp_path / "cut")))
-    assert encoder.width == 32
-    assert export_encoder(encoder, tmp_path / "model") <= TOLERANCE
-
-
 @pytest.mark.parametrize("longest", [None, 48])
 def test_a_tokenizer_is_exported_as_it_was_loaded(tiny_bert, tmp_path, longest):
     """Other runtimes obey the truncation and padding that ``tokenizer.json`` holds."""
