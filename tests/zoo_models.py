@@ -68,9 +68,8 @@ def decoder_tokenizer(ends: bool = True, **settings: Any) -> PreTrainedTokenizer
     single = "$A [SEP]" if ends else "$A"
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=[end])
     known = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[SEP]"}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, model_max_length=LONGEST, **{**known, **settings}
-    )
+    known |= {"model_max_length": LONGEST, **settings}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **known)
 
 
 def left_tokenizer(**settings: Any) -> PreTrainedTokenizerFast:
@@ -140,6 +139,13 @@ def small_bert(folder: Path, **settings: Any) -> Transformer:
 def save(modules: list[nn.Module], folder: Path, **settings: Any) -> None:
     model = SentenceTransformer(modules=modules, device="cpu", **settings)
     model.save_pretrained(str(folder), create_model_card=False)
+
+
+def edit(folder: Path, name: str, **values: Any) -> None:
+    """Change entries of a json file of a folder."""
+    path = folder / name
+    known = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**known, **values}))
 
 
 # --- What any model must do ------------------------------------------------------------------
@@ -235,7 +241,7 @@ def check_untouched(model: Path, folder: Path, packs: bool) -> None:
     after = module.encoder.state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
     cut = expected.shape[1]  # less than what is trained where the base cuts
-    assert_same(embed_in_chunks(module.encoder)[:, :cut], expected)
+    assert_same(embed_in_chunks(module.encoder.eval())[:, :cut], expected)
     assert_same(embed(folder / "untouched" / "model")[:, :cut], expected)
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 
 from embedtune.data.chunks import Text, make_chunks
 from embedtune.errors import InputError
@@ -218,6 +219,25 @@ def test_the_layers_are_found_in_any_architecture(config, expected, tiny_bert):
     encoder = Encoder(EncoderSpec(str(tiny_bert)))
     encoder.model[0].model = transformers.AutoModel.from_config(config)
     assert expected <= {kind.__name__ for kind in encoder.block_classes}
+
+
+def test_the_layers_of_every_tower_are_found(tiny_bert, tiny_qwen, tmp_path):
+    towers = [[Transformer(str(path)), Pooling(32)] for path in (tiny_bert, tiny_qwen)]
+    SentenceTransformer(modules=[Router.for_query_document(*towers)], device="cpu").save_pretrained(
+        str(tmp_path)
+    )
+    found = {kind.__name__ for kind in Encoder(EncoderSpec(str(tmp_path))).block_classes}
+    assert {"BertLayer", "Qwen3DecoderLayer"} <= found
+
+
+def test_a_model_without_layers_has_none_and_compiles_nothing(tiny_bert, tmp_path):
+    tokenizer = SentenceTransformer(str(tiny_bert), device="cpu").tokenizer.backend_tokenizer
+    modules = [StaticEmbedding(tokenizer, embedding_dim=8)]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path))
+    encoder = Encoder(EncoderSpec(str(tmp_path)))
+    assert encoder.block_classes == set()
+    with pytest.raises(InputError, match=r"model.compile: expected a model with layers, found no"):
+        encoder.compile_layers()
 
 
 def test_cudnn_plans_for_no_shape(tiny_bert):

@@ -1,7 +1,5 @@
 """What is no text encoder, or contradicts itself, is one line when it is loaded."""
 
-import json
-
 import pytest
 import torch
 from sentence_transformers import (
@@ -13,15 +11,12 @@ from sentence_transformers import (
 from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbeddings
 from transformers import AutoTokenizer, BertForSequenceClassification, GPT2Config, GPT2Model
+from zoo_models import edit
 
 from embedtune.errors import InputError
 from embedtune.models.encoder import Encoder
 from embedtune.models.loading import load_sentence_transformer
 from embedtune.models.spec import EncoderSpec
-
-
-def edit(path, **values):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 @pytest.mark.parametrize("kind", [SparseEncoder, MultiVectorEncoder, CrossEncoder])
@@ -98,7 +93,7 @@ def test_a_tokenizer_that_names_no_padding(tiny_qwen, tmp_path, end, caplog):
     tokenizer.save_pretrained(tmp_path)
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=8, n_layer=1, n_head=1)
     GPT2Model(config).save_pretrained(tmp_path)
-    edit(tmp_path / "tokenizer_config.json", pad_token=None, eos_token=end)
+    edit(tmp_path, "tokenizer_config.json", pad_token=None, eos_token=end)
     if end is None:
         with pytest.raises(InputError, match="expected a tokenizer with a token to pad with"):
             Encoder(EncoderSpec(str(tmp_path)))

@@ -17,6 +17,7 @@ from zoo_models import (
     configured,
     decoder,
     decoder_tokenizer,
+    edit,
     left_tokenizer,
     save,
     small_bert,
@@ -43,12 +44,6 @@ def changed(change, build: Build | None = None) -> Build:
         change(folder)
 
     return built
-
-
-def edit(folder: Path, name: str, **values) -> None:
-    path = folder / name
-    known = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**known, **values}))
 
 
 def in_half(kind: torch.dtype):

@@ -14,7 +14,14 @@ from embedtune.digests import refuse_damaged
 from embedtune.errors import InputError
 from embedtune.models.adapters import merge_adapters
 from embedtune.models.tokenizer_state import remember_tokenizers
-from embedtune.models.towers import capped, longest_input, positions, towers, transformers_of
+from embedtune.models.towers import (
+    capped,
+    first_position,
+    longest_input,
+    positions,
+    towers,
+    transformers_of,
+)
 from embedtune.models.unsupported import refuse_other_kinds
 from embedtune.models.words import fix_words
 
@@ -162,7 +169,9 @@ def make_trainable(model: SentenceTransformer) -> None:
     """Settle what a model leaves to its user: lengths, width and prompts."""
     for module in towers(model):
         limit, longest = positions(module), longest_input(module)
-        if limit is not None and (longest is None or longest > limit):
+        # sentence-transformers knows nothing of positions that start after the padding.
+        is_too_long = longest is None or (longest > (limit or 0) and first_position(module) > 0)
+        if limit is not None and is_too_long:
             cast(Any, module).max_seq_length = limit
     for module in model.modules():
         fix_words(module)

@@ -4,6 +4,7 @@ An embedding must not depend on the texts that are encoded at the same time.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from embedtune.errors import InputError
 from embedtune.models.packing import LONGEST_TRIAL, to_device, turning_point
 from embedtune.models.spec import Features, Role
-from embedtune.models.towers import ROLES, positions, tower
+from embedtune.models.towers import ROLES, positions, tower, transformers_of
 from embedtune.models.words import known_words
 
 if TYPE_CHECKING:
@@ -37,20 +38,42 @@ def prepare_training(encoder: "Encoder") -> None:
     Raises:
         InputError: An embedding differs by more than rounding once its text is padded.
     """
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        used = set()
+    used = set()
+    with _at_rest(encoder), _plain_attention(encoder):
         for role in ROLES if encoder.routes else ROLES[:1]:
             alone, padded = (encoder(f) for f in _alone_and_padded(encoder, role))
             _refuse_difference(encoder, alone.detach(), padded[:1].detach())
             used |= _leaves(alone)
-    finally:
-        encoder.train(was_training)
     for name, weight in encoder.named_parameters():
         # A few tokens do not reach every expert.
         if weight not in used and "expert" not in name:
             weight.requires_grad_(False)
+
+
+@contextmanager
+def _at_rest(encoder: "Encoder") -> Iterator[None]:
+    """Drop nothing."""
+    was_training = encoder.training
+    encoder.eval()
+    try:
+        yield
+    finally:
+        encoder.train(was_training)
+
+
+@contextmanager
+def _plain_attention(encoder: "Encoder") -> Iterator[None]:
+    """Attend in a way that every device and precision has, where another was asked for."""
+    given = encoder.attn_implementation
+    inner: list[Any] = [transformer.auto_model for transformer in transformers_of(encoder.model)]
+    changed = inner if given not in (None, "eager", "sdpa") else []
+    for model in changed:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        for model in changed:
+            model.set_attn_implementation(given)
 
 
 def _alone_and_padded(encoder: "Encoder", role: Role) -> Iterator[Features]:
@@ -100,27 +123,24 @@ def packs_exactly(encoder: "Encoder", device: torch.device, half: torch.dtype | 
         device: Where it will run.
         half: What it will multiply in under autocast, None for float32.
     """
-    was_training = encoder.training
-    encoder.eval()
-    try:
-        encoder.to(device)
-        rows = _rows(encoder)
-        repeats = _repeats(encoder, rows)
-        alone = [to_device({k: v[None] for k, v in row.items()}, device) for row in rows]
-        packed = to_device(encoder.join(rows * repeats, "document"), device)
-        with torch.no_grad():
-            # On a GPU each precision has kernels of its own.
-            return all(
-                _agrees(encoder, alone, packed, kind)
-                for kind in ((None,) if device.type == "cpu" else {None, half})
-            )
-    except torch.OutOfMemoryError:
-        encoder.to("cpu")  # as a whole it does not fit
-        return False
-    except UNMADE:
-        return False
-    finally:
-        encoder.train(was_training)
+    with _at_rest(encoder):
+        try:
+            encoder.to(device)
+            rows = _rows(encoder)
+            repeats = _repeats(encoder, rows)
+            alone = [to_device({k: v[None] for k, v in row.items()}, device) for row in rows]
+            packed = to_device(encoder.join(rows * repeats, "document"), device)
+            with torch.no_grad():
+                # On a GPU each precision has kernels of its own.
+                return all(
+                    _agrees(encoder, alone, packed, kind)
+                    for kind in ((None,) if device.type == "cpu" else {None, half})
+                )
+        except torch.OutOfMemoryError:
+            encoder.to("cpu")  # as a whole it does not fit
+            return False
+        except UNMADE:
+            return False
 
 
 def _rows(encoder: "Encoder") -> list[dict[str, Tensor]]:
