@@ -123,6 +123,13 @@ def _(folder, model):
     assert schedule.get_last_lr() == [3.0]
 
 
+@borrows("torch: Node.next_functions, AccumulateGrad.variable")
+def _(folder, model):
+    weight = torch.ones(2, requires_grad=True)
+    ((parent, _), *_) = (2 * weight).grad_fn.next_functions
+    assert parent.variable is weight
+
+
 @borrows("torch: _softmax_backward_data")
 def _(folder, model):
     scores = torch.randn(2, 3, requires_grad=True)
@@ -515,6 +522,51 @@ def _(folder, model):
     assert bert().embeddings.position_embeddings.padding_idx is None
 
 
+@borrows("transformers: config.rope_parameters")
+def _(folder, model):
+    from embedtune.models.packing import turning_point
+
+    transformers = import_module("transformers")
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 2, "long_factor": [2.0] * 2}
+    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_key_value_heads": 1}
+    config = transformers.Phi3Config(
+        **sizes,
+        rope_parameters={**rope, "rope_theta": 1e4},
+        original_max_position_embeddings=5,
+        max_position_embeddings=9,
+        sliding_window=None,
+    )
+    layer = torch.nn.Module()
+    layer.config = config
+    assert turning_point(layer) == 5
+
+
+@borrows("transformers: PreTrainedModel._hf_peft_config_loaded, peft_config, _weight_conversions")
+def _(folder, model):
+    peft = pytest.importorskip("peft")
+    inner = bert()
+    assert inner._hf_peft_config_loaded is False
+    inner.save_pretrained(folder / "base")
+    config = peft.LoraConfig(target_modules=["query"])
+    kind = type(inner)
+    peft.get_peft_model(kind.from_pretrained(folder / "base"), config).save_pretrained(folder / "a")
+    adapted = kind.from_pretrained(folder / "a")
+    assert adapted._hf_peft_config_loaded is True
+    assert [c.peft_type.value for c in adapted.peft_config.values()] == ["LORA"]
+    assert adapted._weight_conversions
+
+
+@borrows("peft: BaseTunerLayer.merge, get_base_layer, ModulesToSaveWrapper.modules_to_save")
+def _(folder, model):
+    pytest.importorskip("peft")
+    layer = import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    assert takes(layer.merge, "safe_merge")
+    assert callable(layer.get_base_layer)
+    wrapper = import_module("peft.utils").ModulesToSaveWrapper
+    made = wrapper(torch.nn.Linear(2, 2), "default")
+    assert isinstance(made.modules_to_save[made.active_adapters[0]], torch.nn.Linear)
+
+
 @borrows("transformers: PreTrainedTokenizerFast.backend_tokenizer.to_str")
 def _(folder, model):
     tokenizers = import_module("tokenizers")
@@ -545,6 +597,45 @@ def _(folder, model):
 
 def load(folder: Path) -> torch.nn.Module:
     return import_module("sentence_transformers").SentenceTransformer(str(folder), device="cpu")
+
+
+@borrows("sentence_transformers: Router.sub_modules, route_mappings")
+def _(folder, model):
+    modules = import_module("sentence_transformers.base.modules")
+    routes = {name: [modules.Dense(2, 2)] for name in ("small", "document")}
+    router = modules.Router(routes, route_mappings={("query", None): "small"})
+    assert set(router.sub_modules) == set(routes)
+    assert router.route_mappings == {("query", None): "small"}
+
+
+@borrows("sentence_transformers: Transformer.config_keys, do_lower_case")
+def _(folder, model):
+    transformer = load(model)[0]
+    assert transformer.do_lower_case is False
+    transformer.config_keys = [*transformer.config_keys, "do_lower_case"]
+    assert transformer.get_config_dict()["do_lower_case"] is False
+
+
+@borrows("sentence_transformers: WordEmbeddings.emb_layer, sentence_lengths, WordTokenizer.vocab")
+def _(folder, model):
+    modules = import_module("sentence_transformers.sentence_transformer.modules")
+    tokenizers = import_module("sentence_transformers.sentence_transformer.modules.tokenizer")
+    tokenizer = tokenizers.WhitespaceTokenizer(["", "a", "b"], set())
+    words = modules.WordEmbeddings(tokenizer, torch.zeros(3, 2))
+    assert isinstance(tokenizer, tokenizers.WordTokenizer)
+    assert list(tokenizer.vocab) == ["", "a", "b"]
+    features = words.preprocess(["a b", "b"])
+    assert features["sentence_lengths"].tolist() == [2, 1]
+    assert features["input_ids"].tolist() == [[1, 2], [2, 0]]
+    assert words.emb_layer.padding_idx is None
+
+
+@borrows("sentence_transformers: util.load_file_path")
+def _(folder, model):
+    load_file_path = import_module("sentence_transformers.util").load_file_path
+    found = load_file_path(str(model), "modules.json", local_files_only=True)
+    assert Path(found) == model / "modules.json"
+    assert load_file_path(str(model), "nothing.json", local_files_only=True) is None
 
 
 @borrows("sentence_transformers: SentenceTransformer.preprocess(max_length, task)")

@@ -40,7 +40,7 @@ def modules(folder: Path) -> list[str]:
 
 
 def test_an_export_loads_and_equals_the_training_graph(encoder, tmp_path):
-    encoder.set_query_prompt("find: ")
+    encoder.set_prompt("query", "find: ")
     folder = tmp_path / "model"
     assert export_encoder(encoder, folder) <= TOLERANCE
     assert modules(folder) == ["Transformer", "Pooling", "Dense", "Normalize"]
@@ -80,16 +80,6 @@ def test_prompts_are_those_of_encode_query_and_encode_document(
     exported = SentenceTransformer(str(tmp_path / "model"), device="cpu").prompts
     document = prompts.get("document", prompts.get("passage", ""))
     assert (exported["query"], exported["document"]) == (prompts.get("query", ""), document)
-
-
-def test_a_model_that_truncates_is_trained_and_exported_at_its_full_width(tiny_bert, tmp_path):
-    SentenceTransformer(str(tiny_bert), device="cpu", truncate_dim=16).save_pretrained(
-        str(tmp_path / "cut")
-    )
-    assert SentenceTransformer(str(tmp_path / "cut"), device="cpu").truncate_dim == 16
-    encoder = Encoder(EncoderSpec(str(tmp_path / "cut")))
-    assert encoder.width == 32
-    assert export_encoder(encoder, tmp_path / "model") <= TOLERANCE
 
 
 @pytest.mark.parametrize("longest", [None, 48])

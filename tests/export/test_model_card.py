@@ -234,7 +234,7 @@ def test_many_files_are_counted(encoder, tmp_path):
 
 @pytest.mark.parametrize("wicked", [WICKED, ": yes", "no", "---", " a ", "\udcff", "a\\|b", "`"])
 def test_special_characters_break_neither_tables_nor_yaml(encoder, tmp_path, wicked):
-    encoder.set_query_prompt(wicked)
+    encoder.set_prompt("query", wicked)
     facts = FACTS._replace(
         data={**FACTS.data, "files": [wicked, "b.jsonl"], "query_prompt": wicked},
         configuration={"loss": wicked, "seed": 1},
@@ -266,7 +266,7 @@ def test_code_is_plain_where_it_can_be():
 
 @pytest.mark.parametrize("facts", [None, MRL])
 def test_the_snippets_run(encoder, tmp_path, capsys, facts):
-    encoder.set_query_prompt("find: ")
+    encoder.set_prompt("query", "find: ")
     export_encoder(encoder, tmp_path / "model", facts=facts)
     blocks = snippets((tmp_path / "model" / "README.md").read_text(), tmp_path / "model")
     assert len(blocks) == (1 if facts is None else 2)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Dense, Normalize, Router
-from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from sentence_transformers.base.modules import Dense, Normalize, Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling, StaticEmbedding
 
 from embedtune.data.chunks import Text, make_chunks
 from embedtune.errors import InputError
@@ -13,6 +13,7 @@ from embedtune.models.encoder import Encoder
 from embedtune.models.loading import load_sentence_transformer
 from embedtune.models.projection import init_projection, parse_dims, principal_axes, projection_dim
 from embedtune.models.spec import EncoderSpec
+from embedtune.models.trial import prepare_training
 
 TEXTS = ["a", "the second text", "one two three four five six seven", "中文 x", "b c", "b c d e"]
 
@@ -35,32 +36,6 @@ def test_chunks_encode_as_sentence_transformers_does(model, tokens_per_chunk, re
     expected = torch.as_tensor(SentenceTransformer(path, device="cpu").encode(TEXTS))
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
-
-
-def test_a_bag_of_tokens_is_encoded_in_one_chunk(tmp_path, tiny_bert):
-    tokenizer = SentenceTransformer(str(tiny_bert), device="cpu").tokenizer.backend_tokenizer
-    tokenizer.no_padding()
-    SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_dim=8)], device="cpu").save(
-        str(tmp_path)
-    )
-    encoder = Encoder(EncoderSpec(str(tmp_path))).eval()
-    expected = torch.as_tensor(encoder.model.encode(TEXTS))
-    torch.testing.assert_close(encode(encoder, TEXTS), expected)
-
-
-def test_a_router_takes_queries_and_documents_apart(tiny_bert, tmp_path):
-    routes = [list(SentenceTransformer(str(tiny_bert), device="cpu")) for _ in range(2)]
-    with torch.no_grad():
-        routes[1][0].auto_model.embeddings.word_embeddings.weight.mul_(-1)
-    router = Router.for_query_document(query_modules=routes[0], document_modules=routes[1])
-    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path))
-    encoder = Encoder(EncoderSpec(str(tmp_path))).eval()
-    queries = encode(encoder, TEXTS, role="query")
-    documents = encode(encoder, TEXTS, role="document")
-    assert (queries - documents).abs().max() > 0.01
-    expected = encoder.model.encode_query(TEXTS), encoder.model.encode_document(TEXTS)
-    torch.testing.assert_close(queries, torch.as_tensor(expected[0]), rtol=0, atol=1e-6)
-    torch.testing.assert_close(documents, torch.as_tensor(expected[1]), rtol=0, atol=1e-6)
 
 
 def test_a_prompt_is_prepended(tiny_bert):
@@ -101,13 +76,6 @@ def test_pooling_can_be_chosen(tiny_transformer, pooling):
     assert encode(encoder.eval(), TEXTS).shape == (6, 32)
 
 
-def test_weights_are_float32_whatever_was_saved(tiny_transformer, tmp_path):
-    half = SentenceTransformer(str(tiny_transformer), device="cpu").to(torch.bfloat16)
-    half.save_pretrained(str(tmp_path))
-    model = load_sentence_transformer(str(tmp_path))
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-
-
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/model", "not-on-this-machine"])
 def test_a_model_that_is_not_there_is_one_clear_error(name):
     with pytest.raises(InputError, match="model_name_or_path"):
@@ -118,7 +86,7 @@ def test_a_checkpoints_spec_rebuilds_the_structure(tiny_bert):
     encoder = Encoder(EncoderSpec(str(tiny_bert)))
     encoder.append_projection(48)
     encoder.raise_max_seq_length(32)
-    encoder.set_query_prompt("find: ")
+    encoder.set_prompt("query", "find: ")
     again = Encoder(EncoderSpec(**encoder.spec._asdict()))
     assert again.width == 48
     assert again.max_seq_length == encoder.max_seq_length == 64
@@ -206,6 +174,7 @@ def test_widths_parse_from_a_list_or_a_comma_string():
 @pytest.mark.parametrize("model", ["tiny_bert", "tiny_qwen"])
 def test_every_trainable_parameter_gets_a_gradient(model, request):
     encoder = Encoder(EncoderSpec(str(request.getfixturevalue(model))))
+    prepare_training(encoder)
     encoder.append_projection(8)
     encoder(encoder.tokenize(TEXTS, "query", None, 64)).square().sum().backward()
     trained = [p for p in encoder.parameters() if p.requires_grad]
@@ -250,6 +219,25 @@ def test_the_layers_are_found_in_any_architecture(config, expected, tiny_bert):
     encoder = Encoder(EncoderSpec(str(tiny_bert)))
     encoder.model[0].model = transformers.AutoModel.from_config(config)
     assert expected <= {kind.__name__ for kind in encoder.block_classes}
+
+
+def test_the_layers_of_every_tower_are_found(tiny_bert, tiny_qwen, tmp_path):
+    towers = [[Transformer(str(path)), Pooling(32)] for path in (tiny_bert, tiny_qwen)]
+    SentenceTransformer(modules=[Router.for_query_document(*towers)], device="cpu").save_pretrained(
+        str(tmp_path)
+    )
+    found = {kind.__name__ for kind in Encoder(EncoderSpec(str(tmp_path))).block_classes}
+    assert {"BertLayer", "Qwen3DecoderLayer"} <= found
+
+
+def test_a_model_without_layers_has_none_and_compiles_nothing(tiny_bert, tmp_path):
+    tokenizer = SentenceTransformer(str(tiny_bert), device="cpu").tokenizer.backend_tokenizer
+    modules = [StaticEmbedding(tokenizer, embedding_dim=8)]
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path))
+    encoder = Encoder(EncoderSpec(str(tmp_path)))
+    assert encoder.block_classes == set()
+    with pytest.raises(InputError, match=r"model.compile: expected a model with layers, found no"):
+        encoder.compile_layers()
 
 
 def test_cudnn_plans_for_no_shape(tiny_bert):

@@ -68,8 +68,9 @@ def make_chunks(
         else:
             cuts = cut_padded(lengths, tokens_per_chunk, encoder.chunk_cost)
         for start, end in pairwise(cuts):
-            joined = encoder.join([row for _, row in pool[start:end]])
-            chunks.append({**joined, **dict(shared_items)})
+            shared = dict(shared_items)
+            joined = encoder.join([row for _, row in pool[start:end]], shared.get("task", "query"))
+            chunks.append({**joined, **shared})
             encoded.extend(i for i, _ in pool[start:end])
     order = torch.empty(len(texts), dtype=torch.int64)
     order[encoded] = torch.arange(len(texts))
@@ -104,16 +105,8 @@ def tokenise(
         else:
             row, mask = next(kept)
             tokens = {k: v[row][mask] for k, v in tensors.items()}
-            rows.append(tokens if mask.any() else _one_padding(encoder, tensors))
+            rows.append(tokens if mask.any() else encoder.no_tokens(tensors, role))
     return rows, shared
-
-
-def _one_padding(encoder: Encoder, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the features of one token of padding: of no token nothing can be encoded."""
-    row = {k: v.new_zeros(1) for k, v in tensors.items()}
-    row["input_ids"] += getattr(encoder.model.tokenizer, "pad_token_id", None) or 0
-    row["attention_mask"] += 1
-    return row
 
 
 def cut_packed(lengths: Sequence[int], tokens_per_chunk: int) -> list[int]:

@@ -11,8 +11,8 @@ from embedtune.data.chunks import Text, make_chunks
 from embedtune.data.sampler import Key
 from embedtune.data.scored_pairs import ScoredPairs
 from embedtune.models.encoder import Encoder
-from embedtune.models.loading import UNLIMITED
 from embedtune.models.spec import Features, Role
+from embedtune.models.towers import UNLIMITED
 
 TEXTS_PER_BATCH = 256
 """Texts of a test set that a rank encodes between two batches' exchanges."""

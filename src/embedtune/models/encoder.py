@@ -1,26 +1,19 @@
 """A sentence-transformers model as a trainable encoder with an optional Matryoshka projection."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
-from sentence_transformers.base.modules import Dense, Normalize, Router
+from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import Tensor, nn
 
 from embedtune.errors import InputError
 from embedtune.models.attention import VARLEN
 from embedtune.models.dropout import use_fast_dropout
-from embedtune.models.loading import (
-    UNLIMITED,
-    cap_length,
-    dropout_settings,
-    first_position,
-    load_sentence_transformer,
-    make_trainable,
-    max_positions,
-)
+from embedtune.models.layers import block_classes, layers
+from embedtune.models.loading import dropout_settings, load_sentence_transformer, make_trainable
 from embedtune.models.packing import (
     CHUNK_COST,
     GPU_CHUNK_COST,
@@ -28,11 +21,23 @@ from embedtune.models.packing import (
     has_plain_attention,
     join_packed,
     join_padded,
-    sliding_window,
-    to_device,
     unpack,
 )
-from embedtune.models.spec import ROLES, EncoderSpec, Features, PoolingMode, Role
+from embedtune.models.pooling import set_pooling
+from embedtune.models.spec import ROLES, EncoderSpec, Features, Role
+from embedtune.models.towers import (
+    capped,
+    first_position,
+    has_routes,
+    longest_input,
+    positions,
+    tower,
+    towers,
+    transformers_of,
+)
+from embedtune.models.trial import packs_exactly
+from embedtune.models.unsupported import refuse_unsupported
+from embedtune.models.words import as_tokens, no_tokens, with_lengths
 
 
 class Encoder(nn.Module):
@@ -64,15 +69,17 @@ class Encoder(nn.Module):
             config=dropout,
         )
         self._refuse_dropout(dropout)
+        refuse_unsupported(self.model, spec.model_name_or_path)
         make_trainable(self.model)
         # With flash attention sentence-transformers would join the texts as it tokenises.
         self._flash_packs = bool(getattr(self.model[0], "can_flatten_inputs", False))
-        cast(Any, self.model[0]).can_flatten_inputs = False
+        for transformer in transformers_of(self.model):
+            cast(Any, transformer).can_flatten_inputs = False
         self.packs, self.chunk_cost = False, CHUNK_COST
         self._is_compiled = False
         self._packed_for: tuple[str, torch.dtype | None] | None = None
         if spec.pooling is not None:
-            self._set_pooling(spec.pooling)
+            set_pooling(self.model, spec.pooling, spec.model_name_or_path)
         self.normalizes = isinstance(self.model[-1], Normalize)
         if self.normalizes:
             del self.model[-1]
@@ -93,22 +100,12 @@ class Encoder(nn.Module):
             self.set_similarity(spec.similarity)
 
     def _refuse_dropout(self, settings: dict[str, float]) -> None:
-        config = getattr(self.model[0], "config", None)
-        if settings and not any(hasattr(config, name) for name in settings):
+        configs = [transformer.config for transformer in transformers_of(self.model)]
+        if settings and not any(hasattr(config, name) for config in configs for name in settings):
             raise InputError(
                 f"model.dropout, model.attention_dropout: expected a model whose configuration has "
                 f"one of {', '.join(settings)}; {self.spec.model_name_or_path!r} has none"
             )
-
-    def _set_pooling(self, mode: PoolingMode) -> None:
-        transformer: Any = self.model[0]
-        pooling = Pooling(transformer.get_embedding_dimension(), mode)
-        for position, module in enumerate(self.model):
-            if isinstance(module, Pooling):
-                pooling.include_prompt = module.include_prompt
-                self.model[position] = pooling
-                return
-        self.model.insert(1, pooling)
 
     # --- Structure ----------------------------------------------------------------------
 
@@ -143,23 +140,28 @@ class Encoder(nn.Module):
     @property
     def max_seq_length(self) -> int | None:
         """Longest input in tokens that ``encode`` takes before it truncates; None is unlimited."""
-        length = self.model.max_seq_length
-        return None if length is None or length > UNLIMITED else int(length)
+        return self._largest(longest_input)
 
     @property
     def max_positions(self) -> int | None:
         """Longest input in tokens that the position embeddings allow; None is unlimited."""
-        return max_positions(self.model)
+        return self._largest(positions)
+
+    def _largest(self, limit: Callable[[nn.Module], int | None]) -> int | None:
+        limits = [limit(module) for module in towers(self.model)]
+        known = [length for length in limits if length is not None]
+        return max(known) if len(known) == len(limits) else None
 
     def cap(self, max_len: int) -> int:
         """Return ``max_len``, or as many tokens as there are positions if they are fewer."""
-        return cap_length(self.model, max_len)
+        return max(capped(module, max_len) for module in towers(self.model))
 
     def raise_max_seq_length(self, length: int) -> None:
         """Let ``encode`` take inputs as long as those trained on; never shortens."""
-        known = self.max_seq_length
-        if known is not None and length > known:
-            self.model.max_seq_length = length
+        for module in towers(self.model):
+            known, raised = longest_input(module), capped(module, length)
+            if known is not None and raised > known:
+                cast(Any, module).max_seq_length = raised
         self.spec = self.spec._replace(max_seq_length=length)
 
     def set_prompt(self, role: Role, prompt: str) -> None:
@@ -180,30 +182,31 @@ class Encoder(nn.Module):
     @property
     def block_classes(self) -> set[type[nn.Module]]:
         """Classes of the transformer's layers: what FSDP gathers and frees as a whole."""
-        transformer: nn.Module = getattr(self.model[0], "auto_model", self.model[0])
-        names = getattr(transformer, "_no_split_modules", None) or ()
-        found = {type(m) for m in transformer.modules() if type(m).__name__ in names}
-        lists = [m for m in transformer.modules() if isinstance(m, nn.ModuleList) and len(m)]
-        if found or not lists:
-            return found
-        # Some architectures declare none.
-        largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-        return {type(largest[0])}
+        return block_classes(self.model)
 
     def compile_layers(self) -> None:
         """Compile the transformer's layers for training; evaluation stays as it is.
 
         Once for chunks of any size, and for all layers of one kind.
+
+        Raises:
+            InputError: The model has no layers.
         """
-        lists = [m for m in self.model[0].modules() if isinstance(m, nn.ModuleList) and len(m)]
-        for layer in max(lists, key=lambda m: sum(p.numel() for p in m.parameters())):
+        repeated = [layers(transformer) for transformer in transformers_of(self.model)]
+        found = [layer for listed in repeated if listed is not None for layer in listed]
+        if not found:
+            raise InputError(
+                "model.compile: expected a model with layers, found none in "
+                f"{self.spec.model_name_or_path!r}"
+            )
+        for layer in found:
             layer.compile(dynamic=True)
         self._is_compiled = True
 
     @property
     def routes(self) -> bool:
         """Whether queries and documents take different ways through the model."""
-        return any(isinstance(module, Router) for module in self.model)
+        return has_routes(self.model)
 
     # --- Text to features ---------------------------------------------------------------
 
@@ -222,22 +225,32 @@ class Encoder(nn.Module):
             prompt: Prepended to each text; None for none.
             max_len: Longest input in tokens, prompt and special tokens included.
         """
+        module = tower(self.model, role)
+        longest = longest_input(module)
+        if self.routes and longest is not None:  # the other tower may take longer texts
+            max_len = min(max_len, longest)
         features = self.model.preprocess(list(texts), prompt=prompt, max_length=max_len, task=role)
         if self.routes:
             features["task"] = role
-        if all(module.include_prompt for module in self.model if isinstance(module, Pooling)):
+        pools = (m for m in self.model.modules() if isinstance(m, Pooling))
+        if all(pooling.include_prompt for pooling in pools):
             features.pop("prompt_length", None)
-        return dict(features)
+        return as_tokens(module, dict(features), max_len)
 
-    def join(self, rows: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    def join(self, rows: Sequence[dict[str, Tensor]], role: Role) -> dict[str, Any]:
         """Make one chunk of single texts' features, each tensor ``[t]``.
 
         Padded to ``[n, longest]``, or packed one after another as ``[1, tokens]`` where the encoder
-        :attr:`packs`.
+        :attr:`packs`. With routes all texts are of one role.
         """
+        module: Any = tower(self.model, role)
         if self.packs:
-            return join_packed(rows, first_position(self.model))
-        return join_padded(rows, self.model.tokenizer)
+            return join_packed(rows, first_position(module))
+        return join_padded(rows, module.tokenizer)
+
+    def no_tokens(self, tensors: Mapping[str, Tensor], role: Role) -> dict[str, Tensor]:
+        """Return the features of a text without tokens, each tensor ``[1]``, as those of others."""
+        return no_tokens(tower(self.model, role), tensors)
 
     # --- Without padding ----------------------------------------------------------------
 
@@ -265,49 +278,11 @@ class Encoder(nn.Module):
             self.packs = has_plain_attention(transformer) and device.type in ("cpu", "cuda")
             if self.packs:
                 transformer.model.set_attn_implementation(VARLEN)
-                self.packs = self._packs_exactly(device, half)
+                self.packs = packs_exactly(self, device, half)
                 if not self.packs:
                     transformer.model.set_attn_implementation("sdpa")
         if self.packs and transformer.model_forward_params is not None:
             transformer.model_forward_params |= set(PACKED_INPUTS)
-
-    def _packs_exactly(self, device: torch.device, half: torch.dtype | None) -> bool:
-        # One text longer than a window.
-        longest = 8 + (sliding_window(self.model[0]) or 0)
-        texts = ["one", " ".join(map(str, range(longest))), "one two three"]
-        features = self.tokenize(texts, "document", None, 4 * longest)
-        tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
-        if "attention_mask" not in tensors:
-            return False
-        kept = [mask.bool() for mask in tensors["attention_mask"]]
-        rows = [{k: v[i][m] for k, v in tensors.items()} for i, m in enumerate(kept)]
-        others = {k: v for k, v in features.items() if k not in tensors}
-        was_training = self.training
-        self.eval()
-        try:
-            self.to(device)
-            padded = to_device(features, device)
-            packed = to_device({**self.join(rows), **others}, device)
-            with torch.no_grad():
-                # On a GPU each precision has kernels of its own.
-                return all(
-                    self._agrees(padded, packed, kind)
-                    for kind in ((None,) if device.type == "cpu" else {None, half})
-                )
-        except torch.OutOfMemoryError:
-            self.to("cpu")  # as a whole it does not fit
-            return False
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
-            return False  # the model wants its inputs padded
-        finally:
-            self.train(was_training)
-
-    def _agrees(self, padded: Features, packed: Features, half: torch.dtype | None) -> bool:
-        with torch.autocast(padded["input_ids"].device.type, half, enabled=half is not None):
-            expected, found = self(padded), self(packed)
-        # Isolation shows in float32; in half precision, that there is a kernel.
-        tolerance = 1e-4 if half is None else 0.1
-        return torch.allclose(found, expected, rtol=0, atol=tolerance * float(expected.abs().max()))
 
     # --- Features to embeddings ---------------------------------------------------------
 
@@ -319,6 +294,7 @@ class Encoder(nn.Module):
             # In four dimensions transformers takes a mask for complete: it looks for no texts in
             # the positions, which would wait for a GPU, and makes no [tokens, tokens] of them.
             features["attention_mask"] = features["input_ids"].new_ones(1, 1, 1, 1).bool()
+        features = with_lengths(tower(self.model, features.get("task") or "query"), features)
         eager = self._is_compiled and not self.training
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():
             features = self.model[0](features)

@@ -4,21 +4,28 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from sentence_transformers import SentenceTransformer
-from torch import nn
 
 from embedtune.digests import refuse_damaged
 from embedtune.errors import InputError
+from embedtune.models.adapters import merge_adapters
 from embedtune.models.tokenizer_state import remember_tokenizers
+from embedtune.models.towers import (
+    capped,
+    first_position,
+    longest_input,
+    positions,
+    towers,
+    transformers_of,
+)
+from embedtune.models.unsupported import refuse_other_kinds
+from embedtune.models.words import fix_words
 
 log = logging.getLogger("embedtune")
-
-UNLIMITED = 10**9
-"""More tokens than any input has; tokenizers without a limit report about 1e30."""
 
 ATTENTION_DROPOUT = (
     "attention_probs_dropout_prob",
@@ -60,7 +67,8 @@ def load_sentence_transformer(
         config: Changes to its configuration; those it does not have are ignored.
 
     Raises:
-        InputError: Nothing loadable is there, or its weights are damaged or not finite.
+        InputError: Nothing loadable is there, it is no model of dense embeddings, or its weights
+            are damaged or not finite.
     """
     # cuDNN plans for longer than a step takes, anew for every shape, and each batch has its own.
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -74,6 +82,8 @@ def load_sentence_transformer(
             f"model_name_or_path: expected a model folder or a hub name, found no folder {path}"
         )
     refuse_damaged(path)
+    local_files_only = path.is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1"
+    refuse_other_kinds(model_name_or_path, local_files_only)
     try:
         model = SentenceTransformer(
             model_name_or_path,
@@ -82,25 +92,50 @@ def load_sentence_transformer(
             # Optimiser steps below bfloat16's spacing would be lost without float32 weights.
             model_kwargs=model_kwargs,
             config_kwargs=config,
-            local_files_only=path.is_dir() or os.environ.get("HF_HUB_OFFLINE") == "1",
+            local_files_only=local_files_only,
         )
     except Exception as error:  # whatever the libraries make of a broken file
         reason = (_broken_file(path) if path.is_dir() else None) or _reason(error)
         raise InputError(
             f"model_name_or_path: cannot load {model_name_or_path!r}: {reason}"
         ) from error
-    if any(getattr(module, "pooling_output_dimension", 1) == 0 for module in model):
-        raise InputError(
-            f"model_name_or_path: {model_name_or_path!r}: expected a pooling mode, found none"
-        )
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise InputError(
-                f"model_name_or_path: {model_name_or_path!r}: expected finite weights, "
-                f"found others in {name}"
-            )
+    model.float()  # modules beside the transformer are loaded as they were saved
+    _refuse_broken(model, model_name_or_path)
+    merge_adapters(model, model_name_or_path)
+    _complete(model, model_name_or_path)
     remember_tokenizers(model)
     return model
+
+
+def _refuse_broken(model: SentenceTransformer, name: str) -> None:
+    if any(getattr(module, "pooling_output_dimension", 1) == 0 for module in model):
+        raise InputError(f"model_name_or_path: {name!r}: expected a pooling mode, found none")
+    for weight_name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(
+                f"model_name_or_path: {name!r}: expected finite weights, found others in "
+                f"{weight_name}"
+            )
+
+
+def _complete(model: SentenceTransformer, name: str) -> None:
+    """Give a tokenizer a token to pad with, and keep in an export that it writes small."""
+    for transformer in transformers_of(model):
+        if getattr(transformer, "do_lower_case", False):
+            # sentence-transformers reads it, but would not write it.
+            transformer.config_keys = [*transformer.config_keys, "do_lower_case"]
+        tokenizer: Any = transformer.tokenizer
+        if tokenizer is None or tokenizer.pad_token is not None:
+            continue
+        known = (tokenizer.eos_token, tokenizer.unk_token, tokenizer.bos_token)
+        padding = next((token for token in known if token is not None), None)
+        if padding is None:
+            raise InputError(
+                f"model_name_or_path: {name!r}: expected a tokenizer with a token to pad with, "
+                "found none, nor one of the end of a text"
+            )
+        tokenizer.pad_token = padding  # masked, whatever it is
+        log.info("%s: its tokenizer names no token to pad with: it is %r", name, padding)
 
 
 def _reason(error: Exception) -> str:
@@ -125,33 +160,21 @@ def _broken_file(folder: Path) -> str | None:
     return None
 
 
-def max_positions(model: SentenceTransformer) -> int | None:
-    """Return the longest input in tokens that the position embeddings allow; None is unlimited."""
-    config = getattr(model[0], "config", None)
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or positions <= 0:
-        return None
-    return int(positions) - first_position(model)
-
-
-def first_position(model: SentenceTransformer) -> int:
-    """Return the number of a text's first position: RoBERTa-like models start after the padding."""
-    embeddings = getattr(getattr(model[0], "auto_model", None), "embeddings", None)
-    padding = getattr(getattr(embeddings, "position_embeddings", None), "padding_idx", None)
-    return 0 if padding is None else padding + 1
-
-
 def cap_length(model: SentenceTransformer, max_len: int) -> int:
-    """Return ``max_len``, or as many tokens as ``model`` has positions if they are fewer."""
-    limit = max_positions(model)
-    return max_len if limit is None else min(max_len, limit)
+    """Return ``max_len``, or as many tokens as every tower has positions if they are fewer."""
+    return min(capped(module, max_len) for module in towers(model))
 
 
 def make_trainable(model: SentenceTransformer) -> None:
-    """Settle what a model leaves to its user: lengths, width and prompts, and what is trained."""
-    limit = max_positions(model)
-    if limit is not None and (model.max_seq_length or UNLIMITED) >= UNLIMITED:
-        model.max_seq_length = limit
+    """Settle what a model leaves to its user: lengths, width and prompts."""
+    for module in towers(model):
+        limit, longest = positions(module), longest_input(module)
+        # sentence-transformers knows nothing of positions that start after the padding.
+        is_too_long = longest is None or (longest > (limit or 0) and first_position(module) > 0)
+        if limit is not None and is_too_long:
+            cast(Any, module).max_seq_length = limit
+    for module in model.modules():
+        fix_words(module)
     if model.truncate_dim is not None:
         log.warning("trained at its full width: the model cuts to %s", model.truncate_dim)
         model.truncate_dim = None
@@ -160,10 +183,6 @@ def make_trainable(model: SentenceTransformer) -> None:
     prompts = [model.prompts[name] for name in names if model.prompts.get(name)]
     if prompts:
         model.prompts["document"] = prompts[0]
-    # BERT's own pooler takes no part in the embedding: DDP would wait for its gradients.
-    pooler = getattr(getattr(model[0], "auto_model", None), "pooler", None)
-    if isinstance(pooler, nn.Module):
-        pooler.requires_grad_(False)
 
 
 def dropout_settings(dropout: float | None, attention_dropout: float | None) -> dict[str, float]:

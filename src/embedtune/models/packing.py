@@ -9,6 +9,8 @@ from sentence_transformers.base.modules import Transformer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from embedtune.models.towers import UNLIMITED, longest_input, positions
+
 PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What tells attention where each text of a packed chunk starts, by transformers' names."""
 
@@ -31,8 +33,9 @@ CHUNK_COST, GPU_CHUNK_COST = 32, 4096
 """What a padded chunk costs whatever is in it, in tokens: on a GPU starting its kernels takes the
 time of thousands of them."""
 
-LONGEST_WINDOW = 1024
-"""Tokens of the widest sliding window that packing is tried with: the trial is longer than it."""
+LONGEST_TRIAL = 1024
+"""Tokens up to which packing is tried: on a text longer than a sliding window or than the length at
+which rotary positions are scaled, and on more tokens together than a text has positions."""
 
 
 def join_packed(rows: Sequence[dict[str, Tensor]], first_position: int) -> dict[str, Any]:
@@ -103,12 +106,32 @@ def has_plain_attention(transformer: nn.Module) -> bool:
         return False
     kinds = set(getattr(transformer.config, "layer_types", None) or ["full_attention"])
     known = kinds <= {"full_attention", "sliding_attention"}
-    is_tried = (sliding_window(transformer) or 0) <= LONGEST_WINDOW
+    is_tried = turning_point(transformer) <= LONGEST_TRIAL
     return transformer.config._attn_implementation == "sdpa" and known and is_tried
 
 
-def sliding_window(transformer: nn.Module) -> int | None:
-    """Return how far a token sees in the layers with a sliding window, if there are any."""
+def turning_point(transformer: nn.Module) -> int:
+    """Return the tokens up to which a text says nothing of how longer ones are encoded.
+
+    A sliding window shows beyond its width, and rotary positions that are scaled for the longest
+    text of a batch beyond the length from which they are.
+    """
     config: Any = transformer.config
     has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    return config.sliding_window if has_window else None
+    window = config.sliding_window if has_window else 0
+    scaled_from = _scaled_from(config)
+    reach = max(longest_input(transformer) or UNLIMITED, positions(transformer) or UNLIMITED)
+    return max(window or 0, scaled_from if scaled_from < reach else 0)
+
+
+def _scaled_from(config: Any) -> int:
+    """Return the tokens beyond which a batch's longest text changes its rotary positions."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = parameters.values() if "rope_type" not in parameters else [parameters]
+    found = [UNLIMITED]
+    for kind in (kind for kind in kinds if isinstance(kind, dict)):
+        if kind.get("rope_type") == "dynamic":
+            found.append(config.max_position_embeddings)
+        elif kind.get("rope_type") == "longrope":
+            found.append(kind["original_max_position_embeddings"])
+    return min(found)

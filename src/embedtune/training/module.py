@@ -33,6 +33,7 @@ from embedtune.models import freed_memory
 from embedtune.models.encoder import Encoder
 from embedtune.models.projection import ProjectionInit, parse_dims
 from embedtune.models.spec import ROLES, EncoderSpec, Features, PoolingMode
+from embedtune.models.trial import prepare_training
 from embedtune.training.before_fit import (
     compare_directions,
     refuse_another_precision,
@@ -171,6 +172,7 @@ class EmbeddingModule(pl.LightningModule):
             )
         if stage == "fit":
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
+            prepare_training(self.encoder)
         self.encoder.pack(device, autocast_dtype(str(self.trainer.precision)))
         if stage == "fit" and device.type == "cpu":
             freed_memory.keep_freed()

@@ -8,6 +8,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from embedtune.errors import InputError
+
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Our schedule names, and those of ``transformers.get_scheduler``."""
 
@@ -16,6 +18,9 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
     """Return AdamW (Loshchilov and Hutter 2019) over the trainable parameters of ``module``.
 
     Biases and every parameter of a norm layer are not decayed.
+
+    Raises:
+        InputError: There are none, as in a model that counts words.
     """
     undecayed_ids = {
         id(parameter)
@@ -25,6 +30,8 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
         if name.endswith("bias") or "norm" in type(layer).__name__.lower()
     }
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise InputError("model_name_or_path: expected a model with weights to train, found none")
     decayed = [parameter for parameter in trainable if id(parameter) not in undecayed_ids]
     undecayed = [parameter for parameter in trainable if id(parameter) in undecayed_ids]
     groups = [
