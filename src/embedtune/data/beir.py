@@ -170,7 +170,9 @@ def _tell_own(qrels: Path, data: RetrievalSet) -> None:
             qrels,
             f"{count:,}",
             f"{len(own):,}",
-            f"; {judged:,} of these documents are judged relevant" if judged else "",
+            f"; {judged:,} of these documents are judged relevant and count as not found"
+            if judged
+            else "",
         )
 
 
