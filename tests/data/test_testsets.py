@@ -46,7 +46,8 @@ def test_scores_may_be_written_as_decimals(tmp_path):
 
 def test_what_is_judged_and_missing_is_counted_in_one_line(tmp_path, caplog):
     judged = "q1\td1\t1\nq1\tlost\t2\nq2\tlost\t1\nq2\tgone\t0\nno\td1\t1\nq3\td1\t0\nq4\tx\t3\n"
-    data = read_beir(write_graded_beir(tmp_path, qrels=judged))
+    with caplog.at_level(logging.INFO, "embedtune"):
+        data = read_beir(write_graded_beir(tmp_path, qrels=judged))
     assert data.query_ids == ["q1", "q2", "q3", "q4"]
     assert data.relevant == [{1: 1, 150: 2}, {150: 1}, {}, {151: 3}]
     assert data.document_ids[149:] == ["d149", "lost", "x"]

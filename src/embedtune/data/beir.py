@@ -155,7 +155,7 @@ def _tell_missing(
             f"{lost[0]!r}) and are left out"
         )
     if told:
-        log.warning("%s: %s", qrels, "; ".join(told))
+        log.info("%s: %s", qrels, "; ".join(told))
 
 
 def _tell_own(qrels: Path, data: RetrievalSet) -> None:
