@@ -35,6 +35,7 @@ def pytest_addoption(parser):
     parser.addoption("--kills", type=int, default=5, help="processes that are killed")
     parser.addoption("--mutations", type=int, default=132, help="files that are broken")
     parser.addoption("--steps", type=int, default=200, help="steps of a long run")
+    parser.addoption("--testsets", type=Path, help="a folder of BEIR sets to score")
     parser.addoption("--write-points", type=int, default=1, help="writes that fail; 0 for all")
 
 

@@ -57,9 +57,14 @@ def rows(name: str, count: int) -> list[dict]:
         row = {"query": f"{words(1 + i % 4, i)} {i}"}
         if name == "distill":
             row["query"] = f"{words(2 + 5 * i % 23, i)} {i}"
-        elif name in ("pair", "triplet", "duplicated"):
+        elif name in ("pair", "triplet", "duplicated", "shared"):
             # "duplicated": every document of the first half once more in the second.
             j = i % (count // 2) if name == "duplicated" else i
+            if (
+                name == "shared"
+            ):  # each query of a half is in the other, with a neighbour's document
+                h = i % (count // 2)
+                row["query"], j = f"{words(1 + h % 4, h)} {h}", h ^ (i // (count // 2))
             row["pos"] = [f"{words(2 + 7 * j % 29, j + 1)} {j}"]
             if name == "triplet":
                 row["neg"] = [f"{words(2 + (j + i) % 9, i + j)} n{j}" for j in range(5)]

@@ -66,17 +66,18 @@ def reference(model: str, data: dict[str, str], width: int | None) -> dict[str, 
     loaded = SentenceTransformer(str(model), device="cpu", truncate_dim=width)
     beir = read_beir(Path(data["docs"]), ("dev",))
     queries = dict(zip(beir.query_ids, beir.queries, strict=True))
+    # It orders equal scores by the names of documents, the lowest first; trec_eval the highest.
+    names = {row: f"{place:03}" for place, row in enumerate(beir.tie_order)}
     relevant = {
-        name: {beir.document_ids[row] for row in rows}
-        for name, rows in zip(beir.query_ids, beir.relevant, strict=True)
+        query: {names[row] for row in rows}
+        for query, rows in zip(beir.query_ids, beir.relevant, strict=True)
     }
-    corpus = dict(zip(beir.document_ids, beir.corpus, strict=True))
+    corpus = {names[row]: text for row, text in enumerate(beir.corpus)}
     found = InformationRetrievalEvaluator(queries, corpus, relevant)(loaded)
     pairs = read_scored(Path(data["sts"]))
     similar = EmbeddingSimilarityEvaluator(pairs.first, pairs.second, pairs.scores)(loaded)
-    names = {"ndcg@10": "ndcg@10", "mrr@10": "mrr@10", "map@100": "map@100"}
     return {
-        **{f"docs/{ours}": found[f"cosine_{theirs}"] for ours, theirs in names.items()},
+        **{f"docs/{name}": found[f"cosine_{name}"] for name in ("ndcg@10", "mrr@10", "map@100")},
         "sts/spearman": similar["spearman_cosine"],
     }
 

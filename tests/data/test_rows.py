@@ -10,7 +10,7 @@ import pytest
 from forks import Ranks
 
 from embedtune.data import rows as rows_module
-from embedtune.data.examples import ExampleDataset, draw_negatives
+from embedtune.data.examples import ExampleDataset, draw_negatives, negatives_generator
 from embedtune.data.lines import resolve_paths
 from embedtune.data.rows import Rows
 from embedtune.data.sampler import Key
@@ -128,6 +128,15 @@ def test_negatives_are_redrawn_every_epoch_and_reproducible(tmp_path):
     assert [other[Key(0, i)].negatives for i in range(16)] != epochs[0]
     # The two examples of one row do not share their draw.
     assert any(a != b for a, b in zip(epochs[0][::2], epochs[0][1::2], strict=True))
+
+
+def test_no_two_streams_of_negatives_overlap():
+    """Nor any of them that of the epoch's order: all of one seed share a key of Philox."""
+    keys = [Key(epoch, example) for epoch in range(2) for example in (0, 1, 2, 3, 2**32, 2**40)]
+    streams = [negatives_generator(7, key).bit_generator.random_raw(1000) for key in keys]
+    order = [np.random.Philox(key=np.array([7, e], np.uint64)).random_raw(1000) for e in range(2)]
+    values = np.concatenate([*streams, *order])
+    assert len(np.unique(values)) == len(values)
 
 
 def test_negatives_do_not_repeat_while_there_are_enough():

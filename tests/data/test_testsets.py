@@ -34,9 +34,47 @@ def test_grades_headers_and_line_ends(tmp_path):
     rows = "q_id\td_id\trelevance\r\nq1\td1\t2\r\n\r\nq1\td2\t0\r\nq2\td3\t-1\r\nq1\td1\t2\r\n"
     dev.write_text(rows, newline="")
     data = read_beir(dev)
-    assert (data.query_ids, data.relevant, data.split) == (["q1"], [{1: 2}], "dev")
+    assert (data.query_ids, data.relevant, data.split) == (["q1", "q2"], [{1: 2}, {}], "dev")
     bare.write_text("q1\td1\t1\n")
     assert read_beir(bare).relevant == [{1: 1}]
+
+
+def test_scores_may_be_written_as_decimals(tmp_path):
+    rows = "q1\td1\t1.0\nq1\td2\t2.\nq2\td1\t-1.00\nq2\td3\t+3.000\n"
+    assert read_beir(write_graded_beir(tmp_path, qrels=rows)).relevant == [{1: 1, 2: 2}, {3: 3}]
+
+
+def test_what_is_judged_and_missing_is_counted_in_one_line(tmp_path, caplog):
+    judged = "q1\td1\t1\nq1\tlost\t2\nq2\tlost\t1\nq2\tgone\t0\nno\td1\t1\nq3\td1\t0\nq4\tx\t3\n"
+    with caplog.at_level(logging.INFO, "embedtune"):
+        data = read_beir(write_graded_beir(tmp_path, qrels=judged))
+    assert data.query_ids == ["q1", "q2", "q3", "q4"]
+    assert data.relevant == [{1: 1, 150: 2}, {150: 1}, {}, {151: 3}]
+    assert data.document_ids[149:] == ["d149", "lost", "x"]
+    assert len(data.corpus) == 150
+    (line,) = caplog.messages
+    assert "4 of 7 judgements are of documents that corpus.jsonl lacks (such as 'lost')" in line
+    assert "3 of them relevant" in line
+    assert "1 of 5 judged queries are not in queries.jsonl (such as 'no')" in line
+
+
+def test_queries_that_are_documents_are_counted(tmp_path, caplog):
+    texts = [{"_id": f"d{i}", "text": "cat"} for i in (3, 200, 5)]
+    queries = "".join(json.dumps(row) + "\n" for row in texts)
+    judged = "d3\td3\t1\nd3\td4\t1\nd200\td1\t1\nd5\td1\t1\nd5\td200\t1\n"
+    with caplog.at_level(logging.INFO, "embedtune"):
+        data = read_beir(write_graded_beir(tmp_path, queries=queries, qrels=judged))
+    assert data.own_documents == [3, -1, 5]  # d200 is judged, but no document
+    assert "2 of 3 queries have the _id of a document" in caplog.messages[-1]
+    assert "1 of these documents" in caplog.messages[-1]
+
+
+def test_documents_with_equal_scores_come_in_the_order_of_trec_eval(tmp_path):
+    names = ["d1", "d10", "é", "D2", "\U0001f600", "d1a", "\uff5e"]
+    corpus = "".join(json.dumps({"_id": name, "text": "cat"}) + "\n" for name in names)
+    data = read_beir(write_graded_beir(tmp_path, corpus=corpus, qrels="q1\td1\t1\nq1\tz\t1\n"))
+    by_bytes = sorted(names, key=str.encode, reverse=True)  # strcmp, the highest first
+    assert [names[row] for row in data.tie_order] == by_bytes
 
 
 def test_the_split_is_the_first_that_is_there_or_the_only_one(tmp_path):
@@ -63,8 +101,11 @@ def test_the_split_is_the_first_that_is_there_or_the_only_one(tmp_path):
         ({"corpus": ROW + ROW}, r"corpus\.jsonl:2: _id: .*once.*'d1' of line 1"),
         ({"queries": '{"_id": "q1"}'}, r"queries\.jsonl:1: text: .*no such field"),
         ({"queries": ""}, r"queries\.jsonl: .*empty"),
-        ({"qrels": HEADER + "q1\td1\t1\nq1\tno\t1"}, r"test\.tsv:3: .*corpus\.jsonl, found 'no'"),
-        ({"qrels": HEADER + "no\td1\t1"}, r"test\.tsv:2: .*queries\.jsonl, found 'no'"),
+        (
+            {"qrels": HEADER + "q1\tno\t1\nq2\td1\t0"},
+            r"test\.tsv:2: .*corpus\.jsonl.*'q1' and 'no'",
+        ),
+        ({"qrels": HEADER + "no\td1\t1"}, r"test\.tsv:2: .*queries\.jsonl.*'no' and 'd1'"),
         ({"qrels": HEADER + "q1 d1 1"}, r"test\.tsv:2: .*tabs, found 1 column"),
         ({"qrels": "q1\t0\td1\t1"}, r"test\.tsv:1: .*query-id, .*tabs, found 4 columns.*TREC"),
         ({"qrels": HEADER + "q1 0 d1 1"}, r"test\.tsv:2: .*tabs, found 4 columns.*TREC"),
@@ -72,6 +113,9 @@ def test_the_split_is_the_first_that_is_there_or_the_only_one(tmp_path):
         ({"qrels": "q1\td1\t" + "9" * 5000}, r"test\.tsv:1: .*whole score, found '9{60}'$"),
         ({"qrels": HEADER + "q1\td1\t1" + "0" * 30}, r"test\.tsv:2: .*whole score"),
         ({"qrels": "q1\td1\t0.5\n"}, r"test\.tsv:1: .*whole score, found '0\.5'"),
+        ({"qrels": HEADER + "q1\td1\t1.5"}, r"test\.tsv:2: .*whole score, found '1\.5'"),
+        ({"qrels": HEADER + "q1\td1\tnan"}, r"test\.tsv:2: .*whole score, found 'nan'"),
+        ({"qrels": HEADER + "q1\td1\t1_0"}, r"test\.tsv:2: .*whole score, found '1_0'"),
         ({"qrels": HEADER + "q1\td1\thigh"}, r"test\.tsv:2: .*whole score, found 'high'"),
         (
             {"qrels": HEADER + "q1\td1\t1\nq1\td1\t0"},

@@ -52,9 +52,10 @@ SCORED = {
     "cosent": {"rows": "scored", "count": 17, "loss": "cosent"},
 }
 DUPLICATED = {"rows": "duplicated", "count": 8, "data": {"shuffle": False}}
+SHARED = {"rows": "shared", "count": 16, "loss": "multi_positive", "data": {"shuffle": False}}
 OFFLOADED = "zero3_offload"
 ACCUMULATED = {"rows": "scored", "count": 16, "batch": 4, "accumulate": 2}
-LEFT_OVER = {**ACCUMULATED, "count": 20}  # the epoch ends with a single batch
+LEFT_OVER = {**ACCUMULATED, "count": 21}  # the epoch ends with a batch of 4 and one of 1
 CHECKPOINT = "checkpoints/step=4.ckpt"
 RESUMED = {
     "rows": "triplet",
@@ -146,6 +147,7 @@ def two_rank_cases(single: dict[str, dict], strategies: list[str]) -> list[dict]
     cases.append({**pair, **over_rank, "name": "ddp-over_rank", "strategy": "ddp"})
     distill = {**single["bert-distill"], **over_rank, "loss": "distill_over_rank"}
     cases.append({**distill, "name": "ddp-distill_over_rank", "strategy": "ddp"})
+    cases.append({**pair, **SHARED, "name": "ddp-shared", "strategy": "ddp"})
     cases.append({**pair, "name": "ddp-wrong", "strategy": "ddp", "wrong": True})
     return cases
 
@@ -291,6 +293,13 @@ def test_a_wrong_factor_in_the_gather_is_seen(runs):
     assert movement(result["weights"], expected["weights"]) > 100 * 1e-4 * moved
 
 
+def test_positives_of_other_batches_are_known_on_each_rank(runs):
+    result, expected = runs.on_ranks("ddp-shared"), runs.alone("bert-pair", **SHARED)
+    assert_same_weights(result, expected)
+    unaware = runs.alone("bert-pair", **{**SHARED, "loss": "unmasked"})
+    assert movement(unaware["weights"], expected["weights"]) > 1e-3
+
+
 @pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
 def test_accumulated_batches_equal_one(runs, strategy):
     result = runs.on_ranks(f"{strategy}-accumulated")
@@ -314,8 +323,12 @@ def test_a_loss_over_each_rank_is_that_of_accumulated_batches(runs, name, task, 
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])
-def test_what_is_left_at_the_end_of_an_epoch_is_stepped_with(runs, strategy):
-    assert_same_weights(runs.on_ranks(f"{strategy}-left_over"), runs.alone("left_over"))
+def test_what_is_left_at_the_end_of_an_epoch_is_a_step_of_its_queries(runs, strategy):
+    result = runs.on_ranks(f"{strategy}-left_over")
+    assert_same_weights(result, runs.alone("left_over"))
+    one = runs.alone("left_over", batch=8, accumulate=1)
+    assert_same_weights(result, one)
+    assert result["logged"] == pytest.approx(one["logged"], rel=1e-3)
 
 
 @pytest.mark.parametrize("strategy", [*STRATEGIES, slow(REPEATED)])

@@ -110,7 +110,10 @@ def loop_metrics(path, data, width, precision="float32"):
     discounts = [1 / math.log2(i + 2) for i in range(10)]
     for query, grades in zip(queries, data.relevant, strict=True):
         scores = (documents @ query).round(7)  # equal codes must tie
-        ranking = sorted(range(len(documents)), key=lambda row: (-scores[row], row))
+        places = range(len(documents))
+        ranking = sorted(
+            places, key=lambda row: (scores[row], data.document_ids[row]), reverse=True
+        )
         best = sorted(grades.values(), reverse=True)
         gain = sum(grades.get(row, 0) * d for row, d in zip(ranking, discounts, strict=False))
         sums["ndcg@10"] += gain / sum(g * d for g, d in zip(best, discounts, strict=False))

@@ -99,6 +99,23 @@ def test_one_process_gets_back_what_it_gives():
     assert merge(found, 3) is found
 
 
+@pytest.mark.parametrize("blocks", [(512, 8192), (4, 5)])
+def test_a_document_that_is_left_out_is_not_found_and_another_is(blocks, monkeypatch):
+    monkeypatch.setattr(searching, "QUERIES", blocks[0])
+    monkeypatch.setattr(searching, "DOCUMENTS", blocks[1])
+    q, d = vertices(9, seed=1), vertices(43, seed=2)
+    rows = torch.randperm(43) + 7
+    best = search(q, d, rows, 12).rows[:, 0]
+    left_out = torch.where(torch.arange(9) % 3 > 0, best, -1)
+    found = search(q, d, rows, 11, left_out=left_out)
+    whole = search(q, d, rows, 12)
+    for i in range(9):
+        kept = [j for j in range(12) if whole.rows[i, j] != left_out[i]][:11]
+        assert_same(Found(*(x[i] for x in found)), Found(*(x[i, kept] for x in whole)))
+    only = search(q[:1], d[:1], rows[:1], 2, left_out=rows[:1])
+    assert only.rows.tolist() == [[-1, -1]]
+
+
 # --- Two ranks ------------------------------------------------------------------------------------
 
 DEPTHS = 12, 60

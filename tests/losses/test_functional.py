@@ -1,5 +1,6 @@
 """Every function against an independent implementation with plain loops, and in closed form."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -153,6 +154,24 @@ def test_known_positives_are_found_by_text_and_by_query():
         [True, False, False, False, False, False],
     ]
     assert F.known_positive_mask(query_id, candidate_id, known, query_id, own).tolist() == expected
+
+
+@pytest.mark.parametrize(("columns", "texts"), [(1, 5), (4, 12), (60, 40)])
+def test_known_positives_equal_a_loop(columns, texts):
+    """Candidates occur several times; so do queries and the positives of a row."""
+    generator = torch.Generator().manual_seed(columns)
+
+    def draw(low, *shape):
+        return torch.randint(low, texts, shape, generator=generator)
+
+    query_id, candidate_id, known = draw(1, 9), draw(0, 30), draw(0, 9, columns)
+    positive_query_id, own = draw(1, 12), draw(0, 9) % 12
+    mask = F.known_positive_mask(query_id, candidate_id, known, positive_query_id, own)
+    for i, j in itertools.product(range(9), range(30)):
+        is_listed = candidate_id[j] != 0 and candidate_id[j] in known[i]
+        is_of_equal = j < 12 and positive_query_id[j] == query_id[i]
+        assert mask[i, j] == (bool(is_listed or is_of_equal) and j != own[i]), (i, j)
+    assert 0 < mask.float().mean() < 1
 
 
 def test_padding_is_no_known_positive():

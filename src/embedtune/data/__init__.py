@@ -5,9 +5,10 @@ chunks, in an order that is a pure function of seed, epoch and step. A new data 
 member of ``records.Format`` with its fields, and how ``examples`` makes examples of its rows.
 
 Read first, in the order of a row: ``lines``, ``records`` (a line becomes a record), ``rows`` (in
-Arrow), ``examples``, ``collate`` (examples become chunks); ``datamodule`` holds all. Test sets are
-read by ``beir`` and ``scored_pairs``, and batched by ``testset_batches``. Imports from ``models``
-how texts become tokens, from ``checkpoints`` the place in the data.
+Arrow), ``examples``, ``collate`` (examples become chunks); ``opened`` opens all files of a run,
+``datamodule`` makes their batches. Test sets are read by ``beir`` and ``scored_pairs``, and batched
+by ``testset_batches``. Imports from ``models`` how texts become tokens, from ``checkpoints`` the
+place in the data.
 """
 
 from embedtune.data.batch import Batch

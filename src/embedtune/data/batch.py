@@ -28,7 +28,8 @@ class Batch(NamedTuple):
         scores: float32 ``[m]`` (scored).
         teacher: float32 ``[b, D]`` (distill).
         query_id, positive_id, negative_id: int64 text hashes ``[b]``, ``[m]``, ``[b * k]``.
-        known_positive_id: int64 ``[b, p]``, the hashes of every positive of each row, 0 pads.
+        known_positive_id: int64 ``[b, p]``, the hashes of every positive that each query has in
+            its data set, 0 pads.
         tokens: Tokens of the chunks without padding, and with it.
     """
 
@@ -56,5 +57,10 @@ class Batch(NamedTuple):
 
 def text_ids(texts: Iterable[str]) -> Tensor:
     """Return a 64-bit hash of each text, int64 ``[n]``; equal texts get equal ids on every rank."""
+    return torch.from_numpy(text_hashes(texts))
+
+
+def text_hashes(texts: Iterable[str]) -> np.ndarray:
+    """Return the same without torch's type."""
     digests = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
-    return torch.from_numpy(np.frombuffer(digests, dtype=np.int64).copy())
+    return np.frombuffer(digests, dtype=np.int64).copy()

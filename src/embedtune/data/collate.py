@@ -81,7 +81,7 @@ class Collator:
             positive_id=text_ids(text.text for text in positives),
             negative_id=text_ids(text.text for text in negatives),
             known_positive_id=torch.nn.utils.rnn.pad_sequence(
-                [text_ids(example.known_positives) for example in examples], batch_first=True
+                [_known_positive_id(example) for example in examples], batch_first=True
             ),
             tokens=(sum(map(_real_tokens, chunks)), sum(c["input_ids"].numel() for c in chunks)),
         )
@@ -145,6 +145,12 @@ class Collator:
     def document(self, text: str) -> Text:
         """Return a positive or a negative with the prompt of all documents."""
         return Text(text, "document", self.prompts["document"], self.passage_max_len)
+
+
+def _known_positive_id(example: Example) -> Tensor:
+    if example.known_positive_id is None:
+        return text_ids(example.known_positives)
+    return torch.from_numpy(example.known_positive_id)
 
 
 def _real_tokens(features: Features) -> int:

@@ -1,34 +1,23 @@
 """The LightningDataModule: files in, batches out."""
 
-import logging
 import multiprocessing
-from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from embedtune.checkpoints.resume import Place
-from embedtune.data.beir import is_beir, read_beir
 from embedtune.data.collate import Collator
-from embedtune.data.examples import ExampleDataset
-from embedtune.data.lines import read_lines, resolve_paths
+from embedtune.data.opened import Files, OpenedData, Part
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
 from embedtune.data.sampler import Cursor, GlobalBatchSampler
-from embedtune.data.scored_pairs import scored_pairs
-from embedtune.data.teacher_store import open_teacher
-from embedtune.data.testset_batches import TEXTS_PER_BATCH, TextCollator, TextDataset
-from embedtune.data.testsets import name_sets
+from embedtune.data.testset_batches import TEXTS_PER_BATCH, TextCollator
 from embedtune.data.token_table import TokenTable
 from embedtune.errors import InputError, require_positive
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import Role
 
-log = logging.getLogger("embedtune")
-
-Part = Literal["train", "val", "test", "predict"]
 Evaluated = str | list[str] | dict[str, str | list[str]] | None
 NEEDED: dict[str, tuple[Part, ...]] = {
     "fit": ("train", "val"),
@@ -37,8 +26,6 @@ NEEDED: dict[str, tuple[Part, ...]] = {
     "predict": ("predict",),
 }
 """The parts of the data that each Trainer function reads; the first of them is required."""
-SPLITS = {"val": ("dev", "val", "test"), "test": ("test",)}
-"""The qrels that are looked for in a BEIR folder, in this order."""
 
 
 class EmbeddingDataModule(pl.LightningDataModule):
@@ -120,16 +107,16 @@ class EmbeddingDataModule(pl.LightningDataModule):
         paths = {"train": train_path, "val": val_path, "test": test_path, "predict": predict_path}
         self.paths: dict[str, Any] = paths
         teachers = {"train": teacher_path, "val": val_teacher_path, "test": test_teacher_path}
-        self.teacher_paths = teachers
-        self.declared = None if format == "auto" else Format(format)
+        declared = None if format == "auto" else Format(format)
+        files = Files(paths, teachers, declared, teacher_embedding_dim, neg_nums, seed)
         self.batch_size, self.neg_nums = batch_size, neg_nums
         self.shuffle, self.seed = shuffle, seed
         self._query_max_len, self.passage_max_len = query_max_len, passage_max_len
         self._prompts: dict[Role, str | None] = {"query": query_prompt, "document": document_prompt}
         self.teacher_embedding_dim = teacher_embedding_dim
         self._num_workers, self._tokens_per_chunk = num_workers, tokens_per_chunk
-        self.datasets: dict[str, ExampleDataset] = {}
-        self.testsets: dict[str, TextDataset] = {}
+        self._opened = OpenedData(files)
+        self.datasets, self.testsets = self._opened.datasets, self._opened.testsets
         self._tokens: TokenTable | None = None
 
     # --- Reading ------------------------------------------------------------------------
@@ -145,17 +132,9 @@ class EmbeddingDataModule(pl.LightningDataModule):
     def _open_all(self) -> None:
         needed = self._needed()
         for part in needed:
-            key = f"data.{part}_path"
-            if part == "val" or part == "test":
-                for name, paths in name_sets(self.paths[part], key).items():
-                    if not {f"{part}/{name}"} & {*self.datasets, *self.testsets}:
-                        self._open_evaluated(part, f"{part}/{name}", paths)
-            elif part not in self.datasets:
-                # Queries alone are what predict takes from rows of any format.
-                declared = Format.DISTILL if part == "predict" else self.declared
-                rows = Rows(resolve_paths(self.paths[part], key), declared)
-                self._refuse_two_prompts(rows)
-                self.datasets[part] = self._examples(part, rows)
+            self._opened.open(part, has_loss=self.trainer.lightning_module.loss is not None)
+        for examples in self.datasets.values():
+            self._refuse_two_prompts(examples.rows)
         # Anew in each run, whose model may be another.
         self._tokens = self._open_tokens() if "train" in needed else None
 
@@ -164,31 +143,6 @@ class EmbeddingDataModule(pl.LightningDataModule):
             raise InputError(
                 f"data.query_prompt: expected none, for rows of {rows.paths[0]} bring prompts, "
                 f"found {self._prompts['query']!r}"
-            )
-
-    def _open_evaluated(self, part: Part, name: str, given: list[str]) -> None:
-        """Open one set of ``val_path`` or ``test_path`` for what can be measured on it."""
-        if is_beir(Path(given[0])):
-            self.testsets[name] = TextDataset(read_beir(Path(given[0]), SPLITS[part]))
-            return
-        paths = resolve_paths(given, f"data.{part}_path")
-        is_scored = any("scores" in line.fields for line in islice(read_lines(paths), 1))
-        rows = Rows(paths, None if is_scored else self.declared)
-        if rows.format == Format.SCORED:
-            self.testsets[name] = TextDataset(scored_pairs(rows.records()))
-            low, high = rows.score_range or (0.0, 0.0)
-            if low == high:
-                log.warning("%s: all scores are %g: a Spearman correlation is 0", name, low)
-            # Sentence pairs have no default loss; nobody asked for one to be validated.
-            has_loss = "train" in self.datasets or self.trainer.lightning_module.loss is not None
-            if not has_loss and rows.list_lengths.min() < 2:
-                return
-        if self.format in (None, rows.format):
-            self.datasets[name] = self._examples(part, rows)
-        elif rows.format != Format.SCORED:
-            raise InputError(
-                f"data.{part}_path: {given[0]}: expected {self.format} rows as those of training, "
-                f"scored rows or a BEIR folder, found {rows.format} rows"
             )
 
     def _open_tokens(self) -> TokenTable | None:
@@ -212,20 +166,12 @@ class EmbeddingDataModule(pl.LightningDataModule):
             raise InputError(f"data.{parts[0]}_path: expected a file, found nothing")
         return [part for part in parts if self.paths[part]]
 
-    def _examples(self, part: Part, rows: Rows) -> ExampleDataset:
-        key = "data.teacher_path" if part == "train" else f"data.{part}_teacher_path"
-        if part == "predict":
-            return ExampleDataset(rows)
-        teacher = open_teacher(rows, self.teacher_paths[part], self.teacher_embedding_dim, key)
-        return ExampleDataset(rows, self.neg_nums, self.seed, teacher)
-
     # --- Facts that others ask for ------------------------------------------------------
 
     @property
     def format(self) -> Format | None:
         """Format of the opened data; None when there is none (predict)."""
-        formats = (data.rows.format for part, data in self.datasets.items() if part != "predict")
-        return next(formats, None)
+        return self._opened.format
 
     @property
     def prompts(self) -> dict[Role, str | None]:

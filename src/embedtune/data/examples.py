@@ -1,11 +1,15 @@
 """Serve rows as training examples, by epoch and number."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch.utils.data
 
+from embedtune.data.batch import text_hashes
+from embedtune.data.known_positives import KnownPositives
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
 from embedtune.data.sampler import Key
@@ -22,6 +26,8 @@ class Example(NamedTuple):
         positives: One text (pair, triplet), the whole list (scored) or none (distill).
         negatives: ``neg_nums`` hard negatives (triplet).
         known_positives: Every positive of the row (pair, triplet): none of them is a negative.
+        known_positive_id: int64 ``[p]``, hashes of the positives that all rows of the query have;
+            None where it is in no other row.
         scores: One score per positive (scored).
         teacher: float32 ``[D]`` teacher embedding of the query (distill).
         spare: It is encoded, but does not count (see :class:`~embedtune.data.sampler.Key`).
@@ -34,6 +40,7 @@ class Example(NamedTuple):
     positives: Sequence[str] = ()
     negatives: Sequence[str] = ()
     known_positives: Sequence[str] = ()
+    known_positive_id: np.ndarray | None = None
     scores: Sequence[float] = ()
     teacher: np.ndarray | None = None
     spare: bool = False
@@ -64,8 +71,10 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
         self.rows, self.neg_nums, self.seed, self.teacher = rows, neg_nums, seed, teacher
         self.tokens = tokens
         self._starts: np.ndarray | None = None
+        self._known: KnownPositives | None = None
         if rows.format in (Format.PAIR, Format.TRIPLET):
             self._starts = np.concatenate([[0], np.cumsum(rows.list_lengths)])
+            self._known = KnownPositives(rows)
 
     def __len__(self) -> int:
         """Return the number of examples in an epoch."""
@@ -81,7 +90,9 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
 
     def with_tokens(self, tokens: TokenSource) -> "ExampleDataset":
         """Return the same examples, with the token ids of their texts."""
-        return ExampleDataset(self.rows, self.neg_nums, self.seed, self.teacher, tokens)
+        other = copy(self)
+        other.tokens = tokens
+        return other
 
     def place(self, example: int) -> str:
         """Return ``file:line`` of the row that an example is of."""
@@ -107,17 +118,21 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
         if self._starts is not None:
             rows = np.searchsorted(self._starts, indices, side="right") - 1
         columns = self.rows.table[rows.tolist()]
+        known: Sequence[np.ndarray | None] = [None] * len(keys)
+        if self._known is not None:
+            known = self._known.of(columns["query"])
         examples = []
         for i, (key, row) in enumerate(zip(keys, rows.tolist(), strict=True)):
             fields = {name: columns[name][i] for name in columns}
-            example = self._example(key, row, fields)
+            example = self._example(key, row, fields, known[i])
             tokens = None if self.tokens is None else self.tokens(row, fields, example)
             examples.append(example._replace(spare=key.spare, tokens=tokens))
         return examples
 
-    def _example(self, key: Key, row: int, fields: dict[str, Any]) -> Example:
-        epoch, index = key.epoch, key.example
-        query, prompt = fields["query"], fields["prompt"]
+    def _example(
+        self, key: Key, row: int, fields: dict[str, Any], known: np.ndarray | None
+    ) -> Example:
+        index, query, prompt = key.example, fields["query"], fields["prompt"]
         if self.rows.format == Format.DISTILL:
             teacher = None if self.teacher is None else self.teacher[row]
             return Example(index, query, prompt, teacher=teacher)
@@ -126,12 +141,26 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
             return Example(index, query, prompt, positives, scores=fields["scores"])
         negatives: list[str] = []
         if self.rows.format == Format.TRIPLET:
-            generator = np.random.Generator(
-                np.random.Philox(key=np.array([self.seed, epoch], dtype=np.uint64), counter=index)
-            )
-            negatives = draw_negatives(fields["negatives"], positives, self.neg_nums, generator)
+            candidates = fields["negatives"]
+            if known is not None:
+                is_new = np.isin(text_hashes(candidates), known, invert=True)
+                candidates = list(compress(candidates, is_new))
+            generator = negatives_generator(self.seed, key)
+            negatives = draw_negatives(candidates, positives, self.neg_nums, generator)
         own = positives[index - int(self._starts[row])]
-        return Example(index, query, prompt, [own], negatives, known_positives=positives)
+        return Example(index, query, prompt, [own], negatives, positives, known)
+
+
+def negatives_generator(seed: int, key: Key) -> np.random.Generator:
+    """Return what draws the negatives of an example in an epoch: a stream of its own.
+
+    Philox (Salmon et al. 2011) makes blocks of random numbers of a key and a counter, of 256 bits.
+    The lowest 64 count the blocks of one example, the next tell the examples apart, from 1 on: 0 is
+    the stream of the epoch's order.
+    """
+    stream = np.array([0, key.example + 1, 0, 0], dtype=np.uint64)
+    philox = np.random.Philox(key=np.array([seed, key.epoch], dtype=np.uint64), counter=stream)
+    return np.random.Generator(philox)
 
 
 def draw_negatives(

@@ -92,6 +92,15 @@ class GlobalBatchSampler(torch.utils.data.Sampler[list[Key]]):
         """Return the number of global batches in an epoch."""
         return -(-self.num_examples // self.global_batch_size)
 
+    def examples_in(self, step: int) -> int:
+        """Return the number of examples of a global batch, those of all ranks together.
+
+        >>> order = GlobalBatchSampler(11, 2, seed=1, shuffle=False, num_ranks=2)
+        >>> [order.examples_in(step) for step in range(3)]
+        [4, 4, 3]
+        """
+        return min(self.global_batch_size, self.num_examples - step * self.global_batch_size)
+
     def __iter__(self) -> Iterator[list[Key]]:
         """Yield the batches from the cursor to the end of its epoch."""
         epoch, first = self.cursor()

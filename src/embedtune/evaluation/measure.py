@@ -63,12 +63,17 @@ def measure(
         scores = torch.tensor(testset.scores, dtype=torch.float64)
         cosines = {k: pairwise_cosine(first[:, :w], second[:, :w]) for k, w in widths.items()}
         return Measured({f"spearman{k}": spearman(c, scores) for k, c in cosines.items()}, None)
-    rows = torch.arange(len(second)) if rows is None else rows
+    order = torch.tensor(testset.tie_order, dtype=torch.int64)
+    places = torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))
+    own = torch.tensor(testset.own_documents, dtype=torch.int64)
+    left_out = torch.where(own >= 0, places[own], -1) if (own >= 0).any() else None
+    places = places if rows is None else places[rows]
     metrics: dict[str, float] = {}
     by_width: list[Tensor] = []
     for suffix, width in widths.items():
-        own = search(first[:, :width], second[:, :width], rows, DEPTH, device)
-        by_width.append(merge(own, DEPTH).rows.cpu())
+        found = search(first[:, :width], second[:, :width], places, DEPTH, device, left_out)
+        found_places = merge(found, DEPTH).rows.cpu()
+        by_width.append(torch.where(found_places >= 0, order[found_places], -1))
         values = retrieval_metrics(by_width[-1], testset.relevant)
         metrics |= {f"{name}{suffix}": value for name, value in values.items()}
     return Measured(metrics, by_width[0])

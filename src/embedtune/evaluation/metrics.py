@@ -1,8 +1,9 @@
-"""Metrics of retrieval and of similarity, as pure functions.
+"""Metrics of retrieval, as trec_eval defines them, and of similarity, as pure functions.
 
 Axes: ``q`` queries, ``k`` documents found for each, best first, ``n`` pairs. ``found`` holds the
 numbers of documents in the corpus, and -1 where fewer than ``k`` were found. ``relevant`` holds for
-each query the numbers of its relevant documents and their grades, 1 and above.
+each query the numbers of its relevant documents and their grades, 1 and above; of those that no
+corpus holds, too. A query without any has 0.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,8 +32,8 @@ def retrieval_metrics(
 
     ``ndcg@10`` is graded, see :func:`ndcg`. For the others a document is relevant or not:
     ``mrr@10`` is one over the rank of the first relevant document, 0 if that is below 10;
-    ``map@100`` sums the precision at the rank of each relevant document found and divides by
-    min(100, relevant documents); ``recall@100`` is the share of the relevant documents found.
+    ``map@100`` sums the precision at the rank of each relevant document found and divides by the
+    number of relevant documents; ``recall@100`` is the share of the relevant documents found.
 
     >>> metrics = retrieval_metrics(torch.tensor([[7, 3, -1]]), [{3: 1, 5: 2}])
     >>> metrics["mrr@10"], metrics["map@100"], metrics["recall@100"]
@@ -47,7 +48,7 @@ def retrieval_metrics(
     per_query = {
         "ndcg@10": ndcg(found, relevant, k=10),
         "mrr@10": first[:, :10].sum(dim=1),
-        "map@100": (precision * hits).sum(dim=1) / totals.clamp_max(DEPTH),
+        "map@100": (precision * hits).sum(dim=1) / totals,
         "recall@100": hits.sum(dim=1) / totals,
     }
     return {name: per_query[name].mean().item() for name in RETRIEVAL_METRICS}

@@ -29,7 +29,12 @@ class Found(NamedTuple):
 
 @torch.no_grad()
 def search(
-    queries: Tensor, documents: Tensor, rows: Tensor, k: int, device: torch.device | None = None
+    queries: Tensor,
+    documents: Tensor,
+    rows: Tensor,
+    k: int,
+    device: torch.device | None = None,
+    left_out: Tensor | None = None,
 ) -> Found:
     """Return the ``k`` documents with the highest cosine for each query.
 
@@ -42,8 +47,11 @@ def search(
         rows: int64 ``[n]``, the number of each document in the whole corpus, all different.
         k: Documents per query.
         device: Where to compute and to return the result; by default that of the queries.
+        left_out: int64 ``[q]``, the number of a document that is no result of the query, -1 for
+            none; by default none is left out.
     """
     device = queries.device if device is None else device
+    without = None if left_out is None else left_out.to(device).split(QUERIES)
     with torch.autocast(device.type, enabled=False):
         asked = F.normalize(queries.to(device).float(), dim=-1).split(QUERIES)
         best = [torch.full((len(block), k), NOTHING, device=device) for block in asked]
@@ -52,6 +60,8 @@ def search(
             numbers = numbers.to(device)
             for i, query in enumerate(asked):
                 keys = sort_keys(query @ unit.T, numbers)
+                if without is not None:
+                    keys.masked_fill_(without[i][:, None] == numbers, NOTHING)
                 keys = keys.topk(min(k, len(numbers))).values
                 best[i] = torch.cat([best[i], keys], dim=1).topk(k).values
     return _found(torch.cat(best))

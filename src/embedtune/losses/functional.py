@@ -77,20 +77,25 @@ def known_positive_mask(
 ) -> Bool[Tensor, "b n"]:
     """Tell which candidates are known positives of a query without being its own.
 
-    A candidate is known if its text is one of the row's positives, or if it is the positive of an
+    A candidate is known if its text is a positive of the query, or if it is the positive of an
     equal query. The own column is False.
 
     Args:
         query_id: 64-bit hashes of the queries.
         candidate_id: Hashes of the candidates, the ``m`` positives first.
-        known_positive_id: Hashes of every positive of each query's row, padded with 0.
+        known_positive_id: Hashes of every positive of each query, padded with 0.
         positive_query_id: Hashes of the queries that the positives belong to.
         own: Column of each query's own positive.
     """
     b, n, m = len(query_id), len(candidate_id), len(positive_query_id)
-    mask = torch.zeros(b, n, dtype=torch.bool, device=query_id.device)
-    for column in known_positive_id.T:  # no b x n x p tensor
-        mask |= (column[:, None] == candidate_id) & (column != 0)[:, None]
+    # Looked up, not compared: a query may have thousands of positives.
+    ordered = candidate_id.sort().values
+    place = torch.searchsorted(ordered, known_positive_id)
+    is_there = ordered[place.clamp_max(n - 1)] == known_positive_id
+    place = torch.where(is_there & (known_positive_id != 0), place, n)
+    known = torch.zeros(b, n + 1, dtype=torch.bool, device=query_id.device)
+    known = known.scatter_(1, place, True)
+    mask = known.gather(1, torch.searchsorted(ordered, candidate_id).expand(b, -1))
     mask[:, :m] |= query_id[:, None] == positive_query_id
     return mask & (torch.arange(n, device=own.device) != own[:, None])
 

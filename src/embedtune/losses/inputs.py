@@ -38,7 +38,7 @@ class Target(NamedTuple):
         teacher: float32 ``[b, D]`` (distill).
         query_id, positive_id, negative_id: int64 text hashes, ``[b]``, ``[m]``, ``[b * k]``.
         positive_query_id: int64 ``[m]``: hash of the query that each positive belongs to.
-        known_positive_id: int64 ``[b, p]``: hashes of every positive of each row, 0 pads.
+        known_positive_id: int64 ``[b, p]``: hashes of every positive of each query, 0 pads.
     """
 
     scores: Tensor | None = None

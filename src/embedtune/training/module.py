@@ -34,6 +34,7 @@ from embedtune.models.encoder import Encoder
 from embedtune.models.projection import ProjectionInit, parse_dims
 from embedtune.models.spec import ROLES, EncoderSpec, Features, PoolingMode
 from embedtune.models.trial import prepare_training
+from embedtune.training.accumulation import StepMeans, batches_of_step, loss_factor
 from embedtune.training.before_fit import (
     compare_directions,
     refuse_another_precision,
@@ -137,7 +138,7 @@ class EmbeddingModule(pl.LightningModule):
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
         self._measured: tuple[int, dict[str, float]] = (-1, {})
-        self._place = Place()
+        self._place, self._step_means = Place(), StepMeans()
         self.compiles = compile
         self.grad_cache, self._cache = grad_cache, GradientCache()
         spec = EncoderSpec(
@@ -264,18 +265,25 @@ class EmbeddingModule(pl.LightningModule):
         return start._replace(epoch=self._place.epoch, batch=batch, step=self.trainer.global_step)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Return the loss, weighted so that its mean over ranks is that over all queries."""
+        """Return the loss, weighted so that a step's is the mean over all its queries.
+
+        Those of all ranks, and of all accumulated batches.
+        """
         # Dropout depends on the step alone: nothing to restore when a run resumes.
         step = self.trainer.current_epoch, batch_idx
         torch.manual_seed(step_seed(self.data.seed, *step, self.global_rank))
         _, parts, weight = self._compute_loss(batch)
         total = exchange.sum_over_ranks(self._stack(parts) * weight)
-        means = total / self.trainer.world_size
-        for name, value in zip(parts, means, strict=True):
+        means = dict(zip(parts, total / self.trainer.world_size, strict=True))
+        order, accumulated = self.data.sampler("train"), self.trainer.accumulate_grad_batches
+        of_step = batches_of_step(batch_idx, accumulated, self.data.batches_per_epoch)
+        queries, is_first = order.examples_in(batch_idx), batch_idx == of_step.start
+        for name, value in self._step_means.add(means, queries, is_first=is_first).items():
             self.log(f"train/{name}", value, batch_size=1)
         # Numbers would be copied to a GPU, which waits for it; a tensor stays where it is.
         rate = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
         self.log("train/lr", rate, batch_size=1)
+        weight *= loss_factor(batch_idx, of_step, accumulated, order)
         return parts["loss"] if weight == 1 else parts["loss"] * weight
 
     # --- Evaluation ---------------------------------------------------------------------

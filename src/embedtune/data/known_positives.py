@@ -1,0 +1,109 @@
+"""The positives of queries that several rows share, over a whole data set."""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+
+from embedtune.data.batch import text_hashes
+from embedtune.data.cache import cache_folder, open_table
+from embedtune.data.records import Format
+from embedtune.data.rows import Rows
+from embedtune.errors import InputError
+
+log = logging.getLogger("embedtune")
+
+INDEX_VERSION = 1  # raised whenever the columns or their order change
+ROWS_PER_READ = 10_000
+
+SCHEMA = pa.schema({"query": pa.int64(), "positive": pa.int64()})
+
+
+class KnownPositives:
+    """Hashes of the positives of each query that more than one row has.
+
+    A memory-mapped Arrow table of pairs of query and positive, ordered by both: 16 bytes for each
+    distinct pair of such queries, nothing for others. While it is made it takes at most some 100
+    bytes of memory a row, whatever the length of the texts.
+    """
+
+    def __init__(self, rows: Rows) -> None:
+        """Open the cached table of ``rows``, made first where there is none.
+
+        Raises:
+            InputError: A row has no hard negative that is not a positive of its query.
+        """
+        name = f"known positives {INDEX_VERSION} {rows.digest}"
+        digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+        path = cache_folder() / f"{digest}.arrow"
+        self._table, _ = open_table(path, SCHEMA, lambda: _pairs(rows))
+
+    def of(self, queries: Sequence[str]) -> list[np.ndarray | None]:
+        """Return the hashes of the positives of each query, int64 ``[p]``.
+
+        None for a query of one row, which holds all of them.
+        """
+        columns = (self._table.data.column(name) for name in SCHEMA.names)
+        # Written as one batch, hence in one chunk; of no pairs there is none.
+        arrays = [c.chunk(0).to_numpy() if len(c) else np.empty(0, np.int64) for c in columns]
+        found = _positives_of(text_hashes(queries), *arrays)
+        return [positives.copy() if len(positives) else None for positives in found]
+
+
+def _positives_of(
+    query_id: np.ndarray, queries: np.ndarray, positives: np.ndarray
+) -> list[np.ndarray]:
+    starts = np.searchsorted(queries, query_id)
+    ends = np.searchsorted(queries, query_id, side="right")
+    return [positives[start:end] for start, end in zip(starts, ends, strict=True)]
+
+
+def _pairs(rows: Rows) -> Iterator[pa.RecordBatch]:
+    """Yield the table as one batch."""
+    every_row = np.arange(len(rows))
+    blocks = [text_hashes(texts.to_pylist()) for _, texts in _blocks(rows, "query", every_row)]
+    query_id = np.concatenate(blocks)
+    ordered = np.sort(query_id)
+    shared = ordered[1:][ordered[1:] == ordered[:-1]]
+    members = np.flatnonzero(np.isin(query_id, shared))
+    queries, positives = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    for numbers, lists in _blocks(rows, "positives", members):
+        queries.append(np.repeat(query_id[numbers], np.asarray(lists.value_lengths())))
+        positives.append(text_hashes(lists.flatten().to_pylist()))
+    query, positive = np.concatenate(queries), np.concatenate(positives)
+    order = np.lexsort((positive, query))
+    query, positive = query[order], positive[order]
+    is_new = np.ones(len(query), dtype=bool)
+    is_new[1:] = (query[1:] != query[:-1]) | (positive[1:] != positive[:-1])
+    query, positive = query[is_new], positive[is_new]
+    if rows.format == Format.TRIPLET:
+        _refuse_without_negatives(rows, members, query_id, query, positive)
+    yield pa.record_batch([pa.array(query), pa.array(positive)], schema=SCHEMA)
+
+
+def _blocks(rows: Rows, column: str, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Array]]:
+    """Yield some rows' values of a column block by block, with the rows' numbers."""
+    values = rows.table.data.column(column)
+    for start in range(0, len(numbers), ROWS_PER_READ):
+        block = numbers[start : start + ROWS_PER_READ]
+        yield block, values.take(pa.array(block)).combine_chunks()
+
+
+def _refuse_without_negatives(
+    rows: Rows, members: np.ndarray, query_id: np.ndarray, query: np.ndarray, positive: np.ndarray
+) -> None:
+    """Refuse rows whose hard negatives are all positives of their query in other rows."""
+    refused: list[int] = []
+    for numbers, block in _blocks(rows, "negatives", members):
+        known = _positives_of(query_id[numbers], query, positive)
+        for row, texts, own in zip(numbers.tolist(), block.to_pylist(), known, strict=True):
+            if not any(np.isin(text_hashes([text]), own, invert=True)[0] for text in texts):
+                refused.append(row)
+    if refused:
+        raise InputError(
+            f"{rows.place(refused[0])}: field 'neg': expected at least one text that is not a "
+            "positive of the same query in another row, found none"
+            + (f"; so in {len(refused):,} rows" if len(refused) > 1 else "")
+        )

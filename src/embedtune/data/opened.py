@@ -1,0 +1,122 @@
+"""Open the files of a data module: what is trained on, and what is measured."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from embedtune.data.beir import is_beir, read_beir
+from embedtune.data.examples import ExampleDataset
+from embedtune.data.lines import read_lines, resolve_paths
+from embedtune.data.records import Format
+from embedtune.data.rows import Rows
+from embedtune.data.scored_pairs import scored_pairs
+from embedtune.data.teacher_store import open_teacher
+from embedtune.data.testset_batches import TextDataset
+from embedtune.data.testsets import name_sets
+from embedtune.errors import InputError
+
+log = logging.getLogger("embedtune")
+
+Part = Literal["train", "val", "test", "predict"]
+SPLITS = {"val": ("dev", "val", "test"), "test": ("test",)}
+"""The qrels that are looked for in a BEIR folder, in this order."""
+
+
+class Files(NamedTuple):
+    """Where the parts of the data are, and how they are read.
+
+    Attributes:
+        paths: What the user gave for each part, None for none.
+        teachers: Memory maps of the teacher's embeddings, by part.
+        declared: Format of the rows; None takes it from their fields.
+        teacher_width: Width of a teacher's embeddings; None takes it from the files' sizes.
+        neg_nums: Hard negatives drawn per query.
+        seed: Seed of the negatives.
+    """
+
+    paths: Mapping[str, Any]
+    teachers: Mapping[str, str | Sequence[str] | None]
+    declared: Format | None
+    teacher_width: int | None
+    neg_nums: int
+    seed: int
+
+
+class OpenedData:
+    """The data sets of a run, opened once each.
+
+    Attributes:
+        datasets: Rows by name: ``train``, ``predict``, and ``val/<name>`` or ``test/<name>`` for a
+            loss.
+        testsets: Test sets by name, ``val/<name>`` or ``test/<name>``.
+    """
+
+    def __init__(self, files: Files) -> None:
+        """Open nothing yet."""
+        self.files = files
+        self.datasets: dict[str, ExampleDataset] = {}
+        self.testsets: dict[str, TextDataset] = {}
+
+    @property
+    def format(self) -> Format | None:
+        """Format of the opened rows; None when there are none (predict)."""
+        formats = (data.rows.format for part, data in self.datasets.items() if part != "predict")
+        return next(formats, None)
+
+    def open(self, part: Part, *, has_loss: bool) -> None:
+        """Open a part, unless it is open.
+
+        Args:
+            part: Its files are given.
+            has_loss: Whether scored rows have a loss to be validated, of whatever length.
+
+        Raises:
+            InputError: A file is not there, cannot be read, or does not fit the others.
+        """
+        key = f"data.{part}_path"
+        if part == "val" or part == "test":
+            for name, paths in name_sets(self.files.paths[part], key).items():
+                if not {f"{part}/{name}"} & {*self.datasets, *self.testsets}:
+                    self._open_evaluated(part, f"{part}/{name}", paths, has_loss)
+        elif part not in self.datasets:
+            # Queries alone are what predict takes from rows of any format.
+            declared = Format.DISTILL if part == "predict" else self.files.declared
+            rows = Rows(resolve_paths(self.files.paths[part], key), declared)
+            self.datasets[part] = self._examples(part, rows)
+
+    def _open_evaluated(
+        self, part: Literal["val", "test"], name: str, given: list[str], has_loss: bool
+    ) -> None:
+        """Open one set of ``val_path`` or ``test_path`` for what can be measured on it."""
+        if is_beir(Path(given[0])):
+            self.testsets[name] = TextDataset(read_beir(Path(given[0]), SPLITS[part]))
+            return
+        paths = resolve_paths(given, f"data.{part}_path")
+        is_scored = any("scores" in line.fields for line in islice(read_lines(paths), 1))
+        rows = Rows(paths, None if is_scored else self.files.declared)
+        if rows.format == Format.SCORED:
+            self.testsets[name] = TextDataset(scored_pairs(rows.records()))
+            low, high = rows.score_range or (0.0, 0.0)
+            if low == high:
+                log.warning("%s: all scores are %g: a Spearman correlation is 0", name, low)
+            # Sentence pairs have no default loss; nobody asked for one to be validated.
+            has_loss |= "train" in self.datasets
+            if not has_loss and rows.list_lengths.min() < 2:
+                return
+        if self.format in (None, rows.format):
+            self.datasets[name] = self._examples(part, rows)
+        elif rows.format != Format.SCORED:
+            raise InputError(
+                f"data.{part}_path: {given[0]}: expected {self.format} rows as those of training, "
+                f"scored rows or a BEIR folder, found {rows.format} rows"
+            )
+
+    def _examples(self, part: Part, rows: Rows) -> ExampleDataset:
+        key = "data.teacher_path" if part == "train" else f"data.{part}_teacher_path"
+        if part == "predict":
+            return ExampleDataset(rows)
+        files = self.files
+        teacher = open_teacher(rows, files.teachers[part], files.teacher_width, key)
+        return ExampleDataset(rows, files.neg_nums, files.seed, teacher)
