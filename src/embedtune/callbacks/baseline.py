@@ -51,7 +51,11 @@ class Baseline(pl.Callback):
         _refuse_unknown_monitor(trainer, module)
         if not _is_validated(trainer):
             return
-        module.base_metrics, self.found = _measure(trainer, module)
+        evaluation = _measure(trainer, module)
+        # A projection may widen the embedding later.
+        widths = [width for width in module.widths if width <= module.encoder.width]
+        module.base_metrics = evaluation.collect(widths, trainer.strategy.root_device)
+        module.base_per_query, self.found = evaluation.per_query, evaluation.found
         for line in _describe(module, module.base_metrics):
             log.info("base model: %s", line)
 
@@ -117,9 +121,7 @@ def _refuse_unknown_monitor(trainer: pl.Trainer, module: EmbeddingModule) -> Non
 
 
 @torch.no_grad()
-def _measure(
-    trainer: pl.Trainer, module: EmbeddingModule
-) -> tuple[dict[str, float], dict[str, Tensor]]:
+def _measure(trainer: pl.Trainer, module: EmbeddingModule) -> Evaluation:
     encoder, data, device = module.encoder, module.data, trainer.strategy.root_device
     training = encoder.training
     half = autocast_dtype(str(trainer.precision))
@@ -135,9 +137,7 @@ def _measure(
                 encoded = torch.cat([encoder(features) for features in chunks])
                 evaluation.add_texts(name, texts, batch, encoded)
     encoder.train(training)
-    # A projection may widen the embedding later.
-    widths = [width for width in module.widths if width <= encoder.width]
-    return evaluation.collect(widths, device), evaluation.found
+    return evaluation
 
 
 @torch.no_grad()

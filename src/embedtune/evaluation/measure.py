@@ -8,7 +8,8 @@ from torch import Tensor
 
 from embedtune.data.beir import RetrievalSet
 from embedtune.data.scored_pairs import ScoredPairs
-from embedtune.evaluation.metrics import DEPTH, RETRIEVAL_METRICS, retrieval_metrics, spearman
+from embedtune.evaluation.intervals import PerQuery
+from embedtune.evaluation.metrics import DEPTH, RETRIEVAL_METRICS, per_query, spearman
 from embedtune.evaluation.search import merge, search
 from embedtune.losses.similarity import pairwise_cosine
 
@@ -20,10 +21,12 @@ class Measured(NamedTuple):
         metrics: By name, such as ``ndcg@10``, and at a smaller width ``ndcg@10/128``.
         found: For each query the rows of the documents that it finds, best first, int64
             ``[q, DEPTH]``; None for scored pairs.
+        per_query: What the metrics sum up, for another model's to be compared with.
     """
 
     metrics: dict[str, float]
     found: Tensor | None
+    per_query: PerQuery
 
 
 def metric_names(testset: RetrievalSet | ScoredPairs, widths: Sequence[int]) -> list[str]:
@@ -62,13 +65,17 @@ def measure(
     if isinstance(testset, ScoredPairs):
         scores = torch.tensor(testset.scores, dtype=torch.float64)
         cosines = {k: pairwise_cosine(first[:, :w], second[:, :w]) for k, w in widths.items()}
-        return Measured({f"spearman{k}": spearman(c, scores) for k, c in cosines.items()}, None)
+        named = {f"spearman{k}": c for k, c in cosines.items()}
+        correlations = {name: spearman(c, scores) for name, c in named.items()}
+        return Measured(correlations, None, PerQuery(named, scores))
     rows = torch.arange(len(second)) if rows is None else rows
-    metrics: dict[str, float] = {}
+    values: dict[str, Tensor] = {}
     by_width: list[Tensor] = []
     for suffix, width in widths.items():
         own = search(first[:, :width], second[:, :width], rows, DEPTH, device)
         by_width.append(merge(own, DEPTH).rows.cpu())
-        values = retrieval_metrics(by_width[-1], testset.relevant)
-        metrics |= {f"{name}{suffix}": value for name, value in values.items()}
-    return Measured(metrics, by_width[0])
+        own_values = per_query(by_width[-1], testset.relevant)
+        values |= {f"{name}{suffix}": value for name, value in own_values.items()}
+    metrics = {name: value.mean().item() for name, value in values.items()}
+    kept = {name: value.float() for name, value in values.items()}
+    return Measured(metrics, by_width[0], PerQuery(kept))
