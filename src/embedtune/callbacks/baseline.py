@@ -79,20 +79,23 @@ class Baseline(pl.Callback):
             logger.log_metrics(module.base_metrics, step=0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how far the model has come, and warn of an anchor that fell."""
+        """Say how far the model has come, and warn of an anchor that fell at any width."""
         module = cast(EmbeddingModule, pl_module)
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         for line in _describe(module, module.metrics):
             log.info("step %s: %s", f"{trainer.global_step:,}", line)
         for name, allowed in self.anchors.items():
-            metric = f"val/{name}/{main_metric(module.data.testsets[f'val/{name}'].testset)}"
-            base, now = (m.get(metric, 0.0) for m in (module.base_metrics, module.metrics))
-            if base - now > allowed:
-                log.warning(
-                    "anchor %s: %s fell to %.4f, %.4f below the base model's %.4f (allowed: %.4f)",
-                    *(name, metric, now, base - now, base, allowed),
-                )
+            main = f"val/{name}/{main_metric(module.data.testsets[f'val/{name}'].testset)}"
+            for metric in (main, *(f"{main}/{width}" for width in _smaller_widths(module))):
+                base, now = (m.get(metric) for m in (module.base_metrics, module.metrics))
+                # What is not a number has not held either.
+                if base is not None and now is not None and not base - now <= allowed:
+                    log.warning(
+                        "anchor %s: %s fell to %.4f, %.4f below the base model's %.4f "
+                        "(allowed: %.4f)",
+                        *(name, metric, now, base - now, base, allowed),
+                    )
 
 
 def _is_validated(trainer: pl.Trainer) -> bool:
@@ -156,6 +159,10 @@ def _measure_losses(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, f
     return module.evaluation.collect((), module.device)
 
 
+def _smaller_widths(module: EmbeddingModule) -> list[int]:
+    return [width for width in module.widths if width < module.encoder.width]
+
+
 def _describe(module: EmbeddingModule, metrics: dict[str, float]) -> Iterator[str]:
     """Yield a line a set: its main metric at each width, and the difference from the base model."""
     base = module.base_metrics
@@ -165,8 +172,7 @@ def _describe(module: EmbeddingModule, metrics: dict[str, float]) -> Iterator[st
         if metric not in metrics:
             continue
         values = []
-        smaller = [width for width in module.widths if width < module.encoder.width]
-        for width in ("", *(f"/{width}" for width in smaller)):
+        for width in ("", *(f"/{width}" for width in _smaller_widths(module))):
             key = f"{metric}{width}"
             if key in metrics:
                 value = f"{metrics[key]:.4f}"
