@@ -343,8 +343,8 @@ def test_the_command_compares_several_models_and_sets(model, narrow, folder, tmp
     out = tmp_path / "out"
     main(["evaluate", model, narrow, "--data", *sets, "--dims", "16,8", "--out", str(out)])
     table = capsys.readouterr().out
-    assert table.count("nDCG@10") == 2
-    assert table.count("Spearman") == 1
+    assert table.count(", nDCG@10") == 2
+    assert table.count("sts, Spearman") == 1
     found = json.loads((out / "evaluation.json").read_text())
     keys = [(row["model"], row["data"], row["width"]) for row in found]
     assert keys == [(m, d, w) for m in (model, narrow) for d in sets for w in (16, 8)]
