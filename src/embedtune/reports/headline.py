@@ -70,7 +70,8 @@ def _told(told: Outcomes, outcomes: Outcomes | None = None) -> str:
             widths = [width for width, found in by_width.items() if found == outcome]
             if widths:
                 sets_at.setdefault(_at(widths, (outcomes or told)[name]), []).append(name)
-        clauses += [f"{outcome} on {listed(names)}{at}" for at, names in sets_at.items()]
+        places = [f"on {listed(names)}{at}" for at, names in sets_at.items()]
+        clauses += [f"{outcome} {' and '.join(places)}"] if places else []
     text = ", ".join(clauses)
     return text if len(text) <= LONGEST else _counted(told)
 

@@ -75,7 +75,7 @@ def write_report(
         sets=sets,
         names=TITLES,
         depth=DEPTH,
-        confidence=f"{CONFIDENCE:.0%}".replace("%", " %"),
+        confidence=f"{CONFIDENCE:.0%}",
         resamples=f"{RESAMPLES:,}",
         fewest=FEWEST,
         widths=sorted({w for s in sets for w in s.widths if w != ALL_WIDTHS}, reverse=True),
