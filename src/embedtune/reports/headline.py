@@ -40,7 +40,7 @@ def headline(outcomes: Outcomes, monitored: Monitored | None = None) -> str:
     """
     known = {outcome for by_width in outcomes.values() for outcome in by_width.values()}
     if not known:
-        return "No metric that gives a verdict"
+        return "No verdict: only losses were measured"
     if known == {"not compared"}:
         return "No base model to compare with"
     if monitored is None or (monitored.place and known == {monitored.outcome}):
