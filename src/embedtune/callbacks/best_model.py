@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,8 +24,20 @@ def best_keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
     return None
 
 
-def describe_choice(trainer: pl.Trainer, base: Mapping[str, float]) -> str:
-    """Return a sentence that says which model ``model/`` is, and if the base model is better.
+class Choice(NamedTuple):
+    """Which model ``model/`` is.
+
+    Attributes:
+        said: That, in a sentence.
+        is_worse: Whether it is the best checkpoint by a metric, and the base model is better.
+    """
+
+    said: str
+    is_worse: bool
+
+
+def choice(trainer: pl.Trainer, base: Mapping[str, float]) -> Choice:
+    """Return which model of a fit ``model/`` is.
 
     Args:
         trainer: Of the fit.
@@ -35,29 +47,22 @@ def describe_choice(trainer: pl.Trainer, base: Mapping[str, float]) -> str:
     if keeper is None:
         last = f"model/ is the model of the last step, {trainer.global_step:,}"
         if monitor:
-            return f"{last}: {monitor} was not measured"
-        return f"{last}; checkpoint.monitor makes it the best by a metric of data.val_path"
-    step = read_facts(Path(keeper.best_model_path))["global_step"]
-    score = _score(keeper)
-    best = f"model/ is the model of step {step:,}, the best by {monitor} ({score:.4f})"
-    if not _is_worse(keeper, base):
-        return best
+            return Choice(f"{last}: {monitor} was not measured", False)
+        how = "checkpoint.monitor makes it the best by a metric of data.val_path"
+        return Choice(f"{last}; {how}", False)
+    saved = read_facts(Path(keeper.best_model_path))
+    score = float(cast(Tensor, keeper.best_model_score))
+    said = f"model/ is the model of step {saved['global_step']:,}, the best by {keeper.monitor}"
+    # The callback's own score is rounded to float32.
+    known = (saved["training_facts"]["metrics"], base)
+    ours, of_base = (metrics.get(str(keeper.monitor), math.nan) for metrics in known)
+    is_worse = ours < of_base if keeper.mode == "max" else ours > of_base
     side = "below" if keeper.mode == "max" else "above"
-    return f"{best}, which is {side} the base model's {base[str(monitor)]:.4f}"
+    more = f", which is {side} the base model's {of_base:.4f}" if is_worse else ""
+    return Choice(f"{said} ({score:.4f}){more}", is_worse)
 
 
 def tell_choice(trainer: pl.Trainer, base: Mapping[str, float]) -> None:
-    """Log that sentence, as a warning where no checkpoint was as good as the base model."""
-    keeper = best_keeper(trainer)
-    is_worse = keeper is not None and _is_worse(keeper, base)
-    log.log(logging.WARNING if is_worse else logging.INFO, describe_choice(trainer, base))
-
-
-def _is_worse(keeper: ModelCheckpoint, base: Mapping[str, float]) -> bool:
-    """Tell whether the base model's value of the monitored metric is the better one."""
-    lead = base.get(str(keeper.monitor), math.nan) - _score(keeper)
-    return lead > 0 if keeper.mode == "max" else lead < 0
-
-
-def _score(keeper: ModelCheckpoint) -> float:
-    return float(cast(Tensor, keeper.best_model_score))
+    """Log it, as a warning where no checkpoint is as good as the base model."""
+    said, is_worse = choice(trainer, base)
+    log.log(logging.WARNING if is_worse else logging.INFO, said)

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from embedtune.callbacks.baseline import Baseline
-from embedtune.callbacks.best_model import best_keeper, describe_choice
+from embedtune.callbacks.best_model import best_keeper, choice
 from embedtune.callbacks.run_summary import RunSummary
 from embedtune.checkpoints.read import read_facts
 from embedtune.data.beir import RetrievalSet
@@ -83,7 +83,7 @@ class RunReport(pl.Callback):
         if keeper is not None:
             facts = read_facts(Path(keeper.best_model_path))["training_facts"]
             metrics, intervals = facts["metrics"], facts.get("intervals") or {}
-        told = describe_choice(trainer, module.base_metrics)
+        told = choice(trainer, module.base_metrics).said
         self._write(trainer, module, told, metrics, intervals, self._found)
         log.info("wrote %s", Path(trainer.default_root_dir) / "report.html")
 
