@@ -64,6 +64,7 @@ def write_report(
         SetReport(name, before[name], metrics, between[name], over_steps[name], queries.get(name))
         for name, metrics in after.items()
     ]
+    sets.sort(key=lambda one: one.main not in TITLES)  # losses last
     text = (importlib.resources.files("embedtune.reports") / "report.html.jinja").read_text("utf-8")
     blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
