@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -36,13 +35,8 @@ class Choice(NamedTuple):
     is_worse: bool
 
 
-def choice(trainer: pl.Trainer, base: Mapping[str, float]) -> Choice:
-    """Return which model of a fit ``model/`` is.
-
-    Args:
-        trainer: Of the fit.
-        base: Metrics of the base model.
-    """
+def choice(trainer: pl.Trainer) -> Choice:
+    """Return which model of a fit ``model/`` is."""
     keeper, monitor = best_keeper(trainer), monitored(trainer)
     if keeper is None:
         last = f"model/ is the model of the last step, {trainer.global_step:,}"
@@ -54,15 +48,17 @@ def choice(trainer: pl.Trainer, base: Mapping[str, float]) -> Choice:
     score = float(cast(Tensor, keeper.best_model_score))
     said = f"model/ is the model of step {saved['global_step']:,}, the best by {keeper.monitor}"
     # The callback's own score is rounded to float32.
-    known = (saved["training_facts"]["metrics"], base)
-    ours, of_base = (metrics.get(str(keeper.monitor), math.nan) for metrics in known)
+    ours, of_base = (
+        saved["training_facts"][kind].get(keeper.monitor, math.nan)
+        for kind in ("metrics", "base_metrics")
+    )
     is_worse = ours < of_base if keeper.mode == "max" else ours > of_base
     side = "below" if keeper.mode == "max" else "above"
     more = f", which is {side} the base model's {of_base:.4f}" if is_worse else ""
     return Choice(f"{said} ({score:.4f}){more}", is_worse)
 
 
-def tell_choice(trainer: pl.Trainer, base: Mapping[str, float]) -> None:
+def tell_choice(trainer: pl.Trainer) -> None:
     """Log it, as a warning where no checkpoint is as good as the base model."""
-    said, is_worse = choice(trainer, base)
+    said, is_worse = choice(trainer)
     log.log(logging.WARNING if is_worse else logging.INFO, said)

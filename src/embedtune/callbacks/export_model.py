@@ -153,7 +153,7 @@ class ExportModel(pl.Callback):
             _export_saved(trainer, module, Path(keeper.best_model_path), _model_folder(trainer))
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            tell_choice(trainer, module.base_metrics)
+            tell_choice(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export what a fit went on from that had nothing left to train.
@@ -182,7 +182,7 @@ class ExportModel(pl.Callback):
         path = last if keeper is None else Path(keeper.best_model_path)
         _export_saved(trainer, module, path, _model_folder(trainer))
         if trainer.is_global_zero:
-            tell_choice(trainer, module.base_metrics)
+            tell_choice(trainer)
 
 
 def _model_folder(trainer: pl.Trainer) -> Path:

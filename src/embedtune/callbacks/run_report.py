@@ -83,7 +83,7 @@ class RunReport(pl.Callback):
         if keeper is not None:
             facts = read_facts(Path(keeper.best_model_path))["training_facts"]
             metrics, intervals = facts["metrics"], facts.get("intervals") or {}
-        told = choice(trainer, module.base_metrics).said
+        told = choice(trainer).said
         self._write(trainer, module, told, metrics, intervals, self._found)
         log.info("wrote %s", Path(trainer.default_root_dir) / "report.html")
 
