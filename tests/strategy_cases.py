@@ -175,6 +175,7 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
         "precisions": module.precisions,
         "base": module.base_metrics,
         "metrics": module.metrics,
+        "intervals": {name: list(ends) for name, ends in module.intervals.items()},
         "seen": module.seen,
     }
 

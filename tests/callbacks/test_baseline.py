@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -150,12 +151,19 @@ def test_the_model_is_the_best_checkpoint_and_says_so(tiny_bert, data, caplog, m
     torch.testing.assert_close(found, expected)
     assert (found - last).abs().max() > 0.01
     told = f"the model of step {4 * (best + 1)}, the best by {metric} ({trained[best]:.4f})"
-    assert told in caplog.text
+    base = curve(rows, metric)[0]
+    assert trained[best] < base, "no checkpoint must be as good as the base model"
+    told += f", which is below the base model's {base:.4f}"
+    (record,) = [record for record in caplog.records if told in record.getMessage()]
+    assert record.levelname == "WARNING"
     state = torch.load("run/checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 16, "a run goes on from the last"
     # The report and the card are of the same model.
     report, card = (Path("run", name).read_text() for name in ("report.html", "model/README.md"))
-    assert told in report
+    assert told.replace("'", "&#39;") in report
+    assert "<h1>Worse by val/docs/ndcg@10/16, the monitored metric; " in report
+    below = f"by `{metric}`, by which the best of its run is chosen: {trained[best]:.4f} against"
+    assert f"**This model is below the base model** {below} {base:.4f}" in card
     for text, digits in ((report, 3), (card, 4)):
         for value in (curve(rows, metric)[0], trained[best]):
             assert f"{value:.{digits}f}".removeprefix("0") in text
@@ -168,6 +176,16 @@ def test_the_model_is_the_best_checkpoint_and_says_so(tiny_bert, data, caplog, m
     for ranking, value in zip(rankings, mrr, strict=True):
         assert retrieval_metrics(ranking, relevant)["mrr@10"] == pytest.approx(value)
     assert last_validation["model_note"] == "The fit is running: step 16 of 16"
+    # Every metric and width has its interval, of the model that it is about.
+    for given, number in ((end, best + 1), (last_validation, 4)):
+        intervals = given["intervals"]
+        assert intervals.keys() == {name for name in given["trained"] if "/loss" not in name}
+        low, high = intervals[metric]
+        assert low <= curve(rows, metric)[number] - base <= high
+    assert end["intervals"] != last_validation["intervals"]
+    (row,) = [row for row in card.splitlines() if row.startswith("| `docs` | nDCG@10 | 16 |")]
+    low, high = end["intervals"][metric]
+    assert row.endswith(f" {trained[best] - base:+.4f} ({low:+.4f} to {high:+.4f}), worse |")
 
     # A fit that goes on from the best does what this one did.
     again = fit(tiny_bert, data, *flags, "--ckpt_path", "best")
@@ -186,8 +204,11 @@ def test_the_best_checkpoint_is_found_by_its_name(tiny_bert, data, capsys):
             *("--trainer.accelerator", "cpu", "--checkpoint.monitor", "val/sts/spearman"),
         ]
     )
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if "val/sts/spearman" in x]
-    assert float(line.split()[-2]) == pytest.approx(best, abs=1e-5)
+    (row,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("checkpoints/best")]
+    assert float(row.split()[-1]) == pytest.approx(best, abs=1e-4)
+    measured = json.loads(Path("moved/metrics.json").read_text())
+    assert measured["metrics"]["val/sts/spearman"] == pytest.approx(best, abs=1e-5)
+    assert measured["checkpoint"].startswith("moved/checkpoints/best")
 
 
 def test_a_fit_ends_when_it_gets_no_better(tiny_bert, data):
@@ -199,15 +220,40 @@ def test_a_fit_ends_when_it_gets_no_better(tiny_bert, data):
     assert values[-2] == max(values)
 
 
-def test_an_anchor_that_falls_is_told(tiny_bert, data, caplog):
+def test_an_anchor_that_falls_at_any_width_is_told(tiny_bert, data, caplog):
     with caplog.at_level(logging.INFO, logger="embedtune"):
         rows = fit(tiny_bert, data, "--model.lr", "0.05", "--anchors", '{"docs": 0.01, "sts": 2}')
-    values = curve(rows, "val/docs/ndcg@10")
-    fell = values[0] - values[2]
-    assert fell > 0.01, "or the test shows nothing"
-    told = f"anchor docs: val/docs/ndcg@10 fell to {values[2]:.4f}, {fell:.4f} below the base"
-    assert told in caplog.text
+    for metric in ("val/docs/ndcg@10", "val/docs/ndcg@10/16", "val/docs/ndcg@10/8"):
+        values = curve(rows, metric)
+        fell = values[0] - values[2]
+        assert fell > 0.01, "or the test shows nothing"
+        told = f"anchor docs: {metric} fell to {values[2]:.4f}, {fell:.4f} below the base"
+        assert told in caplog.text
+    assert "ndcg@10/32 fell" not in caplog.text  # which is the full width, told already
     assert "anchor sts" not in caplog.text
+
+
+def test_a_model_that_is_left_as_it_was_is_equal(tiny_bert, data):
+    still = ("--model.lr", "1e-12", "--model.dropout", "0", "--model.projection_init", "none")
+    rows = fit(tiny_bert, data, *still, "--checkpoint.monitor", "val/docs/ndcg@10")
+    values = curve(rows, "val/docs/ndcg@10")
+    assert values == pytest.approx([values[0]] * 3)
+    report, card = (Path("run", name).read_text() for name in ("report.html", "model/README.md"))
+    assert "<h1>Equal on docs and sts at every width</h1>" in report
+    assert "below the base model" not in report + card
+    assert "+0.0000 (+0.0000 to +0.0000), equal |" in card
+
+
+def test_a_run_that_goes_on_knows_how_its_best_checkpoint_compared(tiny_bert, data):
+    """Which another process may have measured."""
+    flags = ("--checkpoint.monitor", "val/docs/ndcg@10", *LATER_IS_WORSE)
+    fit(tiny_bert, data, *flags, "--trainer.max_epochs", "1")
+    headline = re.search("<h1>(.*)</h1>", Path("run/report.html").read_text())[1]
+    assert "Worse by val/docs/ndcg@10" in headline
+    fit(tiny_bert, data, *flags, "--trainer.max_epochs", "3", "--ckpt_path", "last")
+    after = Path("run/report.html").read_text()
+    assert "model of step 4, the best" in after, "the first epoch must be the best"
+    assert re.search("<h1>(.*)</h1>", after)[1] == headline
 
 
 def test_a_set_of_which_texts_are_left_out_is_not_measured(tiny_bert, data, monkeypatch, caplog):

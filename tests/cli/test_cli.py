@@ -360,8 +360,10 @@ def test_test_reports_spearman_of_a_finished_model(tiny_bert, capsys):
             *("--data.test_path", write("test.jsonl", rows), "--trainer.accelerator", "cpu"),
         ]
     )
-    assert "test/test/spearman" in capsys.readouterr().out
-    assert not Path("run").exists()
+    value = json.loads(Path("run/metrics.json").read_text())["metrics"]["test/test/spearman"]
+    (row,) = re.findall(r"^test, Spearman +32\n.*?([-.0-9]+)$", capsys.readouterr().out, re.M)
+    assert float(row) == pytest.approx(value, abs=1e-4)
+    assert [path.name for path in Path("run").iterdir()] == ["metrics.json"]
 
 
 def test_validate_takes_a_checkpoint_with_its_projection(tiny_bert, capsys):
@@ -374,7 +376,40 @@ def test_validate_takes_a_checkpoint_with_its_projection(tiny_bert, capsys):
             *("--trainer.accelerator", "cpu"),
         ]
     )
-    assert "val/train/loss/48" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    (heads,) = [line.split() for line in out.splitlines() if line.startswith("train, loss")]
+    (row,) = [line.split() for line in out.splitlines() if line.startswith("checkpoints/last")]
+    assert heads[2:] == ["all", "48", "8"]
+    measured = json.loads(Path("run/metrics.json").read_text())["metrics"]
+    names = ["val/train/loss", "val/train/loss/48", "val/train/loss/8"]
+    expected = [measured[name] for name in names]
+    assert [float(value) for value in row[1:]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_metrics_are_those_of_the_last_command_in_the_folder(tiny_bert, tiny_transformer):
+    rows = [{"query": f"q {i}", "pos": [f"p {i}"], "scores": [i / 8]} for i in range(8)]
+    name = write("sts.jsonl", rows)
+    cpu = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
+    bert = ("--model.model_name_or_path", str(tiny_bert))
+    found = {}
+    for command, model, key in (
+        ("validate", tiny_bert, "val"),
+        ("test", tiny_transformer, "test"),
+        ("validate", tiny_bert, "val"),
+    ):
+        data = ("--model.model_name_or_path", str(model), f"--data.{key}_path", name)
+        main([command, *data, *cpu])
+        found[command] = json.loads(Path("run/metrics.json").read_text())
+        assert list(found[command]["metrics"]) == [f"{key}/sts/spearman"]
+        names = [found[command][name] for name in ("command", "model", "checkpoint", "width")]
+        assert names == [command, str(model), None, 32]
+    fit(tiny_bert, "--trainer.max_steps", "1")  # whose checkpoints are others
+    assert json.loads(Path("run/metrics-1.json").read_text()) == found["validate"]
+    assert not Path("run/metrics.json").exists()
+    write("constant.jsonl", [{**row, "scores": [0.5]} for row in rows])
+    main(["validate", *bert, "--data.val_path", "constant.jsonl", *cpu])
+    constant = json.loads(Path("run/metrics.json").read_text())["metrics"]
+    assert constant == {"val/constant/spearman": 0}
 
 
 def test_help_lists_every_command(capsys):

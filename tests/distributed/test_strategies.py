@@ -473,6 +473,10 @@ def test_ranks_evaluate_test_sets_together(runs, strategy):
     for moment in ("base", "metrics"):
         assert found[moment].keys() == expected[moment].keys()
         assert found[moment] == pytest.approx(expected[moment], rel=1e-6), moment
+    scores = {name for name in found["base"].keys() & found["metrics"] if "/loss" not in name}
+    assert found["intervals"].keys() == scores
+    for name, ends in found["intervals"].items():
+        assert ends == pytest.approx(expected["intervals"][name], abs=1e-6), name
     assert found["metrics"]["val/docs/ndcg@10"] != pytest.approx(found["base"]["val/docs/ndcg@10"])
 
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -218,6 +219,40 @@ def test_widths_default_to_the_model_and_larger_ones_are_left_out(model, narrow,
     ]
 
 
+def test_others_are_compared_with_the_first_model_where_it_has_the_width(
+    model, narrow, data, pairs, tmp_path
+):
+    twin = str(shutil.copytree(model, tmp_path / "twin"))
+    results = evaluate_models([model, twin, narrow], {"words": data, "sts": pairs}, [32, 8])
+    by_place = {(r.model, r.data, r.width): r for r in results}
+    for result in results[:4]:
+        assert result.intervals is None
+    for place in (("words", 32), ("words", 8), ("sts", 32), ("sts", 8)):
+        same = by_place[twin, *place]
+        assert same.intervals == dict.fromkeys(same.metrics, (0.0, 0.0))
+    for name in ("words", "sts"):
+        first, other = by_place[model, name, 8], by_place[narrow, name, 8]
+        assert other.intervals.keys() == other.metrics.keys()
+        for metric, (low, high) in other.intervals.items():
+            assert low <= other.metrics[metric] - first.metrics[metric] <= high
+            assert low < high or first.metrics[metric] == other.metrics[metric]
+    reverse = evaluate_models([narrow, model], {"words": data}, [32, 8])
+    assert [r.intervals for r in reverse[:2]] == [None, {}]  # the first one has no width 32
+    assert reverse[2].intervals.keys() == reverse[2].metrics.keys()
+
+
+def test_one_query_or_pair_is_compared_without_a_verdict(model, narrow, data, pairs):
+    one = data._replace(
+        queries=data.queries[:1], relevant=data.relevant[:1], query_ids=data.query_ids[:1]
+    )
+    pair = ScoredPairs(pairs.first[:1], pairs.second[:1], pairs.scores[:1])
+    results = evaluate_models([model, narrow], {"one": one, "pair": pair}, [8])
+    table = format_table(results)
+    assert "nan" not in table
+    assert "better" not in table.partition("Changes are from")[0]
+    assert "worse" not in table.partition("Changes are from")[0]
+
+
 @pytest.mark.parametrize("dims", [[], [0, 8], [-1], [512]])
 def test_impossible_widths(model, data, dims):
     with pytest.raises(InputError, match="dims: expected"):
@@ -269,6 +304,20 @@ def test_table_has_a_part_for_each_test_set():
     ]
 
 
+def test_changes_stand_below_a_model_that_was_compared():
+    first, second, other = RESULTS
+    second = second._replace(metrics={"ndcg@10": math.nan})
+    third = result("/runs/two/model", 384, 0.5)._replace(intervals={"ndcg@10": (-0.2, 0.0537)})
+    results = [first, second, third, other._replace(intervals={})]
+    assert format_table([*results, result("/runs/two/model", 8, 0.5)]).splitlines()[:5] == [
+        "words, nDCG@10               384               32        8",
+        "one/model                  .5731              nan        -",
+        "two/model                  .5000           1.0000    .5000",
+        "  change          -.0731 unclear  nan not compared        -",
+        "  95% interval   -.2000 to +.0537",
+    ]
+
+
 def test_models_and_sets_are_named_by_what_tells_them_apart():
     names = ["/a/x/m/last", "/a/y/m/last", "org/name"]
     table = format_table([result(name, 8, 0.5) for name in names])
@@ -293,7 +342,8 @@ def test_a_long_name_takes_lines_of_its_own():
 
 
 def test_results_are_written(tmp_path):
-    write_results(RESULTS + PAIRS, tmp_path / "new" / "folder")
+    compared = PAIRS[1]._replace(intervals={"spearman": (-0.9, -0.8)})
+    write_results([*RESULTS, PAIRS[0], compared], tmp_path / "new" / "folder")
     rows = json.loads((tmp_path / "new" / "folder" / "evaluation.json").read_text())
     assert rows[0] == {
         "model": "/runs/one/model",
@@ -306,6 +356,11 @@ def test_results_are_written(tmp_path):
         "mb_per_million": {"float32": 1536, "int8": 384, "binary": 48},
     }
     assert len(rows) == 5
+    assert {key: rows[4][key] for key in ("against", "intervals", "outcomes")} == {
+        "against": "/runs/one/model",
+        "intervals": {"spearman": [-0.9, -0.8]},
+        "outcomes": {"spearman": "worse"},
+    }
     assert (tmp_path / "new" / "folder" / "quality.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -346,9 +401,29 @@ def test_the_command_compares_several_models_and_sets(model, narrow, folder, tmp
     out = tmp_path / "out"
     main(["evaluate", model, narrow, "--data", *sets, "--dims", "16,8", "--out", str(out)])
     table = capsys.readouterr().out
-    assert table.count("nDCG@10") == 2
-    assert table.count("Spearman") == 1
+    assert table.count(", nDCG@10") == 2
+    assert table.count("sts, Spearman") == 1
     found = json.loads((out / "evaluation.json").read_text())
     keys = [(row["model"], row["data"], row["width"]) for row in found]
     assert keys == [(m, d, w) for m in (model, narrow) for d in sets for w in (16, 8)]
     assert found[0]["ndcg@10"] == found[2]["ndcg@10"]  # the same test set, named in two ways
+    assert [row.get("against") for row in found] == [None] * 6 + [model] * 6
+
+
+def test_a_model_that_brings_code_along_is_evaluated_where_that_is_trusted(
+    model, folder, tmp_path, capsys
+):
+    own = Path(shutil.copytree(model, tmp_path / "own"))
+    (own / "own_pooling.py").write_text(
+        "from sentence_transformers.sentence_transformer.modules import Pooling\n"
+        "class OwnPooling(Pooling):\n    pass\n"
+    )
+    modules = json.loads((own / "modules.json").read_text())
+    modules[1]["type"] = "own_pooling.OwnPooling"
+    (own / "modules.json").write_text(json.dumps(modules))
+    asked = ["evaluate", model, str(own), "--data", str(folder)]
+    with pytest.raises(SystemExit):
+        main(asked)
+    assert "cannot load" in capsys.readouterr().err
+    main([*asked, "--trust_remote_code", "true"])
+    assert "+.0000 equal" in capsys.readouterr().out

@@ -53,6 +53,11 @@ MRL = FACTS._replace(
         "val/docs/mrr@10/8": float("nan"),
         "val/sts/spearman": 0.875,
     },
+    intervals={
+        "val/docs/ndcg@10": [-0.01, 0.21],
+        "val/docs/ndcg@10/8": [0.05, 0.2],
+        "val/sts/spearman": [0.0, 0.0],
+    },
 )
 
 
@@ -194,8 +199,8 @@ def test_the_facts_of_the_fit_are_told(encoder, tmp_path):
     assert "after step 58, in epoch 2" in text
     assert not {"Trained widths", "Teacher", "Query prompt", "Prompt query"} & found.keys()
     assert tables(text)[1] == [
-        ["Set", "Metric", "Base model", "This model"],
-        ["docs", "nDCG@10", "0.5000", "0.6123"],
+        ["Set", "Metric", "Base model", "This model", "Change"],
+        ["docs", "nDCG@10", "0.5000", "0.6123", "+0.1123, unclear"],
     ]
 
 
@@ -203,12 +208,41 @@ def test_the_metrics_are_told_at_every_width(encoder, tmp_path):
     text = card(tmp_path, encoder, MRL).text
     assert settings(text)["Trained widths"] == "32, 16, 8 (Matryoshka)"
     assert tables(text)[1] == [
-        ["Set", "Metric", "Width", "Base model", "This model"],
-        ["docs", "nDCG@10", "full", "0.5000", "0.6000"],
-        ["docs", "nDCG@10", "8", "0.2500", "0.3750"],
-        ["docs", "MRR@10", "full", "-", "0.7000"],
-        ["sts", "Spearman correlation", "full", "0.7500", "0.8750"],
+        ["Set", "Metric", "Width", "Base model", "This model", "Change"],
+        ["docs", "nDCG@10", "full", "0.5000", "0.6000", "+0.1000 (-0.0100 to +0.2100), unclear"],
+        ["docs", "nDCG@10", "8", "0.2500", "0.3750", "+0.1250 (+0.0500 to +0.2000), better"],
+        ["docs", "MRR@10", "full", "-", "0.7000", "-"],
+        [
+            *("sts", "Spearman correlation", "full", "0.7500", "0.8750"),
+            "+0.1250 (+0.0000 to +0.0000), equal",
+        ],
     ]
+    assert "followed by its 95% interval, a paired bootstrap of 2,000 resamples" in text
+
+
+@pytest.mark.parametrize(
+    ("monitor", "value", "is_below"),
+    [
+        ("val/docs/ndcg@10", 0.49, True),
+        ("val/docs/ndcg@10", 0.5, False),
+        ("val/docs/ndcg@10", 0.6, False),
+        ("val/docs/ndcg@10", float("nan"), False),
+        ("val/docs/loss", 0.49, False),  # less is better
+        ("val/gone/ndcg@10", 0.49, False),
+        (None, 0.49, False),
+    ],
+)
+def test_a_model_below_its_base_says_so(encoder, tmp_path, monitor, value, is_below):
+    facts = FACTS._replace(
+        base_metrics={"val/docs/ndcg@10": 0.5, "val/docs/loss": 0.5},
+        metrics={"val/docs/ndcg@10": value, "val/docs/loss": value, "val/docs/mrr@10": 0.5},
+        intervals={"val/docs/ndcg@10": [-0.02, -0.001]},
+        monitor=monitor,
+    )
+    text = card(tmp_path, encoder, facts).text
+    assert ("**This model is below the base model** by `val/docs/ndcg@10`" in text) == is_below
+    if value == 0.49:
+        assert "| -0.0100 (-0.0200 to -0.0010), worse |" in text
 
 
 def test_without_a_base_there_is_nothing_to_compare_with(encoder, tmp_path):

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from embedtune.data.beir import RetrievalSet
-from embedtune.reports.changes import Change, Comparison, compare_queries, verdict
+from embedtune.reports.changes import Change, Comparison, compare_queries
 from embedtune.reports.curves import arrange, read_curves
+from embedtune.reports.headline import Monitored, headline
 from embedtune.reports.panels import training_panels
 from embedtune.reports.report import write_report
 
@@ -45,6 +46,10 @@ def write(folder, **changes) -> str:
         "width": 384,
         "model_note": "model/ is step 4, the last one.",
         "comparisons": [],
+        "intervals": {
+            "val/scifact/ndcg@10": (0.012, 0.098),
+            "val/scifact/ndcg@10/32": (0.08, 0.16),
+        },
     }
     return write_report(folder, **(given | changes)).read_text("utf-8")
 
@@ -158,36 +163,83 @@ def test_a_loss_over_several_widths_has_a_row_of_its_own():
 @pytest.mark.parametrize(
     ("change", "outcome"),
     [
-        (Change(0.6, 0.7, True), "better"),
-        (Change(0.7, 0.6, True), "worse"),
-        (Change(0.7, 0.6, False), "better"),
-        (Change(0.6, 0.6004, True), "no clear change"),
-        (Change(0.6, 0.7, True, (-0.01, 0.21)), "no clear change"),
+        (Change(0.6, 0.7, True), "unclear"),
+        (Change(0.6, 0.7, True, (-0.01, 0.21)), "unclear"),
+        (Change(0.6, 0.7, True, (0.0, 0.21)), "unclear"),
         (Change(0.6, 0.7, True, (0.01, 0.19)), "better"),
+        (Change(0.6, 0.6001, True, (1e-5, 2e-4)), "better"),
         (Change(0.7, 0.6, True, (-0.19, -0.01)), "worse"),
+        (Change(0.6, 0.6, True, (0.0, 0.0)), "equal"),
+        (Change(0.7, 0.6, False), "no verdict"),
+        (Change(0.7, 0.7, False), "no verdict"),
         (Change(None, 0.7, True), "not compared"),
+        (Change(None, 0.7, False), "not compared"),
         (Change(0.6, float("nan"), True), "not compared"),
     ],
 )
-def test_an_outcome_follows_from_the_change(change, outcome):
+def test_an_outcome_follows_from_the_interval(change, outcome):
     assert change.outcome == outcome
 
 
+def spread(name: str, *outcomes: str) -> dict[str, dict[int, str]]:
+    widths = [384, 128, 32][: len(outcomes)]
+    return {name: dict(zip(widths, outcomes, strict=True))}
+
+
 @pytest.mark.parametrize(
-    ("outcomes", "text"),
+    ("outcomes", "monitored", "text"),
     [
-        (["better"], "Better on a"),
-        (["worse", "worse"], "Worse on both sets"),
-        (["better"] * 3, "Better on all 3 sets"),
+        (spread("a", "better"), None, "Better on a"),
+        (spread("a", "better", "better"), None, "Better on a at every width"),
+        (spread("a", "worse") | spread("b", "worse"), None, "Worse on a and b"),
         (
-            ["no clear change", "worse", "better"],
-            "Better on 1, worse on 1, no clear change on 1 of 3 sets",
+            spread("a", "unclear", "better", "better")
+            | spread("b", "equal")
+            | spread("c", "worse"),
+            None,
+            "Better on a at 128 and 32 dimensions, worse on c, unclear on a at 384 dimensions, "
+            "equal on b",
         ),
-        (["not compared"] * 2, "No base model to compare with"),
+        (
+            spread("a", "better", "worse") | spread("b", "worse", "worse"),
+            None,
+            "Better on a at 384 dimensions, worse on a at 128 dimensions and on b at every width",
+        ),
+        (spread("a", "not compared") | spread("b", "not compared"), None, "No base model to"),
+        (spread("a", "not compared", "better"), None, "Better on a at 128 dimensions, not comp"),
+        ({}, None, "No verdict: only losses were measured"),
+        (
+            spread("a", "unclear", "better", "better"),
+            Monitored("val/a/ndcg@10", "unclear", ("a", 384)),
+            "Unclear by val/a/ndcg@10, the monitored metric; better on a at 128 and 32 dimensions",
+        ),
+        (
+            spread("a", "worse", "worse"),
+            Monitored("val/a/ndcg@10/128", "worse", ("a", 128)),
+            "Worse on a at every width",
+        ),
+        (
+            spread("a", "worse") | spread("b", "better"),
+            Monitored("val/a/ndcg@10", "worse", ("a", 384)),
+            "Worse by val/a/ndcg@10, the monitored metric; better on b",
+        ),
+        (
+            spread("a", "better"),
+            Monitored("val/a/mrr@10", "better", None),
+            "Better by val/a/mrr@10, the monitored metric; by main metric better on a",
+        ),
+        (
+            {k: v for i in range(40) for k, v in spread(f"set{i}", "worse", "better").items()},
+            None,
+            "Better at 40, worse at 40 of the 80 widths of 40 sets",
+        ),
     ],
 )
-def test_a_verdict_counts_the_sets(outcomes, text):
-    assert verdict(dict(zip("abc", outcomes, strict=False))) == text
+def test_a_headline_tells_every_place(outcomes, monitored, text):
+    found = headline(outcomes, monitored)
+    assert found.startswith(text)
+    if not text.endswith(("to", "comp")):
+        assert found == text
 
 
 def test_queries_are_those_that_rose_and_fell_most():
@@ -201,16 +253,6 @@ def test_queries_are_those_that_rose_and_fell_most():
     assert queries.rose[0].scores == [0.0, 1.0]
     assert queries.rose[0].ranks == [("d8", [None, 1])]
     assert queries.rose[0].tops == [("document 0", False), ("document 8", True)]
-
-
-def test_the_interval_is_that_of_the_mean_difference():
-    comparison = Comparison("a", retrieval_set(4), found(2, 2, 2, 2), found(1, 1, 2, 2))
-    low, high = compare_queries(comparison).interval
-    gain = 1 - 0.6309297535714575
-    assert (low + high) / 2 == pytest.approx(gain / 2)
-    assert (high - low) / 2 == pytest.approx(1.96 * gain * (1 / 3) ** 0.5 / 2)
-    one = Comparison("a", retrieval_set(1), found(2), found(1))
-    assert compare_queries(one).interval is None
 
 
 def test_relevant_documents_come_with_the_best_rank_first():
@@ -233,10 +275,44 @@ def test_a_query_without_any_document_is_described():
 
 def test_the_page_says_at_the_top_what_became_of_each_set(tmp_path):
     text = words(write(tmp_path))
-    assert "Better on scifact model/ is step 4, the last one." in text
-    assert "scifact nDCG@10 better .645 → .700 +.055" in text
-    assert "At 32 dimensions .500 → .620" in text
+    assert "Better on scifact at every width model/ is step 4, the last one." in text
+    assert "scifact nDCG@10 better .645 → .700 +.055 95% interval +.012 to +.098" in text
+    assert "At 32 dimensions .500 → .620, better" in text
+    assert "384 .645 .700 +.055 +.012 to +.098 32 .500 .620 +.120 +.080 to +.160" in text
+    assert "a paired bootstrap of 2,000 resamples of the queries" in text
     assert "format pair, 8 rows" in text
+
+
+@pytest.mark.parametrize(
+    ("monitor", "text"),
+    [
+        (None, "Better on scifact at 32 dimensions, unclear on scifact at 384 dimensions"),
+        ("val/scifact/ndcg@10", "Unclear by val/scifact/ndcg@10, the monitored metric; better on"),
+        ("val/scifact/ndcg@10/384", "Unclear by val/scifact/ndcg@10/384, the monitored metric; b"),
+        ("val/scifact/ndcg@10/32", "Better by val/scifact/ndcg@10/32, the monitored metric; unc"),
+        ("val/pairs/loss", "Better on scifact at 32 dimensions, unclear on scifact at 384"),
+        ("train/loss", "Better on scifact at 32 dimensions, unclear on scifact at 384"),
+        ("val/gone/ndcg@10", "Better on scifact at 32 dimensions, unclear on scifact at 384"),
+    ],
+)
+def test_the_monitored_metric_comes_first_where_it_gives_a_verdict(tmp_path, monitor, text):
+    intervals = {"val/scifact/ndcg@10": (-0.01, 0.1), "val/scifact/ndcg@10/32": (0.1, 0.14)}
+    html = write(
+        tmp_path,
+        base={"val/scifact/ndcg@10": 0.645, "val/scifact/ndcg@10/32": 0.5, "val/pairs/loss": 1.0},
+        trained={"val/scifact/ndcg@10": 0.7, "val/scifact/ndcg@10/32": 0.62, "val/pairs/loss": 2.0},
+        intervals=intervals,
+        monitor=monitor,
+    )
+    assert f"<h1>{text}" in html
+    assert "no verdict" in words(html)  # of the loss, which doubled
+
+
+def test_of_losses_alone_no_verdict_is_made(tmp_path):
+    losses = {"val/pairs/loss": 1.0, "val/pairs/loss/32": 1.0, "val/pairs/loss/64": 1.0}
+    html = write(tmp_path, base=losses, trained=dict.fromkeys(losses, 0.5), intervals={})
+    assert "<h1>No verdict: only losses were measured</h1>" in html
+    assert 'class="better"' not in html
 
 
 def test_every_metric_is_shown_at_every_width_widest_first(tmp_path):
@@ -306,6 +382,7 @@ def test_a_base_model_without_the_wide_widths_leaves_them_open(tmp_path):
     base = {"val/a/ndcg@10": 0.6, "val/a/ndcg@10/128": 0.4}
     text = words(write(tmp_path, base=base, trained=trained, width=1024))
     assert "1024 .600 .700 +.100 512 – .600 – 128 .400 .500 +.100" in text
+    assert "Unclear on a at 1024 and 128 dimensions, not compared on a at 512 dimensions" in text
 
 
 def test_the_commands_name_the_run_and_its_widths(tmp_path):

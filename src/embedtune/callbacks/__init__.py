@@ -1,9 +1,9 @@
 """What a fit does beside its steps, a file a callback.
 
 Comes in: the hooks of Lightning's Trainer. Goes out: metrics of the base model, a summary, speed,
-exported folders, the report, predicted embeddings; an end in time where ranks share no folder, a
-loss is no number or a signal comes. A new callback goes here, and its place in the order into
-``cli.assembly``.
+exported folders, the report, predicted embeddings, metrics of a validation; an end in time where
+ranks share no folder, a loss is no number or a signal comes. A new callback goes here, and its
+place in the order into ``cli.assembly``.
 
 Read first: ``export_model``. Imports from ``training``, ``export``, ``reports`` and all below.
 """
@@ -19,6 +19,7 @@ from embedtune.callbacks.shared_folder import SharedFolder
 from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.callbacks.throughput import Throughput
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
+from embedtune.callbacks.write_metrics import WriteMetrics
 
 __all__ = [
     "Baseline",
@@ -32,4 +33,5 @@ __all__ = [
     "StopOnSignal",
     "Throughput",
     "WriteEmbeddings",
+    "WriteMetrics",
 ]

@@ -51,7 +51,11 @@ class Baseline(pl.Callback):
         _refuse_unknown_monitor(trainer, module)
         if not _is_validated(trainer):
             return
-        module.base_metrics, self.found = _measure(trainer, module)
+        evaluation = _measure(trainer, module)
+        # A projection may widen the embedding later.
+        widths = [width for width in module.widths if width <= module.encoder.width]
+        module.base_metrics = evaluation.collect(widths, trainer.strategy.root_device)
+        module.base_per_query, self.found = evaluation.per_query, evaluation.found
         for line in _describe(module, module.base_metrics):
             log.info("base model: %s", line)
 
@@ -75,20 +79,23 @@ class Baseline(pl.Callback):
             logger.log_metrics(module.base_metrics, step=0)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how far the model has come, and warn of an anchor that fell."""
+        """Say how far the model has come, and warn of an anchor that fell at any width."""
         module = cast(EmbeddingModule, pl_module)
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
         for line in _describe(module, module.metrics):
             log.info("step %s: %s", f"{trainer.global_step:,}", line)
         for name, allowed in self.anchors.items():
-            metric = f"val/{name}/{main_metric(module.data.testsets[f'val/{name}'].testset)}"
-            base, now = (m.get(metric, 0.0) for m in (module.base_metrics, module.metrics))
-            if base - now > allowed:
-                log.warning(
-                    "anchor %s: %s fell to %.4f, %.4f below the base model's %.4f (allowed: %.4f)",
-                    *(name, metric, now, base - now, base, allowed),
-                )
+            main = f"val/{name}/{main_metric(module.data.testsets[f'val/{name}'].testset)}"
+            for metric in (main, *(f"{main}/{width}" for width in _smaller_widths(module))):
+                base, now = (m.get(metric) for m in (module.base_metrics, module.metrics))
+                # What is not a number has not held either.
+                if base is not None and now is not None and not base - now <= allowed:
+                    log.warning(
+                        "anchor %s: %s fell to %.4f, %.4f below the base model's %.4f "
+                        "(allowed: %.4f)",
+                        *(name, metric, now, base - now, base, allowed),
+                    )
 
 
 def _is_validated(trainer: pl.Trainer) -> bool:
@@ -117,9 +124,7 @@ def _refuse_unknown_monitor(trainer: pl.Trainer, module: EmbeddingModule) -> Non
 
 
 @torch.no_grad()
-def _measure(
-    trainer: pl.Trainer, module: EmbeddingModule
-) -> tuple[dict[str, float], dict[str, Tensor]]:
+def _measure(trainer: pl.Trainer, module: EmbeddingModule) -> Evaluation:
     encoder, data, device = module.encoder, module.data, trainer.strategy.root_device
     training = encoder.training
     half = autocast_dtype(str(trainer.precision))
@@ -135,9 +140,7 @@ def _measure(
                 encoded = torch.cat([encoder(features) for features in chunks])
                 evaluation.add_texts(name, texts, batch, encoded)
     encoder.train(training)
-    # A projection may widen the embedding later.
-    widths = [width for width in module.widths if width <= encoder.width]
-    return evaluation.collect(widths, device), evaluation.found
+    return evaluation
 
 
 @torch.no_grad()
@@ -156,6 +159,10 @@ def _measure_losses(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, f
     return module.evaluation.collect((), module.device)
 
 
+def _smaller_widths(module: EmbeddingModule) -> list[int]:
+    return [width for width in module.widths if width < module.encoder.width]
+
+
 def _describe(module: EmbeddingModule, metrics: dict[str, float]) -> Iterator[str]:
     """Yield a line a set: its main metric at each width, and the difference from the base model."""
     base = module.base_metrics
@@ -165,8 +172,7 @@ def _describe(module: EmbeddingModule, metrics: dict[str, float]) -> Iterator[st
         if metric not in metrics:
             continue
         values = []
-        smaller = [width for width in module.widths if width < module.encoder.width]
-        for width in ("", *(f"/{width}" for width in smaller)):
+        for width in ("", *(f"/{width}" for width in _smaller_widths(module))):
             key = f"{metric}{width}"
             if key in metrics:
                 value = f"{metrics[key]:.4f}"

@@ -1,13 +1,18 @@
 """Which model of a fit is the best."""
 
+import logging
+import math
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from embedtune.checkpoints.read import read_facts
+from embedtune.training.facts import monitored
+
+log = logging.getLogger("embedtune")
 
 
 def best_keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
@@ -18,15 +23,42 @@ def best_keeper(trainer: pl.Trainer) -> ModelCheckpoint | None:
     return None
 
 
-def describe_choice(trainer: pl.Trainer) -> str:
-    """Return a sentence that says which model ``model/`` is."""
-    keeper = best_keeper(trainer)
+class Choice(NamedTuple):
+    """Which model ``model/`` is.
+
+    Attributes:
+        said: That, in a sentence.
+        is_worse: Whether it is the best checkpoint by a metric, and the base model is better.
+    """
+
+    said: str
+    is_worse: bool
+
+
+def choice(trainer: pl.Trainer) -> Choice:
+    """Return which model of a fit ``model/`` is."""
+    keeper, monitor = best_keeper(trainer), monitored(trainer)
     if keeper is None:
         last = f"model/ is the model of the last step, {trainer.global_step:,}"
-        asked = [getattr(callback, "monitor", None) for callback in trainer.checkpoint_callbacks]
-        if any(asked):
-            return f"{last}: {next(filter(None, asked))} was not measured"
-        return f"{last}; checkpoint.monitor makes it the best by a metric of data.val_path"
-    step = read_facts(Path(keeper.best_model_path))["global_step"]
+        if monitor:
+            return Choice(f"{last}: {monitor} was not measured", False)
+        how = "checkpoint.monitor makes it the best by a metric of data.val_path"
+        return Choice(f"{last}; {how}", False)
+    saved = read_facts(Path(keeper.best_model_path))
     score = float(cast(Tensor, keeper.best_model_score))
-    return f"model/ is the model of step {step:,}, the best by {keeper.monitor} ({score:.4f})"
+    said = f"model/ is the model of step {saved['global_step']:,}, the best by {keeper.monitor}"
+    # The callback's own score is rounded to float32.
+    ours, of_base = (
+        saved["training_facts"][kind].get(keeper.monitor, math.nan)
+        for kind in ("metrics", "base_metrics")
+    )
+    is_worse = ours < of_base if keeper.mode == "max" else ours > of_base
+    side = "below" if keeper.mode == "max" else "above"
+    more = f", which is {side} the base model's {of_base:.4f}" if is_worse else ""
+    return Choice(f"{said} ({score:.4f}){more}", is_worse)
+
+
+def tell_choice(trainer: pl.Trainer) -> None:
+    """Log it, as a warning where no checkpoint is as good as the base model."""
+    said, is_worse = choice(trainer)
+    log.log(logging.WARNING if is_worse else logging.INFO, said)

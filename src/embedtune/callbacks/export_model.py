@@ -8,7 +8,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from torch import Tensor
 
-from embedtune.callbacks.best_model import best_keeper, describe_choice
+from embedtune.callbacks.best_model import best_keeper, tell_choice
 from embedtune.distributed.fsdp import FSDP
 from embedtune.distributed.strategies import whole_weights
 from embedtune.distributed.zero import ZeRO
@@ -188,7 +188,7 @@ class ExportModel(pl.Callback):
             _export_saved(trainer, module, Path(keeper.best_model_path), _model_folder(trainer))
         trainer.strategy.barrier()
         if trainer.is_global_zero:
-            log.info(describe_choice(trainer))
+            tell_choice(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export what a fit went on from that had nothing left to train.
@@ -217,7 +217,7 @@ class ExportModel(pl.Callback):
         path = last if keeper is None else Path(keeper.best_model_path)
         _export_saved(trainer, module, path, _model_folder(trainer))
         if trainer.is_global_zero:
-            log.info(describe_choice(trainer))
+            tell_choice(trainer)
 
 
 def _model_folder(trainer: pl.Trainer) -> Path:

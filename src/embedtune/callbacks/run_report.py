@@ -1,6 +1,7 @@
 """Write the report of a fit while it runs and at its end."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,12 +10,14 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
 from embedtune.callbacks.baseline import Baseline
-from embedtune.callbacks.best_model import best_keeper, describe_choice
+from embedtune.callbacks.best_model import best_keeper, choice
 from embedtune.callbacks.run_summary import RunSummary
 from embedtune.checkpoints.read import read_facts
 from embedtune.data.beir import RetrievalSet
+from embedtune.evaluation.intervals import Interval
 from embedtune.reports.changes import Comparison
 from embedtune.reports.report import write_report
+from embedtune.training.facts import monitored
 from embedtune.training.module import EmbeddingModule
 
 log = logging.getLogger("embedtune")
@@ -56,7 +59,8 @@ class RunReport(pl.Callback):
             self._best = "" if keeper is None else keeper.best_model_path
             self._found = dict(module.evaluation.found)
         running = f"The fit is running: step {trainer.global_step:,} of {module.num_steps:,}"
-        self._write(trainer, module, module.metrics, running, module.evaluation.found)
+        intervals = module.intervals
+        self._write(trainer, module, running, module.metrics, intervals, module.evaluation.found)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write about the model that was exported."""
@@ -73,19 +77,23 @@ class RunReport(pl.Callback):
         self._write_end(trainer, module)
 
     def _write_end(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
-        metrics, keeper = module.metrics, best_keeper(trainer)
-        if keeper is not None and trainer.is_global_zero:
-            metrics = read_facts(Path(keeper.best_model_path))["training_facts"]["metrics"]
-        self._write(trainer, module, metrics, describe_choice(trainer), self._found)
-        if trainer.is_global_zero:
-            log.info("wrote %s", Path(trainer.default_root_dir) / "report.html")
+        if not trainer.is_global_zero:
+            return
+        metrics, intervals, keeper = module.metrics, module.intervals, best_keeper(trainer)
+        if keeper is not None:
+            facts = read_facts(Path(keeper.best_model_path))["training_facts"]
+            metrics, intervals = facts["metrics"], facts.get("intervals") or {}
+        told = choice(trainer).said
+        self._write(trainer, module, told, metrics, intervals, self._found)
+        log.info("wrote %s", Path(trainer.default_root_dir) / "report.html")
 
     def _write(
         self,
         trainer: pl.Trainer,
         module: EmbeddingModule,
-        metrics: dict[str, float],
         model_note: str,
+        metrics: dict[str, float],
+        intervals: Mapping[str, Interval],
         found: dict[str, Tensor],
     ) -> None:
         if not trainer.is_global_zero:
@@ -107,4 +115,6 @@ class RunReport(pl.Callback):
             width=module.encoder.width,
             model_note=model_note,
             comparisons=compared,
+            intervals=intervals,
+            monitor=monitored(trainer),
         )

@@ -17,6 +17,9 @@ class TrainingFacts(NamedTuple):
         base_metrics: ``val/<set>/<metric>`` and ``val/<set>/<metric>/<width>`` of the model that
             training started from.
         metrics: The same of these weights.
+        intervals: By such a name, the ends of the interval in which the difference lies from the
+            base model's, as far as known; None of a fit that kept none.
+        monitor: The metric that tells which checkpoint of the fit is the best, if one does.
     """
 
     data: dict[str, Any]
@@ -26,6 +29,8 @@ class TrainingFacts(NamedTuple):
     epoch: int | None
     base_metrics: dict[str, float]
     metrics: dict[str, float]
+    intervals: dict[str, list[float]] | None = None
+    monitor: str | None = None
 
 
 NOTHING_KNOWN = TrainingFacts({}, {}, None, None, None, {}, {})

@@ -17,6 +17,7 @@ from embedtune.callbacks.shared_folder import SharedFolder
 from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.callbacks.throughput import Throughput
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
+from embedtune.callbacks.write_metrics import WriteMetrics
 from embedtune.checkpoints.write import SavesFolders, WholeFiles
 from embedtune.cli.best_checkpoint import early_stopping, keep_the_latest
 from embedtune.cli.run_folder import make_loggers
@@ -92,6 +93,8 @@ def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Ca
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
     elif command == "predict":
         callbacks += [SharedFolder(), WriteEmbeddings()]
+    else:
+        callbacks.append(WriteMetrics())
     return callbacks
 
 

@@ -17,7 +17,7 @@ usage: embedtune COMMAND ...
 Fine-tune text-embedding models: jsonl files in, a sentence-transformers folder out.
 
   fit        train: embedtune fit --config run.yaml (any key also as a flag)
-  validate   loss on data.val_path, of a model or of a checkpoint (--ckpt_path)
+  validate   metrics on data.val_path, of a model or of a checkpoint (--ckpt_path)
   test       the same on data.test_path
   predict    embeddings of the queries of data.predict_path, as .npy
   export     a training checkpoint as a sentence-transformers folder

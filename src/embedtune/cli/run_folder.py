@@ -76,9 +76,10 @@ def keep_earlier_metrics(folder: Path) -> None:
 
 @rank_zero_only
 def keep_earlier_checkpoints(folder: Path) -> None:
-    """Rename the checkpoints of an earlier run in this folder, which are none of the new one's."""
+    """Rename the checkpoints of an earlier run in this folder, and what was measured of them."""
     checkpoints = folder / "checkpoints"
     sweep(checkpoints)
+    _set_aside(folder / "metrics.json")
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         aside = _set_aside(checkpoints)
         log.warning("%s: an earlier run's checkpoints are now in %s", folder, aside)

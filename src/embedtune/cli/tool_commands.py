@@ -77,7 +77,10 @@ def teach_command(argv: Sequence[str]) -> None:
 
 def evaluate_command(argv: Sequence[str]) -> None:
     """Run ``embedtune evaluate MODEL.. --data D..``."""
-    parser = Parser(prog="embedtune evaluate", description="Compare models on test sets.")
+    parser = Parser(
+        prog="embedtune evaluate",
+        description="Measure models on test sets, and compare them with the first one.",
+    )
     parser.add_argument("models", type=str, nargs="+", help="hub names or folders")
     parser.add_argument(
         "--data",
@@ -90,6 +93,12 @@ def evaluate_command(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--out", type=str, default=None, help="folder for evaluation.json and a chart"
     )
+    parser.add_argument(
+        "--trust_remote_code",
+        type=bool,
+        default=False,
+        help="run code that the models bring along",
+    )
     args = parser.parse_args(argv)
     _start()
     from embedtune.data.testsets import open_testset
@@ -99,7 +108,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
 
     dims = None if args.dims is None else parse_dims(args.dims, "dims")
     data = {path: open_testset(Path(path)) for path in args.data}
-    results = evaluate_models(args.models, data, dims)
+    results = evaluate_models(args.models, data, dims, args.trust_remote_code)
     sys.stdout.write(format_table(results) + "\n")
     if args.out is not None:
         write_results(results, Path(args.out))

@@ -134,12 +134,12 @@ class TrainerCLI(LightningCLI):
         self._run("fit", **kwargs)
 
     def validate(self, **kwargs: Any) -> None:
-        """Measure the validation loss."""
-        self._run("validate", **kwargs)
+        """Measure the sets of ``data.val_path``; the table is our own."""
+        self._run("validate", **{**kwargs, "verbose": False})
 
     def test(self, **kwargs: Any) -> None:
-        """Measure the test loss."""
-        self._run("test", **kwargs)
+        """Measure the sets of ``data.test_path``."""
+        self._run("test", **{**kwargs, "verbose": False})
 
     def predict(self, **kwargs: Any) -> None:
         """Predict without gathering in memory what is written to disk."""

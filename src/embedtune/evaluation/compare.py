@@ -10,6 +10,7 @@ from torch import Tensor
 from embedtune.data.beir import RetrievalSet
 from embedtune.data.scored_pairs import ScoredPairs
 from embedtune.errors import InputError
+from embedtune.evaluation.intervals import Interval, PerQuery, intervals
 from embedtune.evaluation.measure import main_metric, measure
 from embedtune.evaluation.metrics import TITLES
 from embedtune.evaluation.quantise import as_stored
@@ -28,17 +29,20 @@ class Result(NamedTuple):
         width: Numbers of an embedding.
         metrics: Those of :data:`~embedtune.evaluation.metrics.TITLES`; and the main metric with
             quantised documents, such as ``ndcg@10/int8``.
+        intervals: In which each metric's difference from the first model lies, where both were
+            measured, see ``evaluation.intervals``; None of the first model itself.
     """
 
     model: str
     data: str
     width: int
     metrics: dict[str, float]
+    intervals: dict[str, Interval] | None = None
 
     @property
     def main(self) -> str:
-        """Name of the main metric."""
-        return next(name for name in TITLES if name in self.metrics)
+        """Name of the main metric; a loss where there is no other."""
+        return next((name for name in TITLES if name in self.metrics), "loss")
 
     def quality(self, precision: str = "float32") -> float:
         """Return the main metric with documents in ``precision``."""
@@ -49,8 +53,11 @@ def evaluate_models(
     models: Sequence[str],
     data: Mapping[str, RetrievalSet | ScoredPairs],
     dims: Sequence[int] | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Result]:
     """Measure each model on each test set at each of ``dims``, by default at the model's own width.
+
+    The others are compared with the first model where that has the width.
 
     Texts are compared by cosine. A model's query prompt is used for queries and the first texts
     of pairs, its document prompt for documents and the second. Widths above a model's own are
@@ -60,6 +67,7 @@ def evaluate_models(
         models: Hub names or folders of sentence-transformers models.
         data: The test sets by name.
         dims: Widths that embeddings are cut to.
+        trust_remote_code: Run code that the models bring along.
 
     Raises:
         InputError: A model cannot be loaded, or a width is not positive or too large for all.
@@ -67,16 +75,30 @@ def evaluate_models(
     for width in dims or ():
         if width < 1:
             raise InputError(f"dims: expected widths of at least 1, found {width}")
-    results = [result for model in dict.fromkeys(models) for result in _evaluate(model, data, dims)]
+    results: list[Result] = []
+    firsts: dict[tuple[str, int], PerQuery] = {}
+    for model in dict.fromkeys(models):
+        for result, values in _evaluate(model, data, dims, trust_remote_code):
+            place = result.data, result.width
+            if model == models[0]:
+                firsts[place] = values
+            else:
+                between = intervals(firsts[place], values) if place in firsts else {}
+                result = result._replace(intervals=between)
+            results.append(result)
     if not results:
         raise InputError(f"dims: expected a width that a model has, found only {list(dims or ())}")
     return results
 
 
 def _evaluate(
-    name: str, data: Mapping[str, RetrievalSet | ScoredPairs], dims: Sequence[int] | None
-) -> Iterator[Result]:
-    model = load_sentence_transformer(name)
+    name: str,
+    data: Mapping[str, RetrievalSet | ScoredPairs],
+    dims: Sequence[int] | None,
+    trust_remote_code: bool,
+) -> Iterator[tuple[Result, PerQuery]]:
+    """Yield what a model reaches, and what its metrics sum up."""
+    model = load_sentence_transformer(name, trust_remote_code=trust_remote_code)
     own = model.get_embedding_dimension() or model.encode_query(["unknown"]).shape[1]
     asked = {own} if dims is None else set(dims)
     if missing := sorted(width for width in asked if width > own):
@@ -88,8 +110,9 @@ def _evaluate(
         queries = _encode(model.encode_query, with_tokens(model, as_queries, prompts[0]))
         documents = _encode(model.encode_document, with_tokens(model, as_documents, prompts[1]))
         for width in widths:
-            metrics = _measure(texts, queries[:, :width], documents[:, :width], model.device)
-            yield Result(name, set_as_given, width, metrics)
+            cut = queries[:, :width], documents[:, :width]
+            metrics, values = _measure(texts, *cut, model.device)
+            yield Result(name, set_as_given, width, metrics), values
 
 
 def _encode(encode: Callable[..., Any], texts: Sequence[str]) -> Tensor:
@@ -101,12 +124,14 @@ def _encode(encode: Callable[..., Any], texts: Sequence[str]) -> Tensor:
 
 def _measure(
     data: RetrievalSet | ScoredPairs, queries: Tensor, documents: Tensor, device: torch.device
-) -> dict[str, float]:
+) -> tuple[dict[str, float], PerQuery]:
     """Return the metrics of embeddings ``[q, d]`` and ``[n, d]``, or ``[n, d]`` both for pairs."""
     widths, main = {"": queries.shape[1]}, main_metric(data)
-    metrics = measure(data, queries, documents, widths, device).metrics
+    metrics, _, per_query = measure(data, queries, documents, widths, device)
+    values = dict(per_query.values)
     for precision in ("int8", "binary"):
         stored = as_stored(documents, precision)
-        found = measure(data, queries, stored, widths, device).metrics
-        metrics[f"{main}/{precision}"] = found[main]
-    return metrics
+        found = measure(data, queries, stored, widths, device)
+        metrics[f"{main}/{precision}"] = found.metrics[main]
+        values[f"{main}/{precision}"] = found.per_query.values[main]
+    return metrics, per_query._replace(values=values)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from embedtune.data.beir import RetrievalSet
 from embedtune.data.scored_pairs import ScoredPairs
-from embedtune.evaluation.metrics import DEPTH, RETRIEVAL_METRICS, retrieval_metrics, spearman
+from embedtune.evaluation.intervals import PerQuery
+from embedtune.evaluation.metrics import DEPTH, RETRIEVAL_METRICS, per_query, spearman
 from embedtune.evaluation.search import merge, search
 from embedtune.losses.similarity import pairwise_cosine
 
@@ -20,10 +21,12 @@ class Measured(NamedTuple):
         metrics: By name, such as ``ndcg@10``, and at a smaller width ``ndcg@10/128``.
         found: For each query the rows of the documents that it finds, best first, int64
             ``[q, DEPTH]``; None for scored pairs.
+        per_query: What the metrics sum up, for another model's to be compared with.
     """
 
     metrics: dict[str, float]
     found: Tensor | None
+    per_query: PerQuery
 
 
 def metric_names(testset: RetrievalSet | ScoredPairs, widths: Sequence[int]) -> list[str]:
@@ -62,18 +65,22 @@ def measure(
     if isinstance(testset, ScoredPairs):
         scores = torch.tensor(testset.scores, dtype=torch.float64)
         cosines = {k: pairwise_cosine(first[:, :w], second[:, :w]) for k, w in widths.items()}
-        return Measured({f"spearman{k}": spearman(c, scores) for k, c in cosines.items()}, None)
+        named = {f"spearman{k}": c for k, c in cosines.items()}
+        correlations = {name: spearman(c, scores) for name, c in named.items()}
+        return Measured(correlations, None, PerQuery(named, scores))
     order = torch.tensor(testset.tie_order, dtype=torch.int64)
     places = torch.empty_like(order).index_copy(0, order, torch.arange(len(order)))
     own = torch.tensor(testset.own_documents, dtype=torch.int64)
     left_out = torch.where(own >= 0, places[own], -1) if (own >= 0).any() else None
     places = places if rows is None else places[rows]
-    metrics: dict[str, float] = {}
+    values: dict[str, Tensor] = {}
     by_width: list[Tensor] = []
     for suffix, width in widths.items():
         found = search(first[:, :width], second[:, :width], places, DEPTH, device, left_out)
         found_places = merge(found, DEPTH).rows.cpu()
         by_width.append(torch.where(found_places >= 0, order[found_places], -1))
-        values = retrieval_metrics(by_width[-1], testset.relevant)
-        metrics |= {f"{name}{suffix}": value for name, value in values.items()}
-    return Measured(metrics, by_width[0])
+        own_values = per_query(by_width[-1], testset.relevant)
+        values |= {f"{name}{suffix}": value for name, value in own_values.items()}
+    metrics = {name: value.mean().item() for name, value in values.items()}
+    kept = {name: value.float() for name, value in values.items()}
+    return Measured(metrics, by_width[0], PerQuery(kept))

@@ -28,16 +28,24 @@ TITLES = {
 def retrieval_metrics(
     found: Int[Tensor, "q k"], relevant: Sequence[Mapping[int, int]]
 ) -> dict[str, float]:
-    """Return each of :data:`RETRIEVAL_METRICS`, the mean over queries.
+    """Return each of :data:`RETRIEVAL_METRICS`, the mean of :func:`per_query`.
+
+    >>> metrics = retrieval_metrics(torch.tensor([[7, 3, -1]]), [{3: 1, 5: 2}])
+    >>> metrics["mrr@10"], metrics["map@100"], metrics["recall@100"]
+    (0.5, 0.25, 0.5)
+    """
+    return {name: values.mean().item() for name, values in per_query(found, relevant).items()}
+
+
+def per_query(
+    found: Int[Tensor, "q k"], relevant: Sequence[Mapping[int, int]]
+) -> dict[str, Float[Tensor, " q"]]:
+    """Return each of :data:`RETRIEVAL_METRICS` of each query, float64.
 
     ``ndcg@10`` is graded, see :func:`ndcg`. For the others a document is relevant or not:
     ``mrr@10`` is one over the rank of the first relevant document, 0 if that is below 10;
     ``map@100`` sums the precision at the rank of each relevant document found and divides by the
     number of relevant documents; ``recall@100`` is the share of the relevant documents found.
-
-    >>> metrics = retrieval_metrics(torch.tensor([[7, 3, -1]]), [{3: 1, 5: 2}])
-    >>> metrics["mrr@10"], metrics["map@100"], metrics["recall@100"]
-    (0.5, 0.25, 0.5)
     """
     hits = (_gains(found[:, :DEPTH], relevant) > 0).double()
     totals = torch.tensor([len(grades) for grades in relevant]).clamp_min(1)
@@ -45,13 +53,12 @@ def retrieval_metrics(
     # The first hit is the one up to which there is exactly one.
     first = hits * (hits.cumsum(dim=1) == 1) / ranks
     precision = hits.cumsum(dim=1) / ranks
-    per_query = {
+    return {
         "ndcg@10": ndcg(found, relevant, k=10),
         "mrr@10": first[:, :10].sum(dim=1),
         "map@100": (precision * hits).sum(dim=1) / totals,
         "recall@100": hits.sum(dim=1) / totals,
     }
-    return {name: per_query[name].mean().item() for name in RETRIEVAL_METRICS}
 
 
 def ndcg(

@@ -1,7 +1,7 @@
 """Measure test sets whose texts are spread over the ranks, batch by batch."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +9,7 @@ from torch import Tensor
 from embedtune.data.scored_pairs import ScoredPairs
 from embedtune.data.testset_batches import TextBatch, TextDataset
 from embedtune.distributed import exchange
+from embedtune.evaluation.intervals import Interval, PerQuery, intervals
 from embedtune.evaluation.measure import Measured, measure
 
 log = logging.getLogger("embedtune")
@@ -63,11 +64,13 @@ class Evaluation:
 
     Attributes:
         found: What the queries of each retrieval set found last, as ``Measured.found``.
+        per_query: What the last metrics of each test set sum up, on every rank.
     """
 
     def __init__(self) -> None:
         """Start without batches."""
         self.found: dict[str, Tensor] = {}
+        self.per_query: dict[str, PerQuery] = {}
         self.restart()
 
     def restart(self) -> None:
@@ -95,6 +98,7 @@ class Evaluation:
             device: That of the run.
         """
         metrics: dict[str, float] = {}
+        self.per_query = {}
         for name, (parts, total) in self._totals.items():
             *sums, queries = exchange.sum_over_ranks(total).tolist()
             metrics |= {f"{name}/{k}": v / queries for k, v in zip(parts, sums, strict=True)}
@@ -104,10 +108,24 @@ class Evaluation:
                 log.warning("%s: not measured, for a limit left some of its texts out", name)
                 continue
             metrics |= {f"{name}/{k}": v for k, v in measured.metrics.items()}
+            self.per_query[name] = measured.per_query
             if measured.found is not None:
                 self.found[name] = measured.found
         self.restart()
         return metrics
+
+    def intervals(self, base: Mapping[str, PerQuery]) -> dict[str, Interval]:
+        """Return in which interval each of the last metrics lies above the base model's.
+
+        Args:
+            base: What the base model's metrics sum up, by the name of the set.
+        """
+        return {
+            f"{name}/{metric}": interval
+            for name, values in self.per_query.items()
+            if name in base
+            for metric, interval in intervals(base[name], values).items()
+        }
 
 
 def _of_all_ranks(

@@ -13,6 +13,7 @@ from huggingface_hub.repocard import metadata_load
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from embedtune.checkpoints.training_facts import TrainingFacts
+from embedtune.evaluation.intervals import Interval
 from embedtune.export.markdown import one_line
 
 LICENSES = """
@@ -44,6 +45,7 @@ class Measure(NamedTuple):
         width: Leading dimensions that were compared; None is all of them.
         value: Of the trained model.
         base: Of the model that training started from, where it is known.
+        interval: In which the difference from it lies, where that is known.
     """
 
     dataset: str
@@ -51,6 +53,7 @@ class Measure(NamedTuple):
     width: int | None
     value: float
     base: float | None
+    interval: Interval | None = None
 
     @property
     def title(self) -> str:
@@ -80,14 +83,16 @@ class Measure(NamedTuple):
 
 def measures(facts: TrainingFacts, full_width: int) -> list[Measure]:
     """Return the metrics that a card tells, set by set and metric by metric, full width first."""
-    found = []
+    found, intervals = [], facts.intervals or {}
     for name, value in facts.metrics.items():
         match = METRIC.fullmatch(name)
         width = int(match["width"]) if match and match["width"] else None
         if match and math.isfinite(value) and width != full_width:  # which None stands for
             base = facts.base_metrics.get(name, math.nan)
             known = base if math.isfinite(base) else None
-            found.append(Measure(one_line(match["dataset"]), match["metric"], width, value, known))
+            between = (intervals[name][0], intervals[name][1]) if name in intervals else None
+            dataset = one_line(match["dataset"])
+            found.append(Measure(dataset, match["metric"], width, value, known, between))
     sets, metrics = ([getattr(m, name) for m in found] for name in ("dataset", "metric"))
     return sorted(found, key=lambda m: (sets.index(m.dataset), metrics.index(m.metric)))
 

@@ -1,5 +1,6 @@
 """Write the model card of an exported folder."""
 
+import math
 from pathlib import Path
 
 import jinja2
@@ -7,7 +8,8 @@ from huggingface_hub import ModelCard
 
 from embedtune.checkpoints.training_facts import NOTHING_KNOWN, TrainingFacts
 from embedtune.data.records import Format
-from embedtune.export.hub_metadata import card_data, is_hub_id, measures
+from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, outcome
+from embedtune.export.hub_metadata import METRIC, Measure, card_data, is_hub_id, measures
 from embedtune.export.markdown import as_code
 from embedtune.models.encoder import Encoder
 
@@ -36,7 +38,7 @@ def write_model_card(folder: Path, encoder: Encoder, facts: TrainingFacts | None
     environment = jinja2.Environment(
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"code": as_code, "figure": _figure, "repr": repr}
+    environment.filters |= {"code": as_code, "figure": _figure, "change": _change, "repr": repr}
     template = Path(__file__).with_suffix(".md.jinja").read_text(encoding="utf-8")
     text = environment.from_string(template).render(
         title=title,
@@ -45,6 +47,10 @@ def write_model_card(folder: Path, encoder: Encoder, facts: TrainingFacts | None
         facts=facts,
         measures=found,
         compares=any(measure.base is not None for measure in found),
+        fallen=_fallen(facts),
+        confidence=f"{CONFIDENCE:.0%}",
+        resamples=RESAMPLES,
+        fewest=FEWEST,
         widths=any(measure.width for measure in found),
         row_of=ROW_OF,
         width=encoder.width,
@@ -65,6 +71,21 @@ def _link(name: str) -> str:
     if "/" in name or Path(name).is_dir():
         return f"the local model {as_code(Path(name).resolve().name)}"
     return as_code(name)
+
+
+def _fallen(facts: TrainingFacts) -> tuple[str, float, float] | None:
+    """Return the metric by which the checkpoint was chosen, if it is below the base model's."""
+    name = facts.monitor or ""
+    base, own = (metrics.get(name, math.nan) for metrics in (facts.base_metrics, facts.metrics))
+    return (name, own, base) if METRIC.fullmatch(name) and own < base else None
+
+
+def _change(measure: Measure) -> str:
+    """Return the difference from the base model, with its interval and what follows from it."""
+    if measure.base is None:
+        return "-"
+    between = "" if measure.interval is None else " ({:+.4f} to {:+.4f})".format(*measure.interval)
+    return f"{measure.value - measure.base:+.4f}{between}, {outcome(measure.interval)}"
 
 
 def _figure(value: float | None) -> str:

@@ -1,17 +1,17 @@
 """Did it get better? The base model beside the trained one, set by set and query by query."""
 
 import math
-from collections import Counter
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedtune.data.beir import RetrievalSet
+from embedtune.evaluation import intervals
+from embedtune.evaluation.intervals import Interval, outcome
 from embedtune.evaluation.metrics import ndcg
 
-OUTCOMES = ("better", "worse", "no clear change", "not compared")
+OUTCOMES = (*intervals.OUTCOMES, "not compared", "no verdict")
 
 MAX_QUERIES = 6  # that rose most, and as many that fell most
 
@@ -37,14 +37,14 @@ class Change(NamedTuple):
     """One metric of the base model and of the trained one, None where it is not known.
 
     Attributes:
-        is_score: Whether more is better.
-        interval: In which the difference lies with 95 % confidence, where that is known.
+        is_score: Whether more is better; of a loss, which is none of the aims, nothing is said.
+        interval: In which the difference lies, see ``evaluation.intervals``; None: not known.
     """
 
     base: float | None
     trained: float | None
     is_score: bool
-    interval: tuple[float, float] | None = None
+    interval: Interval | None = None
 
     @property
     def difference(self) -> float | None:
@@ -53,31 +53,10 @@ class Change(NamedTuple):
 
     @property
     def outcome(self) -> str:
-        """One of :data:`OUTCOMES`: of the interval, else of the difference to three decimals."""
+        """One of :data:`OUTCOMES`."""
         if self.difference is None or math.isnan(self.difference):
             return "not compared"
-        low, high = self.interval or (round(self.difference, 3),) * 2
-        if low <= 0 <= high:
-            return "no clear change"
-        return "better" if (low > 0) == self.is_score else "worse"
-
-
-def verdict(outcomes: Mapping[str, str]) -> str:
-    """Return a phrase on the outcomes of one set or more.
-
-    >>> verdict({"a": "better", "b": "worse", "c": "better"}), verdict({"a": "no clear change"})
-    ('Better on 2, worse on 1 of 3 sets', 'No clear change on a')
-    """
-    total, counts = len(outcomes), Counter(outcomes.values())
-    words = sorted(counts, key=OUTCOMES.index)
-    if words == ["not compared"]:
-        return "No base model to compare with"
-    if len(words) > 1:
-        text = ", ".join(f"{word} on {counts[word]}" for word in words) + f" of {total} sets"
-    else:
-        where = {1: "".join(outcomes), 2: "both sets"}.get(total, f"all {total} sets")
-        text = f"{words[0]} on {where}"
-    return text[0].upper() + text[1:]
+        return outcome(self.interval) if self.is_score else "no verdict"
 
 
 class QueryChange(NamedTuple):
@@ -96,12 +75,8 @@ class QueryChange(NamedTuple):
 
 
 class Queries(NamedTuple):
-    """What became of the queries of a set: how many rose, fell and stayed, and the extremes.
+    """What became of the queries of a set: how many rose, fell and stayed, and the extremes."""
 
-    ``interval`` is that in which the mean difference of nDCG@10 lies with 95 % confidence.
-    """
-
-    interval: tuple[float, float] | None
     counts: dict[str, int]
     rose: list[QueryChange]
     fell: list[QueryChange]
@@ -111,10 +86,7 @@ def compare_queries(comparison: Comparison) -> Queries:
     """Compare what both models find for each query."""
     relevant = comparison.data.relevant
     scores = torch.stack([ndcg(comparison.base, relevant), ndcg(comparison.trained, relevant)])
-    difference, interval = scores[1] - scores[0], None
-    if len(difference) > 1:
-        mean, error = difference.mean().item(), difference.std().item() / len(difference) ** 0.5
-        interval = (mean - 1.96 * error, mean + 1.96 * error)
+    difference = scores[1] - scores[0]
     order = difference.argsort(descending=True, stable=True).tolist()
     rose = [row for row in order if difference[row] > 0]
     fell = [row for row in reversed(order) if difference[row] < 0]
@@ -123,7 +95,7 @@ def compare_queries(comparison: Comparison) -> Queries:
         for rows in (rose, fell)
     )
     counts = {"rose": len(rose), "fell": len(fell), "stayed": len(order) - len(rose) - len(fell)}
-    return Queries(interval, counts, *described)
+    return Queries(counts, *described)
 
 
 def _describe_query(comparison: Comparison, row: int, scores: list[float]) -> QueryChange:

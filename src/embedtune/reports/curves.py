@@ -43,14 +43,14 @@ def arrange(metrics: Mapping[str, Any], width: int) -> dict[str, dict[str, dict[
     """Sort metrics by set, metric (the main one first) and width (the widest first).
 
     Args:
-        metrics: By names as ``val/<set>/<metric>/<width>``; other names are left out.
+        metrics: By names as ``val/<set>/<metric>/<width>``, or ``test/..``; others are left out.
         width: The full width, that of a name without one. But a loss that is also known by width
             is their mean there, and has :data:`ALL_WIDTHS`.
     """
     sets: dict[str, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     for name, value in metrics.items():
         kind, *parts = name.split("/")
-        if kind == "val" and len(parts) in (2, 3):
+        if kind in ("val", "test") and len(parts) in (2, 3):
             by_width = sets[parts[0]][parts[1]]
             is_mean = parts[1] not in TITLES and any(m.startswith(f"{name}/") for m in metrics)
             if len(parts) == 2:

@@ -8,6 +8,7 @@ from typing import Any
 
 from embedtune.errors import InputError
 from embedtune.evaluation.compare import Result
+from embedtune.evaluation.intervals import outcome
 from embedtune.evaluation.quantise import PRECISIONS, megabytes
 from embedtune.reports.model_names import NAME, set_titles, short_names
 from embedtune.whole_files import write_text, writing
@@ -17,7 +18,9 @@ def write_results(results: Sequence[Result], out: Path) -> None:
     """Write ``OUT/evaluation.json`` (all metrics) and ``OUT/quality.png`` (the main ones).
 
     The json is a list with an object per :class:`Result`: ``model``, ``data``, ``width``, each
-    metric, and ``mb_per_million``, the MB of a million embeddings in each precision.
+    metric, and ``mb_per_million``, the MB of a million embeddings in each precision. Of a model
+    that was compared with the first one, ``against`` is that one's name, and ``intervals`` and
+    ``outcomes`` tell by metric in which interval the difference lies and what follows from it.
 
     Raises:
         InputError: ``out`` is a file, or matplotlib is not installed.
@@ -34,12 +37,20 @@ def write_results(results: Sequence[Result], out: Path) -> None:
             "width": result.width,
             **result.metrics,
             "mb_per_million": {name: megabytes(result.width, name) for name in PRECISIONS},
+            **_compared(result, results[0].model),
         }
         for result in results
     ]
     text = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
     write_text(out / "evaluation.json", text)
     _draw(results, out / "quality.png")
+
+
+def _compared(result: Result, first: str) -> dict[str, Any]:
+    if not result.intervals:
+        return {}
+    outcomes = {name: outcome(ends) for name, ends in result.intervals.items()}
+    return {"against": first, "intervals": result.intervals, "outcomes": outcomes}
 
 
 def _draw(results: Sequence[Result], path: Path) -> None:
@@ -54,7 +65,7 @@ def _draw(results: Sequence[Result], path: Path) -> None:
     FigureCanvasAgg(figure)
     grid = figure.subplots(len(sets), 2, sharex="col", sharey="row", squeeze=False)
     styles = dict(zip(PRECISIONS, ("o-", "s--", "^:"), strict=True))
-    for (data, title), (by_width, by_size) in zip(sets.items(), grid, strict=True):
+    for ((data, _), title), (by_width, by_size) in zip(sets.items(), grid, strict=True):
         for number, (model, label) in enumerate(labels.items()):
             own = [r for r in results if (r.data, r.model) == (data, model)]
             widths, colour = [r.width for r in own], f"C{number}"

@@ -21,10 +21,9 @@ def short_names(results: Sequence[Result]) -> dict[str, str]:
     return {model: model for model in parts}
 
 
-def set_titles(results: Sequence[Result]) -> dict[str, str]:
-    """Return a title of each test set: a name that tells it apart, and its main metric."""
-    metrics = {result.data: TITLES[result.main] for result in results}
-    names = {data: set_name(Path(data)) for data in metrics}
+def set_titles(results: Sequence[Result]) -> dict[tuple[str, str], str]:
+    """Return a title of each test set and main metric: a name that tells it apart, and both."""
+    names = {result.data: set_name(Path(result.data)) for result in results}
     if len(set(names.values())) < len(names):
-        names = {data: data for data in metrics}
-    return {data: f"{names[data]}, {metric}" for data, metric in metrics.items()}
+        names = {data: data for data in names}
+    return {(r.data, r.main): f"{names[r.data]}, {TITLES.get(r.main, r.main)}" for r in results}

@@ -1,37 +1,81 @@
 """A table of models by test set and width."""
 
+import math
 import textwrap
 from collections.abc import Sequence
 
 from embedtune.evaluation.compare import Result
+from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, outcome
+from embedtune.reports.curves import ALL_WIDTHS
 from embedtune.reports.model_names import NAME, set_titles, short_names
 
 
 def format_table(results: Sequence[Result]) -> str:
     """Return the main metric as text, for each test set a row per model and a column per width.
 
+    Below a model that was compared with the first one are the differences, what follows from them,
+    and their intervals.
+
     >>> print(format_table([Result("a", "sts", 64, {"spearman": 0.5})]))
     sts, Spearman     64
     a              .5000
     """
-    labels = {name: textwrap.wrap(label, NAME) for name, label in short_names(results).items()}
-    sets, widths = set_titles(results), sorted({result.width for result in results}, reverse=True)
-    cells = {(r.data, r.model, r.width): _decimals(r.quality()) for r in results}
+    names = short_names(results)
+    labels = {model: textwrap.wrap(name, NAME) for model, name in names.items()}
+    widths = sorted({result.width for result in results}, reverse=True, key=_place)
+    cells = {(r.data, r.main, r.model, r.width): r for r in results}
     rows: list[list[str]] = []
-    for data, title in sets.items():
-        rows += [[], [title, *map(str, widths)]] if rows else [[title, *map(str, widths)]]
+    for (data, main), title in set_titles(results).items():
+        heads = [title, *(str(width or "all") for width in widths)]
+        rows += [[], heads] if rows else [heads]
         for model, (*above, last) in labels.items():
             rows += [[line] for line in above]
-            rows.append([last, *(cells.get((data, model, width), "-") for width in widths)])
+            own = [cells.get((data, main, model, width)) for width in widths]
+            rows.append([last, *(_decimals(r.quality()) if r else "-" for r in own)])
+            if any(r and r.intervals is not None for r in own):
+                firsts = [cells.get((data, main, results[0].model, width)) for width in widths]
+                rows += _changes(firsts, own)
     first = max(len(row[0]) for row in rows if row)
     longest = max(5, *(len(cell) for row in rows for cell in row[1:]))
-    return "\n".join(
+    lines = [
         "  ".join([row[0].ljust(first), *(cell.rjust(longest) for cell in row[1:])]).rstrip()
         if row
         else ""
         for row in rows
+    ]
+    compares = any(result.intervals is not None for result in results)
+    return "\n".join([*lines, *(_explained(names[results[0].model]) if compares else [])])
+
+
+def _place(width: int) -> float:
+    return float("inf") if width == ALL_WIDTHS else width
+
+
+def _changes(firsts: Sequence[Result | None], own: Sequence[Result | None]) -> list[list[str]]:
+    """Return the rows of the differences from the first model, and of their intervals."""
+    changes, ends = ["  change"], [f"  {CONFIDENCE:.0%} interval"]
+    for before, after in zip(firsts, own, strict=True):
+        if before is None or after is None or after.intervals is None:
+            changes.append("-")
+            ends.append("")
+            continue
+        between = after.intervals.get(after.main)
+        difference = after.quality() - before.quality()
+        found = "not compared" if math.isnan(difference) else outcome(between)
+        changes.append(f"{_decimals(difference, '+')} {found}")
+        ends.append(" to ".join(_decimals(end, "+") for end in between or ()))
+    return [changes, ends]
+
+
+def _explained(first: str) -> list[str]:
+    text = (
+        f"Changes are from {first}. Intervals: paired bootstrap, {RESAMPLES:,} resamples of the "
+        "queries (for Spearman of the pairs), each for itself; better and worse are said where "
+        f"they leave out 0. There is none of fewer than {FEWEST}."
     )
+    return ["", *textwrap.wrap(text, 100)]
 
 
-def _decimals(value: float) -> str:
-    return f"{value:.4f}".replace("0.", ".", 1)
+def _decimals(value: float, sign: str = "") -> str:
+    text = f"{value:{sign}.4f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text

@@ -12,10 +12,12 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from embedtune.evaluation.metrics import DEPTH, RETRIEVAL_METRICS, TITLES
-from embedtune.reports.changes import Change, Comparison, Queries, compare_queries, verdict
+from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, Interval
+from embedtune.evaluation.metrics import DEPTH, TITLES
+from embedtune.reports.changes import Change, Comparison, Queries, compare_queries
 from embedtune.reports.chart import Axis
 from embedtune.reports.curves import ALL_WIDTHS, ByWidth, arrange, read_curves
+from embedtune.reports.headline import Monitored, headline
 from embedtune.reports.panels import (
     Panel,
     quantity_panels,
@@ -37,6 +39,8 @@ def write_report(
     width: int,
     model_note: str,
     comparisons: Sequence[Comparison],
+    intervals: Mapping[str, Interval],
+    monitor: str | None = None,
 ) -> Path:
     """Write ``folder/report.html`` and return its path.
 
@@ -49,25 +53,32 @@ def write_report(
         width: Full width of the trained model.
         model_note: A sentence that tells which model that is.
         comparisons: What both find in the retrieval test sets.
+        intervals: By the names of metrics, in which their difference lies, where that is known.
+        monitor: The metric by which the best checkpoint is found, if there is one.
     """
     curves, config = read_curves(folder), folder / "config.yaml"
-    before, after, over_steps = (arrange(m, width) for m in (base, trained, curves))
+    given = (base, trained, intervals, curves)
+    before, after, between, over_steps = (arrange(metrics, width) for metrics in given)
     queries = {comparison.name: compare_queries(comparison) for comparison in comparisons}
     sets = [
-        SetReport(name, before[name], metrics, over_steps[name], queries.get(name))
+        SetReport(name, before[name], metrics, between[name], over_steps[name], queries.get(name))
         for name, metrics in after.items()
     ]
+    sets.sort(key=lambda one: one.main not in TITLES)  # losses last
     text = (importlib.resources.files("embedtune.reports") / "report.html.jinja").read_text("utf-8")
     blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
     page = template.render(
         folder=folder.as_posix(),
         model=(folder / "model").as_posix(),
-        verdict=verdict({s.name: s.change.outcome for s in sets}) if sets else None,
+        verdict=_verdict(sets, monitor, width) if sets else None,
         model_note=model_note,
         sets=sets,
         names=TITLES,
         depth=DEPTH,
+        confidence=f"{CONFIDENCE:.0%}",
+        resamples=f"{RESAMPLES:,}",
+        fewest=FEWEST,
         widths=sorted({w for s in sets for w in s.widths if w != ALL_WIDTHS}, reverse=True),
         training=training_panels(curves),
         speed=quantity_panels(curves, "examples_per_s", "padding_efficiency", "input_wait"),
@@ -81,12 +92,28 @@ def write_report(
     return path
 
 
+def _verdict(sets: Sequence["SetReport"], monitor: str | None, width: int) -> str:
+    outcomes = {
+        one.name: {w: one.at(one.main, w).outcome for w in one.trained[one.main]}
+        for one in sets
+        if one.main in TITLES
+    }
+    _, name, metric, narrower, *_ = f"{monitor or ''}////".split("/")
+    own = next((one for one in sets if one.name == name and metric in one.trained), None)
+    if monitor is None or own is None or metric not in TITLES:
+        return headline(outcomes)
+    at = int(narrower or width)
+    place = (name, at) if metric == own.main else None
+    return headline(outcomes, Monitored(monitor, own.at(metric, at).outcome, place))
+
+
 class SetReport(NamedTuple):
-    """All about one set; the base model's metrics, curves and queries may be missing."""
+    """All about one set; the base model's metrics, intervals, curves and queries may be missing."""
 
     name: str
     base: ByWidth
     trained: ByWidth
+    intervals: ByWidth
     curves: ByWidth
     queries: Queries | None
 
@@ -97,9 +124,8 @@ class SetReport(NamedTuple):
 
     def at(self, metric: str, width: int) -> Change:
         """Return what became of a metric at a width."""
-        base, trained = (m.get(metric, {}).get(width) for m in (self.base, self.trained))
-        is_compared = (metric, width) == (RETRIEVAL_METRICS[0], self.widths[0])
-        interval = self.queries.interval if self.queries and is_compared else None
+        sides = (self.base, self.trained, self.intervals)
+        base, trained, interval = (m.get(metric, {}).get(width) for m in sides)
         return Change(base, trained, metric in TITLES, interval)
 
     @property

@@ -35,7 +35,15 @@ def training_facts(trainer: Any, module: Any) -> TrainingFacts:
         epoch=max(1, place.epoch + (place.batch > 0)),  # at a start: the one before
         base_metrics={name: float(value) for name, value in module.base_metrics.items()},
         metrics={name: float(value) for name, value in module.metrics.items()},
+        intervals={name: list(ends) for name, ends in module.intervals.items()},
+        monitor=monitored(trainer),
     )
+
+
+def monitored(trainer: Any) -> str | None:
+    """Return the metric of ``checkpoint.monitor``, None where it is not set."""
+    asked = (getattr(callback, "monitor", None) for callback in trainer.checkpoint_callbacks)
+    return next(filter(None, asked), None)
 
 
 def told_by_all(trainer: Any, module: Any) -> dict[str, str]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -25,6 +25,7 @@ from embedtune.distributed import exchange
 from embedtune.distributed.exchange import refuse_other_ranks
 from embedtune.distributed.strategies import refuse_unsupported, shards_parameters
 from embedtune.errors import InputError, require_positive
+from embedtune.evaluation.intervals import Interval, PerQuery
 from embedtune.evaluation.sharded import Evaluation
 from embedtune.losses.contract import Loss
 from embedtune.losses.inputs import Embeddings
@@ -54,6 +55,14 @@ from embedtune.training.optimizer import (
 )
 from embedtune.training.precision import autocast_dtype
 from embedtune.training.start_projection import start_projection
+
+
+class Validation(NamedTuple):
+    """What was last measured, and after which step."""
+
+    step: int
+    metrics: dict[str, float]
+    intervals: dict[str, Interval]
 
 
 class EmbeddingModule(pl.LightningModule):
@@ -137,7 +146,8 @@ class EmbeddingModule(pl.LightningModule):
         self._settings: list[dict[str, Any]] = []
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
-        self._measured: tuple[int, dict[str, float]] = (-1, {})
+        self.base_per_query: dict[str, PerQuery] = {}
+        self._measured = Validation(-1, {}, {})
         self._place, self._step_means = Place(), StepMeans()
         self.compiles = compile
         self.grad_cache, self._cache = grad_cache, GradientCache()
@@ -296,8 +306,13 @@ class EmbeddingModule(pl.LightningModule):
     @property
     def metrics(self) -> dict[str, float]:
         """What the last validation logged, if nothing was trained since."""
-        step, metrics = self._measured
-        return metrics if step == self.trainer.global_step else {}
+        measured = self._measured
+        return measured.metrics if measured.step == self.trainer.global_step else {}
+
+    @property
+    def intervals(self) -> dict[str, Interval]:
+        """In which interval each of these metrics lies above the base model's, where known."""
+        return self._measured.intervals if self.metrics else {}
 
     def on_validation_start(self) -> None:
         """Check the widths, which a checkpoint may have brought."""
@@ -338,7 +353,8 @@ class EmbeddingModule(pl.LightningModule):
         if self.trainer.sanity_checking:
             return
         metrics = self.evaluation.collect(self.widths, self.device)
-        self._measured = self.trainer.global_step, metrics
+        intervals = self.evaluation.intervals(self.base_per_query)
+        self._measured = Validation(self.trainer.global_step, metrics, intervals)
         for name, value in metrics.items():
             self.log(name, value, prog_bar=name.endswith("/loss"), batch_size=1)
 
@@ -422,7 +438,8 @@ class EmbeddingModule(pl.LightningModule):
         follow_move(trainer.checkpoint_callbacks, states, path.absolute().parent)
         facts = checkpoint.get("training_facts", {})
         # These weights are not measured anew before they are trained on.
-        self._measured = self._place.step, facts.get("metrics", {})
+        known = {name: tuple(ends) for name, ends in (facts.get("intervals") or {}).items()}
+        self._measured = Validation(self._place.step, facts.get("metrics", {}), known)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep beside the weights what rebuilds the encoder, and what its model card tells."""
