@@ -54,7 +54,9 @@ class Baseline(pl.Callback):
         evaluation = _measure(trainer, module)
         # A projection may widen the embedding later.
         widths = [width for width in module.widths if width <= module.encoder.width]
-        module.base_metrics = evaluation.collect(widths, trainer.strategy.root_device)
+        module.base_metrics = evaluation.collect(
+            widths, trainer.strategy.root_device, module.encoder.compared_by
+        )
         module.base_per_query, self.found = evaluation.per_query, evaluation.found
         for line in _describe(module, module.base_metrics):
             log.info("base model: %s", line)
@@ -138,7 +140,7 @@ def _measure(trainer: pl.Trainer, module: EmbeddingModule) -> Evaluation:
             for batch in data.text_loader(name):
                 chunks = move_data_to_device(batch.chunks, device)
                 encoded = torch.cat([encoder(features) for features in chunks])
-                evaluation.add_texts(name, texts, batch, encoded)
+                evaluation.add_texts(name, texts, batch, encoder.as_exported(encoded))
     encoder.train(training)
     return evaluation
 

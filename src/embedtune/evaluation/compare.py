@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 
 from embedtune.data.beir import RetrievalSet
@@ -16,6 +17,7 @@ from embedtune.evaluation.metrics import TITLES
 from embedtune.evaluation.quantise import as_stored
 from embedtune.models.embedding import with_tokens
 from embedtune.models.loading import load_sentence_transformer
+from embedtune.models.similarity import compared_by
 
 log = logging.getLogger("embedtune")
 
@@ -59,9 +61,10 @@ def evaluate_models(
 
     The others are compared with the first model where that has the width.
 
-    Texts are compared by cosine. A model's query prompt is used for queries and the first texts
-    of pairs, its document prompt for documents and the second. Widths above a model's own are
-    left out for that model.
+    Texts are compared by each model's own similarity, documents stored as codes, which have length
+    1, by cosine. A model's query prompt is used for queries and the first texts of pairs, its
+    document prompt for documents and the second. Widths above a model's own are left out for that
+    model.
 
     Args:
         models: Hub names or folders of sentence-transformers models.
@@ -104,6 +107,9 @@ def _evaluate(
     if missing := sorted(width for width in asked if width > own):
         log.warning("%s has width %s: left out at %s", name, own, ", ".join(map(str, missing)))
     widths = sorted((width for width in asked if width <= own), reverse=True)
+    similarity = compared_by(model.similarity_fn_name, isinstance(model[-1], Normalize))
+    if similarity != "cosine":
+        log.info("%s compares by %s", name, similarity)
     for set_as_given, texts in data.items() if widths else ():
         as_queries, as_documents, *_ = texts
         prompts = [model.prompts.get(role) for role in ("query", "document")]
@@ -111,7 +117,7 @@ def _evaluate(
         documents = _encode(model.encode_document, with_tokens(model, as_documents, prompts[1]))
         for width in widths:
             cut = queries[:, :width], documents[:, :width]
-            metrics, values = _measure(texts, *cut, model.device)
+            metrics, values = _measure(texts, *cut, model.device, similarity)
             yield Result(name, set_as_given, width, metrics), values
 
 
@@ -123,11 +129,15 @@ def _encode(encode: Callable[..., Any], texts: Sequence[str]) -> Tensor:
 
 
 def _measure(
-    data: RetrievalSet | ScoredPairs, queries: Tensor, documents: Tensor, device: torch.device
+    data: RetrievalSet | ScoredPairs,
+    queries: Tensor,
+    documents: Tensor,
+    device: torch.device,
+    similarity: str,
 ) -> tuple[dict[str, float], PerQuery]:
     """Return the metrics of embeddings ``[q, d]`` and ``[n, d]``, or ``[n, d]`` both for pairs."""
     widths, main = {"": queries.shape[1]}, main_metric(data)
-    metrics, _, per_query = measure(data, queries, documents, widths, device)
+    metrics, _, per_query = measure(data, queries, documents, widths, device, similarity=similarity)
     values = dict(per_query.values)
     for precision in ("int8", "binary"):
         stored = as_stored(documents, precision)

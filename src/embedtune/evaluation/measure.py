@@ -11,7 +11,7 @@ from embedtune.data.scored_pairs import ScoredPairs
 from embedtune.evaluation.intervals import PerQuery
 from embedtune.evaluation.metrics import DEPTH, RETRIEVAL_METRICS, per_query, spearman
 from embedtune.evaluation.search import merge, search
-from embedtune.losses.similarity import pairwise_cosine
+from embedtune.evaluation.similarity import pairwise_similarities
 
 
 class Measured(NamedTuple):
@@ -51,6 +51,7 @@ def measure(
     widths: Mapping[str, int],
     device: torch.device,
     rows: Tensor | None = None,
+    similarity: str = "cosine",
 ) -> Measured:
     """Measure embeddings at several widths; of ranks that share the documents all must call it.
 
@@ -61,11 +62,14 @@ def measure(
         widths: By the suffix that the names of its metrics get.
         device: Where to search.
         rows: int64, which documents of the corpus ``second`` holds; None is all of them.
+        similarity: How embeddings compare, by sentence-transformers' names.
     """
     if isinstance(testset, ScoredPairs):
         scores = torch.tensor(testset.scores, dtype=torch.float64)
-        cosines = {k: pairwise_cosine(first[:, :w], second[:, :w]) for k, w in widths.items()}
-        named = {f"spearman{k}": c for k, c in cosines.items()}
+        named = {
+            f"spearman{k}": pairwise_similarities(first[:, :w], second[:, :w], similarity)
+            for k, w in widths.items()
+        }
         correlations = {name: spearman(c, scores) for name, c in named.items()}
         return Measured(correlations, None, PerQuery(named, scores))
     order = torch.tensor(testset.tie_order, dtype=torch.int64)
@@ -76,7 +80,8 @@ def measure(
     values: dict[str, Tensor] = {}
     by_width: list[Tensor] = []
     for suffix, width in widths.items():
-        found = search(first[:, :width], second[:, :width], places, DEPTH, device, left_out)
+        cut = first[:, :width], second[:, :width]
+        found = search(*cut, places, DEPTH, device, left_out, similarity)
         found_places = merge(found, DEPTH).rows.cpu()
         by_width.append(torch.where(found_places >= 0, order[found_places], -1))
         own_values = per_query(by_width[-1], testset.relevant)

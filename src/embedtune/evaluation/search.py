@@ -1,12 +1,12 @@
-"""Exact search by cosine, in blocks, over documents that may be spread over ranks."""
+"""Exact search in blocks, over documents that may be spread over ranks."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from embedtune.distributed import exchange
+from embedtune.evaluation.similarity import prepared, similarities
 
 QUERIES, DOCUMENTS = 512, 8192
 """Rows of a block: a quarter of a GB while it is scored, whatever the size of the corpus."""
@@ -19,7 +19,7 @@ class Found(NamedTuple):
     """The documents found for each query, best first.
 
     Attributes:
-        scores: Cosines, float32 ``[q, k]``; -inf where fewer than ``k`` were found.
+        scores: Similarities, float32 ``[q, k]``; -inf where fewer than ``k`` were found.
         rows: Numbers of the documents, int64 ``[q, k]``; -1 where fewer than ``k`` were found.
     """
 
@@ -35,11 +35,12 @@ def search(
     k: int,
     device: torch.device | None = None,
     left_out: Tensor | None = None,
+    similarity: str = "cosine",
 ) -> Found:
-    """Return the ``k`` documents with the highest cosine for each query.
+    """Return the ``k`` documents with the highest similarity for each query.
 
-    Cosines are float32, under autocast too. Of documents with equal cosines those with lower
-    numbers come first. A cosine that is NaN is never found.
+    Similarities are float32, under autocast too. Of documents with equal ones those with lower
+    numbers come first. One that is NaN is never found.
 
     Args:
         queries: Embeddings ``[q, d]`` of any scale, dtype and device.
@@ -49,17 +50,18 @@ def search(
         device: Where to compute and to return the result; by default that of the queries.
         left_out: int64 ``[q]``, the number of a document that is no result of the query, -1 for
             none; by default none is left out.
+        similarity: By sentence-transformers' names.
     """
     device = queries.device if device is None else device
     without = None if left_out is None else left_out.to(device).split(QUERIES)
     with torch.autocast(device.type, enabled=False):
-        asked = F.normalize(queries.to(device).float(), dim=-1).split(QUERIES)
+        asked = prepared(queries.to(device).float(), similarity).split(QUERIES)
         best = [torch.full((len(block), k), NOTHING, device=device) for block in asked]
         for block, numbers in zip(documents.split(DOCUMENTS), rows.split(DOCUMENTS), strict=True):
-            unit = F.normalize(block.to(device).float(), dim=-1)
+            documents_here = prepared(block.to(device).float(), similarity)
             numbers = numbers.to(device)
             for i, query in enumerate(asked):
-                keys = sort_keys(query @ unit.T, numbers)
+                keys = sort_keys(similarities(query, documents_here, similarity), numbers)
                 if without is not None:
                     keys.masked_fill_(without[i][:, None] == numbers, NOTHING)
                 keys = keys.topk(min(k, len(numbers))).values

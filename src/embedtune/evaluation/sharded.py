@@ -30,12 +30,15 @@ class Shard:
         # On the CPU: a corpus may need more memory than the model leaves.
         self._embeddings.append(embeddings[batch.rows[: len(batch.text)]].float().cpu())
 
-    def measure(self, widths: Sequence[int], device: torch.device) -> Measured | None:
+    def measure(
+        self, widths: Sequence[int], device: torch.device, similarity: str
+    ) -> Measured | None:
         """Measure the embeddings of all ranks, which all must call it; each gets the result.
 
         Args:
             widths: Measured beside the full width.
             device: That of the run.
+            similarity: How the model's embeddings compare.
 
         Returns:
             None where texts are missing, since a limit left batches out.
@@ -53,10 +56,11 @@ class Shard:
         testset = self.data.testset
         if isinstance(testset, ScoredPairs):
             second = _of_all_ranks(embeddings, place, self.data.second, device)
-            return measure(testset, first, second, all_widths, device)
+            return measure(testset, first, second, all_widths, device, None, similarity)
         own = place[self.data.second]
         rows = (own >= 0).nonzero().flatten()
-        return measure(testset, first, embeddings[own[rows]], all_widths, device, rows)
+        documents = embeddings[own[rows]]
+        return measure(testset, first, documents, all_widths, device, rows, similarity)
 
 
 class Evaluation:
@@ -88,7 +92,9 @@ class Evaluation:
         """Take the embeddings of this rank's batch of texts."""
         self._shards.setdefault(name, Shard(data)).add(batch, embedded)
 
-    def collect(self, widths: Sequence[int], device: torch.device) -> dict[str, float]:
+    def collect(
+        self, widths: Sequence[int], device: torch.device, similarity: str = "cosine"
+    ) -> dict[str, float]:
         """Return the metrics of all ranks' batches, such as ``val/dev/ndcg@10``, and start anew.
 
         All ranks must call it; each gets all.
@@ -96,6 +102,7 @@ class Evaluation:
         Args:
             widths: Measured beside the full width.
             device: That of the run.
+            similarity: How the model's embeddings compare.
         """
         metrics: dict[str, float] = {}
         self.per_query = {}
@@ -103,7 +110,7 @@ class Evaluation:
             *sums, queries = exchange.sum_over_ranks(total).tolist()
             metrics |= {f"{name}/{k}": v / queries for k, v in zip(parts, sums, strict=True)}
         for name, shard in self._shards.items():
-            measured = shard.measure(widths, device)
+            measured = shard.measure(widths, device, similarity)
             if measured is None:
                 log.warning("%s: not measured, for a limit left some of its texts out", name)
                 continue

@@ -24,6 +24,7 @@ from embedtune.models.packing import (
     unpack,
 )
 from embedtune.models.pooling import set_pooling
+from embedtune.models.similarity import compared_by
 from embedtune.models.spec import ROLES, EncoderSpec, Features, Role
 from embedtune.models.towers import (
     capped,
@@ -173,6 +174,15 @@ class Encoder(nn.Module):
     def similarity(self) -> str:
         """How two embeddings compare, by sentence-transformers' names, as exported."""
         return self.model.similarity_fn_name
+
+    @property
+    def compared_by(self) -> str:
+        """The same, or cosine where embeddings of length 1 make it so: of any width then."""
+        return compared_by(self.similarity, self.normalizes)
+
+    def as_exported(self, embeddings: Tensor) -> Tensor:
+        """Return what :meth:`forward` gives, ``[b, width]``, as the exported model gives it."""
+        return nn.functional.normalize(embeddings, dim=-1) if self.normalizes else embeddings
 
     def set_similarity(self, similarity: str) -> None:
         """Make ``similarity`` the model's own, as exported."""

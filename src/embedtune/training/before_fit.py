@@ -34,13 +34,12 @@ def compare_directions(encoder: Encoder) -> None:
 
     Of vectors of length 1 the dot product and the distance order as cosine does.
     """
-    own = encoder.similarity
-    if own == "cosine" or (own in ("dot", "euclidean") and encoder.normalizes):
+    if encoder.compared_by == "cosine":
         return
     log.warning(
         "similarity: cosine from now on, in training, evaluation and the export: losses compare "
         "directions, and the base model's %s compares lengths as well",
-        own,
+        encoder.similarity,
     )
     encoder.set_similarity("cosine")
 

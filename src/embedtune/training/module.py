@@ -338,7 +338,8 @@ class EmbeddingModule(pl.LightningModule):
         if isinstance(batch, TextBatch):
             counts = exchange.gather_counts([len(batch.chunks)], self.device)
             encoded = self._encode_in_step(batch.chunks, [chunks for (chunks,) in counts])
-            self.evaluation.add_texts(name, self.data.testsets[name], batch, encoded)
+            embedded = self.encoder.as_exported(encoded)
+            self.evaluation.add_texts(name, self.data.testsets[name], batch, embedded)
         else:
             _, parts, _ = self._compute_loss(batch)
             self.evaluation.add_loss(name, list(parts), self._stack(parts), batch.counts[0])
@@ -352,7 +353,8 @@ class EmbeddingModule(pl.LightningModule):
         """Log the means over all queries of all ranks, and the metrics of the test sets."""
         if self.trainer.sanity_checking:
             return
-        metrics = self.evaluation.collect(self.widths, self.device)
+        compared_by = self.encoder.compared_by
+        metrics = self.evaluation.collect(self.widths, self.device, compared_by)
         intervals = self.evaluation.intervals(self.base_per_query)
         self._measured = Validation(self.trainer.global_step, metrics, intervals)
         for name, value in metrics.items():
@@ -363,7 +365,7 @@ class EmbeddingModule(pl.LightningModule):
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the embeddings of the queries as the exported model gives them, ``[b, d]``."""
         query = self.embeddings(batch, Shares.exchange(batch.counts, self.device)).query
-        return torch.nn.functional.normalize(query, dim=-1) if self.encoder.normalizes else query
+        return self.encoder.as_exported(query)
 
     # --- Optimisation -------------------------------------------------------------------
 
