@@ -46,5 +46,5 @@ PADDED = {"mpnet", "deberta", "deberta-v2", "deberta-v3", "t5", "longformer", "r
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_encoder_is_trained_and_exported_as_what_it_is(name, tmp_path):
+def test_an_encoder_is_trained_and_exported_as_what_it_is(name, tmp_path):
     check(MODELS[name], tmp_path, packs=name not in PADDED)

@@ -41,7 +41,7 @@ MODELS = {
     "gemma2": decoder("Gemma2Config", sliding_window=6),
     "gemma3": decoder("Gemma3TextConfig", sliding_window=6),
     "phi3-longrope": decoder(
-        "Phi3Config", rope_parameters=LONGROPE, original_max_position_embeddings=16
+        "Phi3Config", rope_parameters=LONGROPE, original_max_position_embeddings=32
     ),
     "llama-dynamic": decoder("LlamaConfig", rope_parameters=DYNAMIC),
 }

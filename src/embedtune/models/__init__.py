@@ -5,7 +5,8 @@ Comes in: the name or folder of any model that sentence-transformers loads. Goes
 optional Matryoshka projection; and :class:`Embedding`, a trained model in use. A new way to
 compute attention, to pool or to load goes here.
 
-Read first: ``spec`` (what an encoder is, in a few values), ``encoder``, ``packing`` (no padding).
+Read first: ``spec`` (what an encoder is, in a few values), ``encoder``, ``packing`` (no padding),
+``trial`` (what is found out before a fit), ``unsupported`` (what is refused).
 Imports from no other room.
 """
 

@@ -119,13 +119,14 @@ def turning_point(transformer: nn.Module) -> int:
     config: Any = transformer.config
     has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     window = config.sliding_window if has_window else 0
-    scaled_from = _scaled_from(config)
+    longest_unscaled = unscaled(transformer)
     reach = max(longest_input(transformer) or UNLIMITED, positions(transformer) or UNLIMITED)
-    return max(window or 0, scaled_from if scaled_from < reach else 0)
+    return max(window or 0, longest_unscaled if longest_unscaled < reach else 0)
 
 
-def _scaled_from(config: Any) -> int:
-    """Return the tokens beyond which a batch's longest text changes its rotary positions."""
+def unscaled(transformer: nn.Module) -> int:
+    """Return the tokens beyond which a batch's longest text scales the positions of all."""
+    config: Any = getattr(transformer, "config", None)
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = parameters.values() if "rope_type" not in parameters else [parameters]
     found = [UNLIMITED]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embedtune.errors import InputError
-from embedtune.models.packing import LONGEST_TRIAL, to_device, turning_point
+from embedtune.models.packing import LONGEST_TRIAL, to_device, turning_point, unscaled
 from embedtune.models.spec import ROLES, Features, Role
 from embedtune.models.towers import positions, tower, transformers_of
 from embedtune.models.words import known_words
@@ -81,8 +81,10 @@ def _alone_and_padded(encoder: "Encoder", role: Role) -> Iterator[Features]:
     module = tower(encoder.model, role)
     words = known_words(module)
     texts = [words[0], " ".join(words)] if words else [SHORT, LONGER]
+    # Beyond that it is the longer text, not padding, that an embedding depends on.
+    longest = min(encoder.cap(LONGEST_TRIAL), unscaled(module))
     for given in (texts[:1], texts):
-        features = encoder.tokenize(given, role, None, encoder.cap(LONGEST_TRIAL))
+        features = encoder.tokenize(given, role, None, longest)
         yield to_device(features, encoder.model.device)
 
 
