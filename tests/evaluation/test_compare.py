@@ -312,7 +312,7 @@ def test_changes_stand_below_a_model_that_was_compared():
         ["words, nDCG@10", "384", "32", "8"],
         ["one/model", ".5731", "nan", "-"],
         ["two/model", ".5000", "1.0000", ".5000"],
-        ["change", "-.0731 unclear", "nan not compared", "-"],
+        ["change", "-.0731 unclear", "not compared", "-"],
         ["95% interval", "-.2000 to +.0537"],
     ]
     assert len({len(row) for row in table[:4]}) == 1  # columns are aligned
