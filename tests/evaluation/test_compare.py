@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -309,13 +310,16 @@ def test_changes_stand_below_a_model_that_was_compared():
     second = second._replace(metrics={"ndcg@10": math.nan})
     third = result("/runs/two/model", 384, 0.5)._replace(intervals={"ndcg@10": (-0.2, 0.0537)})
     results = [first, second, third, other._replace(intervals={})]
-    assert format_table([*results, result("/runs/two/model", 8, 0.5)]).splitlines()[:5] == [
-        "words, nDCG@10               384               32        8",
-        "one/model                  .5731              nan        -",
-        "two/model                  .5000           1.0000    .5000",
-        "  change          -.0731 unclear  nan not compared        -",
-        "  95% interval   -.2000 to +.0537",
+    table = format_table([*results, result("/runs/two/model", 8, 0.5)]).splitlines()
+    assert [re.split("  +", row.strip()) for row in table[:5]] == [
+        ["words, nDCG@10", "384", "32", "8"],
+        ["one/model", ".5731", "nan", "-"],
+        ["two/model", ".5000", "1.0000", ".5000"],
+        ["change", "-.0731 unclear", "not compared", "-"],
+        ["95% interval", "-.2000 to +.0537"],
     ]
+    assert len({len(row) for row in table[:4]}) == 1  # columns are aligned
+    assert table[6].startswith("Changes are from one/model. Intervals: paired bootstrap, 2,000")
 
 
 def test_models_and_sets_are_named_by_what_tells_them_apart():
@@ -402,7 +406,7 @@ def test_the_command_compares_several_models_and_sets(model, narrow, folder, tmp
     main(["evaluate", model, narrow, "--data", *sets, "--dims", "16,8", "--out", str(out)])
     table = capsys.readouterr().out
     assert table.count(", nDCG@10") == 2
-    assert table.count("sts, Spearman") == 1
+    assert table.count(f"{pairs}, Spearman") == 1
     found = json.loads((out / "evaluation.json").read_text())
     keys = [(row["model"], row["data"], row["width"]) for row in found]
     assert keys == [(m, d, w) for m in (model, narrow) for d in sets for w in (16, 8)]

@@ -61,8 +61,8 @@ def _changes(firsts: Sequence[Result | None], own: Sequence[Result | None]) -> l
             continue
         between = after.intervals.get(after.main)
         difference = after.quality() - before.quality()
-        found = "not compared" if math.isnan(difference) else outcome(between)
-        changes.append(f"{_decimals(difference, '+')} {found}")
+        told = f"{_decimals(difference, '+')} {outcome(between)}"
+        changes.append("not compared" if math.isnan(difference) else told)
         ends.append(" to ".join(_decimals(end, "+") for end in between or ()))
     return [changes, ends]
 
