@@ -120,8 +120,10 @@ class ExportModel(pl.Callback):
         """Forget the fit before, and sweep what was left of it by a kill."""
         self._ended_epoch, self._has_ended = None, False
         if trainer.is_global_zero:
-            sweep(_epoch_folder(trainer, 1).parent)
-            shutil.rmtree(Path(trainer.default_root_dir) / TRIAL, ignore_errors=True)
+            run_folder = Path(trainer.default_root_dir)
+            for folder in (run_folder, _epoch_folder(trainer, 1).parent):
+                sweep(folder)
+            shutil.rmtree(run_folder / TRIAL, ignore_errors=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Try an export, or make up for that of the epoch before which a stopped run has left.
