@@ -95,7 +95,10 @@ def tokenise(
         return None, features
     tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
     shared = {k: v for k, v in features.items() if k not in tensors}
-    kept = iter(enumerate(features["attention_mask"].bool()))
+    kept = features["attention_mask"].bool()
+    lengths = kept.sum(dim=1).tolist()
+    split = {k: v[kept].split(lengths) for k, v in tensors.items()}
+    places = iter(range(len(lengths)))
     rows = []
     for text in group:
         if text in known:
@@ -103,9 +106,9 @@ def tokenise(
             plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
             rows.append({k: plain[k] if k in plain else torch.zeros_like(ids) for k in tensors})
         else:
-            row, mask = next(kept)
-            tokens = {k: v[row][mask] for k, v in tensors.items()}
-            rows.append(tokens if mask.any() else encoder.no_tokens(tensors, role))
+            place = next(places)
+            tokens = {k: v[place] for k, v in split.items()}
+            rows.append(tokens if lengths[place] else encoder.no_tokens(tensors, role))
     return rows, shared
 
 
