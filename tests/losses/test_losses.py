@@ -318,6 +318,32 @@ def test_wrong_hyper_parameters_are_refused():
 
 
 def test_teacher_temperature_depends_on_what_is_compared():
-    assert ListwiseKL("list").teacher_temperature == 1.0
     assert ListwiseKL("batch").teacher_temperature == 0.02
     assert ListwiseKL("batch", teacher_temperature=0.5).teacher_temperature == 0.5
+    lists = ListwiseKL("list", temperature=0.1)
+    assert lists.teacher_temperature is None
+    assert lists.derive_teacher_temperature(0.3) == pytest.approx(0.1 * 0.3 / 0.15)
+    assert lists.derive_teacher_temperature(0.0) == 1.0  # of scores that are all the same
+
+
+def scored_batch(scores: torch.Tensor) -> tuple[Embeddings, Target]:
+    draw = torch.Generator().manual_seed(1)
+    query, positive = (torch.randn(n, 8, generator=draw) for n in (3, 12))
+    target = Target(scores=scores, list_index=torch.arange(3).repeat_interleave(4))
+    return Embeddings(query=query, positive=positive), target
+
+
+def test_scores_of_any_scale_ask_for_the_same():
+    """Logits, percents and cosines that are a line through each other."""
+    scores = torch.randn(12, generator=torch.Generator().manual_seed(2))
+    losses = []
+    for scale, shift in ((1.0, 0.0), (0.05, 0.6), (30.0, -100.0)):
+        loss, scaled = ListwiseKL(), scores * scale + shift
+        loss.derive_teacher_temperature(float(scaled.view(3, 4).std(dim=1, correction=0).mean()))
+        losses.append(loss(*scored_batch(scaled))["loss"])
+    assert torch.allclose(torch.stack(losses), losses[0].expand(3), rtol=1e-4)
+
+
+def test_lists_need_a_teacher_temperature():
+    with pytest.raises(InputError, match="teacher_temperature: expected a number"):
+        ListwiseKL()(*scored_batch(torch.rand(12)))

@@ -96,6 +96,19 @@ class Rows:
         return None if found["min"] is None else (found["min"], found["max"])
 
     @property
+    def score_spread(self) -> float:
+        """Standard deviation of the scores within their lists, over all rows; 0 without any."""
+        column = self.table.data.column("scores").combine_chunks()
+        scores = np.asarray(column.flatten().to_numpy(zero_copy_only=False))
+        lengths = self._lengths("scores")
+        lengths = lengths[lengths > 0]
+        if not len(lengths):
+            return 0.0
+        starts = np.cumsum(lengths) - lengths
+        means = np.add.reduceat(scores, starts) / lengths
+        return float(np.sqrt(np.mean((scores - np.repeat(means, lengths)) ** 2)))
+
+    @property
     def texts_per_row(self) -> np.ndarray:
         """Number of texts that each row holds, int64 ``[rows]``."""
         return 1 + self.list_lengths + self._lengths("negatives")

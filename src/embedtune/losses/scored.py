@@ -5,11 +5,14 @@ from typing import Literal
 from torch import Tensor
 
 from embedtune.data.records import Format
-from embedtune.errors import require_positive
+from embedtune.errors import InputError, require_positive
 from embedtune.losses import functional
 from embedtune.losses.contract import Loss
 from embedtune.losses.inputs import Embeddings, Target
 from embedtune.losses.similarity import pairwise_cosine
+
+SPREAD = 0.15
+"""Standard deviation of a list's cosines that a derived teacher temperature asks for."""
 
 
 class ListwiseKL(Loss):
@@ -29,19 +32,39 @@ class ListwiseKL(Loss):
             over: ``list`` compares the texts of each query, ``batch`` all pairs of the
                 global batch.
             temperature: Divides the cosines.
-            teacher_temperature: Divides the scores; 1.0 over lists and 0.02 over the batch.
+            teacher_temperature: Divides the scores; 0.02 over the batch. Over lists a fit derives
+                it from the spread of its scores (:meth:`derive_teacher_temperature`).
         """
         super().__init__()
-        if teacher_temperature is None:
-            teacher_temperature = 1.0 if over == "list" else 0.02
+        if teacher_temperature is None and over == "batch":
+            teacher_temperature = 0.02
+        if teacher_temperature is not None:
+            require_positive("teacher_temperature", teacher_temperature)
         self.over = over
         self.scope = "rank" if over == "list" else "global"
         self.temperature = require_positive("temperature", temperature)
-        self.teacher_temperature = require_positive("teacher_temperature", teacher_temperature)
+        self.teacher_temperature = teacher_temperature
+
+    def derive_teacher_temperature(self, spread: float) -> float:
+        """Set the teacher temperature with which cosines must spread by ``SPREAD`` to fit.
+
+        Scores are of any scale: probabilities, logits, grades, cosines. Divided by a temperature
+        that was made for another, they ask for lists that are all alike, or for one best text.
+
+        Args:
+            spread: Standard deviation of the scores within a list; 0 leaves the temperature at 1.
+        """
+        self.teacher_temperature = self.temperature * spread / SPREAD if spread else 1.0
+        return self.teacher_temperature
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the mean over lists, or over the pairs of the batch."""
         cosine, scores, list_index = _scored_pairs(embeddings, target)
+        if self.teacher_temperature is None:
+            raise InputError(
+                "teacher_temperature: expected a number, or a call of derive_teacher_temperature "
+                "as a fit makes it, found None"
+            )
         temperatures = self.temperature, self.teacher_temperature
         if self.over == "batch":
             return {"loss": functional.kl_over_batch(cosine, scores, *temperatures)}

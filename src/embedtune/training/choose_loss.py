@@ -40,12 +40,25 @@ def choose_loss(
             f"data, found {row_format} rows"
         )
     _refuse_without_signal(loss, data)
+    _derive_teacher_temperature(loss, data)
     if mrl_dims is None:
         return loss
     if isinstance(loss, Distillation):
         loss.mrl_dims = loss.mrl_dims or mrl_dims
         return loss
     return Matryoshka(loss, mrl_dims)
+
+
+def _derive_teacher_temperature(loss: Loss, data: EmbeddingDataModule) -> None:
+    """Derive it where a loss has none, from the training rows, or those that are evaluated."""
+    while isinstance(loss, Matryoshka):  # given by the user
+        loss = loss.loss
+    if isinstance(loss, ListwiseKL) and loss.teacher_temperature is None:
+        opened = data.datasets.get("train") or next(iter(data.datasets.values()))
+        spread = opened.rows.score_spread
+        derived = loss.derive_teacher_temperature(spread)
+        said = "teacher temperature %.3g, for scores that spread by %.3g within a list"
+        log.info(said, derived, spread)
 
 
 def _refuse_without_signal(loss: Loss, data: EmbeddingDataModule) -> None:
