@@ -386,12 +386,13 @@ def test_validate_takes_a_checkpoint_with_its_projection(tiny_bert, capsys):
     assert [float(value) for value in row[1:]] == pytest.approx(expected, abs=1e-4)
 
 
-def test_metrics_are_those_of_the_last_command_in_the_folder(tiny_bert, tiny_transformer):
+def test_metrics_are_those_of_the_last_command_in_the_folder(tiny_bert, tiny_transformer, caplog):
     rows = [{"query": f"q {i}", "pos": [f"p {i}"], "scores": [i / 8]} for i in range(8)]
     name = write("sts.jsonl", rows)
     cpu = ("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false")
     bert = ("--model.model_name_or_path", str(tiny_bert))
     found = {}
+    caplog.set_level("INFO", logger="embedtune")
     for command, model, key in (
         ("validate", tiny_bert, "val"),
         ("test", tiny_transformer, "test"),
@@ -403,6 +404,8 @@ def test_metrics_are_those_of_the_last_command_in_the_folder(tiny_bert, tiny_tra
         assert list(found[command]["metrics"]) == [f"{key}/sts/spearman"]
         names = [found[command][name] for name in ("command", "model", "checkpoint", "width")]
         assert names == [command, str(model), None, 32]
+        value = found[command]["metrics"][f"{key}/sts/spearman"]
+        assert caplog.messages[-1] == f"wrote run/metrics.json: {key}/sts/spearman {value:.4f}"
     fit(tiny_bert, "--trainer.max_steps", "1")  # whose checkpoints are others
     assert json.loads(Path("run/metrics-1.json").read_text()) == found["validate"]
     assert not Path("run/metrics.json").exists()

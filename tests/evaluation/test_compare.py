@@ -316,7 +316,7 @@ def test_changes_stand_below_a_model_that_was_compared():
         ["one/model", ".5731", "nan", "-"],
         ["two/model", ".5000", "1.0000", ".5000"],
         ["change", "-.0731 unclear", "not compared", "-"],
-        ["95% interval", "-.2000 to +.0537"],
+        ["95% interval", "-.2000 to +.0537", "-", "-"],
     ]
     assert len({len(row) for row in table[:4]}) == 1  # columns are aligned
     assert table[6].startswith("Changes are from one/model. Intervals: paired bootstrap, 2,000")

@@ -56,7 +56,10 @@ def _tell(trainer: pl.Trainer, module: EmbeddingModule) -> None:
     }
     path = Path(trainer.default_root_dir) / "metrics.json"
     write_text(path, json.dumps(told, indent=2, ensure_ascii=False) + "\n")
-    log.info("wrote %s", path)
+    part = "val" if trainer.state.fn == TrainerFn.VALIDATING else "test"
+    names = dict.fromkeys(f"{part}/{result.data}/{result.main}" for result in results)
+    main = ", ".join(f"{name} {module.metrics[name]:.4f}" for name in names)
+    log.info("wrote %s: %s", path, main or "nothing was measured")
 
 
 def _results(module: EmbeddingModule, name: str) -> list[Result]:

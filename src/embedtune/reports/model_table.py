@@ -57,13 +57,13 @@ def _changes(firsts: Sequence[Result | None], own: Sequence[Result | None]) -> l
     for before, after in zip(firsts, own, strict=True):
         if before is None or after is None or after.intervals is None:
             changes.append("-")
-            ends.append("")
+            ends.append("-")
             continue
         between = after.intervals.get(after.main)
         difference = after.quality() - before.quality()
         told = f"{_decimals(difference, '+')} {outcome(between)}"
         changes.append("not compared" if math.isnan(difference) else told)
-        ends.append(" to ".join(_decimals(end, "+") for end in between or ()))
+        ends.append(" to ".join(_decimals(end, "+") for end in between or ()) or "-")
     return [changes, ends]
 
 
