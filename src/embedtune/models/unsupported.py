@@ -99,7 +99,7 @@ def _word_embeddings(model: SentenceTransformer) -> Iterator[WordEmbeddings]:
 
 
 def _refuse_large_tokenizer(transformer: Transformer, name: str) -> None:
-    rows = getattr(transformer.auto_model.get_input_embeddings(), "num_embeddings", None)
+    rows = _embedding_rows(transformer)
     vocabulary: dict[str, int] = getattr(transformer.tokenizer, "get_vocab", dict)()
     if rows is None or not vocabulary:
         return
@@ -109,3 +109,11 @@ def _refuse_large_tokenizer(transformer: Transformer, name: str) -> None:
             f"model_name_or_path: {name!r}: expected a tokenizer of at most the {rows:,} tokens of "
             f"the embedding table, found {last + 1:,}, the last of them {token!r}"
         )
+
+
+def _embedding_rows(transformer: Transformer) -> int | None:
+    inner: Any = transformer.auto_model
+    try:
+        return getattr(inner.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # of texts and images, each with a table of its own
+        return getattr(getattr(inner.config, "text_config", None), "vocab_size", None)
