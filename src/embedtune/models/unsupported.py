@@ -35,7 +35,7 @@ def refuse_other_kinds(name: str, local_files_only: bool) -> None:
 
 def _kind(name: str, local_files_only: bool) -> str | None:
     settings = _read(name, "config_sentence_transformers.json", local_files_only)
-    known = settings.get("model_type", "SentenceTransformer") if settings else None
+    known = settings.get("model_type") if isinstance(settings, dict) else None
     if known not in (None, "SentenceTransformer"):
         return str(known)
     modules = _read(name, "modules.json", local_files_only)
@@ -53,10 +53,10 @@ def _kind(name: str, local_files_only: bool) -> str | None:
 
 def _scorer(config: dict[str, Any]) -> str | None:
     """Return what a bare checkpoint with a head that gives a pair of texts one score is."""
-    architectures = config.get("architectures") or [""]
-    labels = config.get("id2label") or {}
-    is_reranker = len(labels) == 1 or "sentence_transformers" in config
-    return "CrossEncoder" if architectures[0].endswith(SCORES) and is_reranker else None
+    architectures, labels = config.get("architectures"), config.get("id2label")
+    scores = isinstance(architectures, list) and any(SCORES in str(a) for a in architectures)
+    gives_one = isinstance(labels, dict) and len(labels) == 1
+    return "CrossEncoder" if scores and (gives_one or "sentence_transformers" in config) else None
 
 
 def _read(name: str, file: str, local_files_only: bool) -> Any:
