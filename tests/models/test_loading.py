@@ -41,6 +41,7 @@ def load(folder):
         ("1_Pooling/config.json", lambda data: data[:-5]),
         ("1_Pooling/config.json", lambda data: b"{}"),
         ("1_Pooling/config.json", lambda data: b"[1]"),
+        ("config_sentence_transformers.json", lambda data: b"[1]"),
         ("sentence_bert_config.json", lambda data: b"[1]"),
         ("sentence_bert_config.json", lambda data: b"\xff"),
     ],

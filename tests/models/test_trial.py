@@ -3,7 +3,7 @@
 import pytest
 import torch
 import zoo_models
-from sentence_transformers.base.modules import Router
+from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.sentence_transformer.modules import Pooling
 from torch import nn
 
@@ -136,6 +136,17 @@ def test_every_tower_is_tried(tmp_path):
     encoder = Encoder(EncoderSpec(str(tmp_path / "model")))
     with pytest.raises(InputError, match="do not depend on padding"):
         prepare_training(encoder)
+
+
+def test_a_model_whose_modules_do_not_fit_is_one_line(tmp_path):
+    bert = zoo_models.small_bert(tmp_path)
+    modules = [bert, Pooling(16, ("cls", "mean")), Dense(32, 8)]
+    zoo_models.save(modules, tmp_path / "model")
+    encoder = Encoder(EncoderSpec(str(tmp_path / "model"), pooling="mean"))
+    expected = "expected a model that embeds a query, found RuntimeError: mat1 and mat2 shapes"
+    with pytest.raises(InputError, match=expected) as caught:
+        prepare_training(encoder)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("given", ["eager", "sdpa"])

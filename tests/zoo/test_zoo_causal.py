@@ -30,6 +30,7 @@ MODELS = {
     "bart": encoder("BartConfig", sizes=BART),
     "xlnet": encoder("XLNetConfig", sizes=XLNET),
     "opt": decoder("OPTConfig", sizes=OPT),
+    "opt-left": decoder("OPTConfig", sizes=OPT, tokens=left_tokenizer),
     "qwen2": decoder("Qwen2Config"),
     "qwen2-window": decoder("Qwen2Config", **QWEN2),
     "qwen3": decoder("Qwen3Config"),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from sentence_transformers.base.modules import Dense, Router
+from sentence_transformers.base.modules import Dense, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import (
     CNN,
     LSTM,
@@ -86,13 +86,28 @@ def mapped(folder: Path) -> list[nn.Module]:
     return [Router(routes, route_mappings=mappings), Normalize()]
 
 
-def clip(folder: Path) -> list[nn.Module]:
-    config = transformers.CLIPTextConfig(
-        **{**SIZES, "vocab_size": len(WORDS), "projection_dim": 16, "pad_token_id": 0},
-        bos_token_id=2,
-        eos_token_id=3,
-    )
+CLIP_TEXT = {
+    **SIZES,
+    "vocab_size": len(WORDS),
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+
+
+def clip_text(folder: Path) -> list[nn.Module]:
+    config = transformers.CLIPTextConfig(**CLIP_TEXT)
     return [transformer(config, folder / "bare"), Pooling(16)]
+
+
+def clip(folder: Path) -> None:
+    images = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    images |= {"intermediate_size": 32, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=CLIP_TEXT, vision_config=images, projection_dim=12)
+    enlarge(transformers.CLIPModel(config)).save_pretrained(folder / "bare")
+    tokenizer().save_pretrained(folder / "bare")
+    transformers.CLIPImageProcessor(crop_size=16).save_pretrained(folder / "bare")
+    save([Transformer(str(folder / "bare"))], folder)
 
 
 MODELS = {
@@ -110,7 +125,8 @@ MODELS = {
     "cnn": modules(lambda folder: [words(), CNN(16, 8, [1, 3]), Pooling(16)]),
     "lstm": modules(lambda folder: [words(), LSTM(16, 8), Pooling(16)]),
     "bow": modules(lambda folder: [BoW(SPOKEN), Dense(len(SPOKEN), 16)]),
-    "clip-text": modules(clip),
+    "clip": clip,
+    "clip-text": modules(clip_text),
     "weighted-layers": modules(layers),
     "dense-dense": modules(
         lambda folder: [small_bert(folder), Pooling(16), Dense(16, 24), Dense(24, 12), Normalize()]
@@ -149,7 +165,7 @@ MODELS = {
 
 PADDED = {
     *("static", "static-dense", "words", "words-frozen", "words-weighted", "cnn", "lstm", "bow"),
-    *("clip-text", "weighted-layers"),
+    *("clip", "clip-text", "weighted-layers"),
     *("static-and-transformer", "two-towers", "one-tower-before-pooling", "router-with-mappings"),
 }
 """Models that are not encoded without padding: attention is not all that mixes their tokens."""

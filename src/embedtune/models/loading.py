@@ -16,7 +16,6 @@ from embedtune.models.adapters import merge_adapters
 from embedtune.models.tokenizer_state import remember_tokenizers
 from embedtune.models.towers import (
     capped,
-    first_position,
     longest_input,
     positions,
     towers,
@@ -169,8 +168,9 @@ def make_trainable(model: SentenceTransformer) -> None:
     """Settle what a model leaves to its user: lengths, width and prompts."""
     for module in towers(model):
         limit, longest = positions(module), longest_input(module)
-        # sentence-transformers knows nothing of positions that start after the padding.
-        is_too_long = longest is None or (longest > (limit or 0) and first_position(module) > 0)
+        # sentence-transformers cuts at the positions that it knows of.
+        known = getattr(getattr(module, "config", None), "max_position_embeddings", None)
+        is_too_long = longest is None or (longest > (limit or 0) and limit != known)
         if limit is not None and is_too_long:
             cast(Any, module).max_seq_length = limit
     for module in model.modules():

@@ -36,12 +36,13 @@ def prepare_training(encoder: "Encoder") -> None:
     Where processes exchange gradients, they would wait for those of weights that have none.
 
     Raises:
-        InputError: An embedding differs by more than rounding once its text is padded.
+        InputError: An embedding differs by more than rounding once its text is padded, or there is
+            none.
     """
     used = set()
     with _at_rest(encoder), _plain_attention(encoder):
         for role in ROLES if encoder.routes else ROLES[:1]:
-            alone, padded = (encoder(f) for f in _alone_and_padded(encoder, role))
+            alone, padded = _embed_alone_and_padded(encoder, role)
             _refuse_difference(encoder, alone.detach(), padded[:1].detach())
             used |= _leaves(alone)
     for name, weight in encoder.named_parameters():
@@ -76,16 +77,26 @@ def _plain_attention(encoder: "Encoder") -> Iterator[None]:
             model.set_attn_implementation(given)
 
 
-def _alone_and_padded(encoder: "Encoder", role: Role) -> Iterator[Features]:
-    """Yield the features of a text, and those of it and a longer one."""
+def _embed_alone_and_padded(encoder: "Encoder", role: Role) -> tuple[Tensor, Tensor]:
+    """Return the embedding of a text, and those of it and a longer one."""
     module = tower(encoder.model, role)
     words = known_words(module)
     texts = [words[0], " ".join(words)] if words else [SHORT, LONGER]
     # Beyond that it is the longer text, not padding, that an embedding depends on.
     longest = min(encoder.cap(LONGEST_TRIAL), unscaled(module))
-    for given in (texts[:1], texts):
-        features = encoder.tokenize(given, role, None, longest)
-        yield to_device(features, encoder.model.device)
+    try:
+        alone, padded = (
+            encoder.tokenize(given, role, None, longest) for given in (texts[:1], texts)
+        )
+        device = encoder.model.device
+        return encoder(to_device(alone, device)), encoder(to_device(padded, device))
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, *UNMADE) as error:
+        raise InputError(
+            f"model_name_or_path: {encoder.spec.model_name_or_path!r}: expected a model that "
+            f"embeds a {role}, found {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        ) from error
 
 
 def _refuse_difference(encoder: "Encoder", alone: Tensor, padded: Tensor) -> None:

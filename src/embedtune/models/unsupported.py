@@ -36,7 +36,7 @@ def refuse_other_kinds(name: str, local_files_only: bool) -> None:
 
 def _kind(name: str, local_files_only: bool) -> str | None:
     settings = _read(name, "config_sentence_transformers.json", local_files_only)
-    known = settings.get("model_type", "SentenceTransformer") if settings else None
+    known = settings.get("model_type") if isinstance(settings, dict) else None
     if known not in (None, "SentenceTransformer"):
         return str(known)
     modules = _read(name, "modules.json", local_files_only)
@@ -54,10 +54,10 @@ def _kind(name: str, local_files_only: bool) -> str | None:
 
 def _scorer(config: dict[str, Any]) -> str | None:
     """Return what a bare checkpoint with a head that gives a pair of texts one score is."""
-    architectures = config.get("architectures") or [""]
-    labels = config.get("id2label") or {}
-    is_reranker = len(labels) == 1 or "sentence_transformers" in config
-    return "CrossEncoder" if architectures[0].endswith(SCORES) and is_reranker else None
+    architectures, labels = config.get("architectures"), config.get("id2label")
+    scores = isinstance(architectures, list) and any(SCORES in str(a) for a in architectures)
+    gives_one = isinstance(labels, dict) and len(labels) == 1
+    return "CrossEncoder" if scores and (gives_one or "sentence_transformers" in config) else None
 
 
 def _read(name: str, file: str, local_files_only: bool) -> Any:
@@ -100,7 +100,7 @@ def _word_embeddings(model: SentenceTransformer) -> Iterator[WordEmbeddings]:
 
 
 def _refuse_large_tokenizer(transformer: Transformer, name: str) -> None:
-    rows = getattr(transformer.auto_model.get_input_embeddings(), "num_embeddings", None)
+    rows = _embedding_rows(transformer)
     vocabulary: dict[str, int] = getattr(transformer.tokenizer, "get_vocab", dict)()
     if rows is None or not vocabulary:
         return
@@ -110,3 +110,11 @@ def _refuse_large_tokenizer(transformer: Transformer, name: str) -> None:
             f"model_name_or_path: {name!r}: expected a tokenizer of at most the {rows:,} tokens of "
             f"the embedding table, found {last + 1:,}, the last of them {token!r}"
         )
+
+
+def _embedding_rows(transformer: Transformer) -> int | None:
+    inner: Any = transformer.auto_model
+    try:
+        return getattr(inner.get_input_embeddings(), "num_embeddings", None)
+    except NotImplementedError:  # of texts and images, each with a table of its own
+        return getattr(getattr(inner.config, "text_config", None), "vocab_size", None)
