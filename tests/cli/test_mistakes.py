@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from embedtune.callbacks import export_model
+from embedtune.callbacks.export_model import try_export
 from embedtune.cli import dispatch, main
 from embedtune.cli.config_files import refuse_broken_configs
 from embedtune.cli.mistakes import surroundings_said
@@ -162,14 +164,38 @@ def _full_disk():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.fixture
+def _disk_that_fills(monkeypatch):
+    """Let the disk be full from the first step on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def try_and_fill(*args):
+        try_export(*args)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, before[1]))
+
+    monkeypatch.setattr(export_model, "try_export", try_and_fill)
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 @pytest.mark.usefixtures("_full_disk")
+def test_a_disk_that_is_full_is_told_before_the_first_step(tiny_bert, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(fit(tiny_bert))
+    stderr = capsys.readouterr().err
+    assert (caught.value.code, "Traceback" in stderr) == (1, False)
+    assert "embedtune: error: run/export-trial: cannot be written: File too large" in stderr
+    assert [path for path in Path("run").iterdir() if path.is_dir()] in ([], [Path("run/logs")])
+
+
+@pytest.mark.usefixtures("_disk_that_fills")
 def test_a_full_disk_is_one_line_that_names_the_checkpoint(tiny_bert, capsys):
     message = said(capsys, *fit(tiny_bert), "--save_on_epoch_end", "false")
     assert re.fullmatch(r"run/checkpoints/epoch=0-step=1\.ckpt: File too large", message)
     assert not list(Path("run/checkpoints").glob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("_full_disk")
+@pytest.mark.usefixtures("_disk_that_fills")
 def test_a_full_disk_is_one_line_for_each_export(tiny_bert, capsys, caplog):
     with pytest.raises(SystemExit) as caught:
         main([*fit(tiny_bert), "--trainer.enable_checkpointing", "false"])

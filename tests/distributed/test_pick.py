@@ -103,9 +103,7 @@ def test_the_bytes_are_those_of_the_documentation():
         ("tiny_qwen", "ZeRO stage 1, picked for a decoder on 2 devices", "latest"),
     ],
 )
-def test_two_processes_pick_and_train_as_one(
-    request, tmp_path, monkeypatch, caplog, model, said, kind
-):
+def test_two_processes_pick_and_train_as_one(request, tmp_path, monkeypatch, model, said, kind):
     monkeypatch.chdir(tmp_path)
     Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     base = request.getfixturevalue(model)
@@ -133,9 +131,9 @@ def test_two_processes_pick_and_train_as_one(
     for name, weight in one.items():
         assert torch.allclose(both[name], weight, atol=1e-5), name
     if kind == "meta.pt":  # one process goes on from what two have saved
-        with caplog.at_level("INFO", logger="embedtune"):
-            main([*on(1, "two", 6), "--ckpt_path", "last"])
-        assert "FSDP, picked to go on from" in caplog.text
+        alone = Ranks(embedtune, [*on(1, "two", 6), "--ckpt_path", "last"], folder=tmp_path)
+        assert alone.wait() == [0], alone.output()
+        assert "FSDP, picked to go on from" in alone.output()
         main([*on(1, "one", 6), "--ckpt_path", "last"])
         one, both = (load_file(f"{root}/model/model.safetensors") for root in ("one", "two"))
         for name, weight in one.items():
