@@ -4,10 +4,10 @@
 
 prints a markdown table of nDCG@10 and its change from the base model. FOLDER/banking77 is a BEIR
 folder with train.jsonl.gz ({"query", "pos", "neg"}). The scores are drawn as a good reranker would
-give them: a logit of 3 for a relevant text and of -3 for another, with noise, so that about two in a
-hundred are wrong; probabilities are its logistic function, grades 3 and 0 for its sign. ``--split dev``
-trains on two thirds of the rows and searches with the queries of the others: choose there. What was
-trained is kept under --work, so that a run can be stopped and continued.
+give them: a logit of 3 for a relevant text and of -3 for another, with noise, so that about two in
+a hundred are wrong; probabilities are its logistic function, grades 3 and 0 for its sign.
+``--split dev`` trains on two thirds of the rows and searches with the queries of the others: choose
+there. What was trained is kept under --work, so that a run can be stopped and continued.
 """
 
 import argparse
@@ -75,20 +75,14 @@ def write_dev(data: Path, rows: list[dict[str, Any]], folder: Path) -> Path:
     """Write a BEIR folder that is searched with the queries of rows that are not trained on."""
     corpus = (data / "corpus.jsonl").read_text(encoding="utf-8")
     ids = {line["text"]: line["_id"] for line in map(json.loads, corpus.splitlines())}
-    write_lines(
-        folder / "queries.jsonl", [{"_id": f"q{i}", **query(r)} for i, r in enumerate(rows)]
-    )
+    queries = [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(rows)]
+    write_lines(folder / "queries.jsonl", queries)
     (folder / "corpus.jsonl").write_text(corpus, encoding="utf-8")
     (folder / "qrels").mkdir(exist_ok=True)
     judged = [f"q{i}\t{ids[text]}\t1\n" for i, row in enumerate(rows) for text in row["pos"]]
     head = "query-id\tcorpus-id\tscore\n"
     (folder / "qrels" / "test.tsv").write_text(head + "".join(judged), encoding="utf-8")
     return folder
-
-
-def query(row: dict[str, Any]) -> dict[str, str]:
-    """Return a row's query as a BEIR folder has it."""
-    return {"text": row["query"]}
 
 
 def recipes(files: dict[str, Path], spreads: list[float]) -> Iterator[tuple[str, Path, list[str]]]:
