@@ -9,15 +9,18 @@ from pathlib import Path
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
 from sentence_transformers.sentence_transformer.evaluation import (
     EmbeddingSimilarityEvaluator,
     InformationRetrievalEvaluator,
 )
+from sentence_transformers.sentence_transformer.modules import Pooling
 from testset_files import DOCUMENTS, lines, write_plain_beir
 
 from embedtune.cli import main
 from embedtune.data.beir import read_beir
 from embedtune.data.scored_pairs import read_scored
+from embedtune.evaluation.compare import evaluate_models
 from embedtune.evaluation.metrics import retrieval_metrics
 from embedtune.reports.report import write_report
 
@@ -103,6 +106,27 @@ def test_curves_are_what_sentence_transformers_measures_of_base_and_exports(
     assert len(losses) == 3
     assert losses[0] > losses[2]
     assert "model/ is the model of the last step, 8; checkpoint.monitor" in caplog.text
+
+
+def test_a_base_that_compares_by_dot_product_is_measured_so(tiny_transformer, data):
+    """And what becomes of it by cosine, as it is exported."""
+    transformer = Transformer(str(tiny_transformer))
+    with torch.no_grad():  # of lengths that make a difference
+        for layer in transformer.auto_model.encoder.layer:
+            layer.output.LayerNorm.weight[:4] *= 10
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean")]
+    model = SentenceTransformer(modules=modules, device="cpu", similarity_fn_name="dot")
+    model.save_pretrained("dot")
+    rows = fit(Path("dot"), data, "--trainer.max_epochs", "1", "--save_on_epoch_end", "false")
+    sets = {"docs": read_beir(Path(data["docs"]), ("dev",))}
+    measured = [evaluate_models([name], sets)[0].metrics for name in ("dot", "run/model")]
+    for name in ("ndcg@10", "map@100"):
+        expected = [metrics[name] for metrics in measured]
+        assert curve(rows, f"val/docs/{name}") == pytest.approx(expected, abs=1e-6)
+    model.similarity_fn_name = "cosine"
+    model.save_pretrained("cosine")
+    by_cosine = evaluate_models(["cosine"], sets)[0].metrics["map@100"]
+    assert by_cosine != pytest.approx(measured[0]["map@100"], abs=1e-4)
 
 
 def test_the_base_has_its_own_prompt_width_and_longest_input(tiny_bert, data, tmp_path):
