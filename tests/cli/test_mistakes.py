@@ -4,6 +4,7 @@ import errno
 import json
 import re
 import resource
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from embedtune.callbacks import export_model
 from embedtune.callbacks.export_model import try_export
 from embedtune.cli import dispatch, main
 from embedtune.cli.config_files import refuse_broken_configs
-from embedtune.cli.mistakes import surroundings_said
+from embedtune.cli.mistakes import surroundings_said, tell_of_threads
 from embedtune.errors import InputError
 
 
@@ -225,6 +226,21 @@ def test_a_folder_that_cannot_be_made_is_one_line(tiny_bert, capsys):
 def test_an_error_of_the_machine_is_one_line(monkeypatch, capsys, error, message):
     monkeypatch.setattr(dispatch, "import_module", lambda name: raises(error))
     assert re.fullmatch(message, said(capsys, "fit"))
+
+
+def test_an_error_of_the_machine_in_a_thread_is_one_line(monkeypatch, caplog, capsys):
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    tell_of_threads()
+    for error in (OSError(errno.ENOSPC, "x", "run/events"), ValueError("a defect")):
+        thread = threading.Thread(target=raises, args=(error,))
+        thread.start()
+        thread.join()
+    assert [record.getMessage() for record in caplog.records] == [
+        "run/events: No space left on device"
+    ]
+    stderr = capsys.readouterr().err
+    assert stderr.count("Traceback") == 1
+    assert "ValueError: a defect" in stderr
 
 
 @pytest.mark.parametrize(

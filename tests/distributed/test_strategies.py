@@ -472,11 +472,13 @@ def test_ranks_evaluate_test_sets_together(runs, strategy):
     assert {"val/docs/ndcg@10", "val/docs/map@100/8", "val/pairs/spearman/8"} < set(found["base"])
     for moment in ("base", "metrics"):
         assert found[moment].keys() == expected[moment].keys()
-        assert found[moment] == pytest.approx(expected[moment], rel=1e-6), moment
+        # Trained weights differ by rounding, which decides between documents that are nearly tied.
+        close = {"rel": 1e-6} if moment == "base" else {"abs": 1e-4}
+        assert found[moment] == pytest.approx(expected[moment], **close), moment
     scores = {name for name in found["base"].keys() & found["metrics"] if "/loss" not in name}
     assert found["intervals"].keys() == scores
     for name, ends in found["intervals"].items():
-        assert ends == pytest.approx(expected["intervals"][name], abs=1e-6), name
+        assert ends == pytest.approx(expected["intervals"][name], abs=1e-4), name
     assert found["metrics"]["val/docs/ndcg@10"] != pytest.approx(found["base"]["val/docs/ndcg@10"])
 
 

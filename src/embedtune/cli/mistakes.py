@@ -2,9 +2,11 @@
 
 import difflib
 import errno
+import logging
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable
 from typing import NoReturn
 
@@ -22,6 +24,8 @@ SURROUNDINGS = {
 """Errors of disks and permissions. A file that is not there may well be a defect."""
 OF_TORCHS_WRITER = ("inline_container", "Parent directory ")
 """In what torch says, without a cause, when it cannot write to a path, as DeepSpeed has it do."""
+log = logging.getLogger("embedtune")
+
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -50,6 +54,23 @@ def surroundings_said(error: Exception) -> str | None:
         return None
     said = os.strerror(error.errno or 0)
     return said if error.filename is None else f"{error.filename}: {said}"
+
+
+def tell_of_threads() -> None:
+    """Let such an error in a thread, as in TensorBoard's, be a line; other errors are defects.
+
+    The thread that it works for learns of it by itself.
+    """
+
+    def say(failed: threading.ExceptHookArgs) -> None:
+        error = failed.exc_value
+        said = surroundings_said(error) if isinstance(error, Exception) else None
+        if said is None:
+            threading.__excepthook__(failed)
+        else:
+            log.warning("%s", said)
+
+    threading.excepthook = say
 
 
 def first_line(error: Exception) -> str:

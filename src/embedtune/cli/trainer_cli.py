@@ -23,7 +23,7 @@ from embedtune.cli.config_files import refuse_broken_configs
 from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, refuse_nulls, refuse_numbers, settle
 from embedtune.cli.log_lines import quiet_libraries
 from embedtune.cli.lost_ranks import lost_rank_said, tell_of_dead_ranks
-from embedtune.cli.mistakes import first_line
+from embedtune.cli.mistakes import first_line, tell_of_threads
 from embedtune.cli.parser import Parser
 from embedtune.cli.processes import end_with_rank_0
 from embedtune.cli.run_folder import SaveConfig, keep_earlier_checkpoints, refuse_withheld
@@ -206,6 +206,7 @@ class TrainerCLI(LightningCLI):
 def trainer_command(argv: Sequence[str]) -> None:
     """Run ``embedtune fit | validate | test | predict``."""
     quiet_libraries()
+    tell_of_threads()
     end_with_rank_0()
     tell_of_dead_ranks()
     try:
