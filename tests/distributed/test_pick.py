@@ -11,7 +11,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from embedtune.cli import main
 from embedtune.distributed import pick
-from embedtune.distributed.pick import Devices, pick_strategy, zero_bytes
+from embedtune.distributed.pick import Devices, find_devices, pick_strategy, zero_bytes
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import EncoderSpec
 
@@ -32,6 +32,15 @@ def bert(tiny_bert):
 @pytest.fixture(scope="module")
 def qwen(tiny_qwen):
     return Encoder(EncoderSpec(str(tiny_qwen), pooling="lasttoken"))
+
+
+def test_devices_are_those_of_a_trainer(monkeypatch):
+    given = {"accelerator": "cpu", "num_nodes": 1, "plugins": None}
+    one, both = (find_devices({**given, "devices": devices}) for devices in ("auto", 2))
+    assert (one.ranks, both.ranks, both.kind) == (1, 2, "cpu")
+    assert one.memory // 2 == pytest.approx(both.memory, abs=1)
+    monkeypatch.delattr("os.sysconf")  # as on Windows
+    assert find_devices({**given, "devices": "auto"}) == Devices(1, "cpu", 0)
 
 
 def test_encoders_like_bert_are_picked_fsdp_and_decoders_zero(bert, qwen):

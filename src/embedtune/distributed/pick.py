@@ -64,8 +64,10 @@ def find_devices(settings: dict[str, Any]) -> Devices:
     if kind == "cuda":
         numbers = range(torch.cuda.device_count())
         memory = min(torch.cuda.get_device_properties(i).total_memory for i in numbers)
-    else:
+    elif hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // trainer.num_devices
+    else:
+        memory = 0  # Windows, which has no DeepSpeed whose stage depended on it
     return Devices(ranks, kind, memory)
 
 
