@@ -172,7 +172,7 @@ class TrainerCLI(LightningCLI):
         if isinstance(path, Path):
             refuse_checkpoint(self.trainer.strategy, path)
             if command != "fit":
-                self.model.match(read_spec(path))
+                self.model.encoder.match(read_spec(path))
         try:
             getattr(self.trainer, command)(ckpt_path=path, **kwargs)
             exchange.leave()

@@ -60,7 +60,7 @@ class Encoder(nn.Module):
             InputError: The model cannot be loaded, or does not end in one embedding a text.
         """
         super().__init__()
-        self.spec, self.attn_implementation = spec, attn_implementation
+        self.spec, self.attn_implementation = spec.as_loaded, attn_implementation
         dropout = dropout_settings(spec.dropout, spec.attention_dropout)
         self.model = load_sentence_transformer(
             spec.model_name_or_path,
@@ -89,16 +89,7 @@ class Encoder(nn.Module):
                 f"model_name_or_path: {spec.model_name_or_path!r} does not tell its embedding "
                 "width; give model.pooling for a bare transformers checkpoint"
             )
-        if spec.projection_dim is not None:
-            self.append_projection(spec.projection_dim)
-        if spec.max_seq_length is not None:
-            self.raise_max_seq_length(spec.max_seq_length)
-        for role in ROLES:
-            prompt = spec.prompt(role)
-            if prompt is not None:
-                self.set_prompt(role, prompt)
-        if spec.similarity is not None:
-            self.set_similarity(spec.similarity)
+        self.match(spec)
 
     def _refuse_dropout(self, settings: dict[str, float]) -> None:
         configs = [transformer.config for transformer in transformers_of(self.model)]
@@ -109,6 +100,20 @@ class Encoder(nn.Module):
             )
 
     # --- Structure ----------------------------------------------------------------------
+
+    def match(self, spec: EncoderSpec) -> None:
+        """Take over what ``spec`` adds to the model; prompts and a projection only once."""
+        if spec.projection_dim is not None and self.spec.projection_dim is None:
+            self.append_projection(spec.projection_dim)
+        if spec.max_seq_length is not None:
+            self.raise_max_seq_length(spec.max_seq_length)
+        if spec.similarity is not None:
+            self.set_similarity(spec.similarity)
+        for role in ROLES:
+            prompt = spec.prompt(role)
+            # What was set before, by a configuration or by rows, wins.
+            if prompt is not None and self.spec.prompt(role) is None:
+                self.set_prompt(role, prompt)
 
     @property
     def width(self) -> int:

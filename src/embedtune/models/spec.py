@@ -35,6 +35,17 @@ class EncoderSpec(NamedTuple):
     attention_dropout: float | None = None
     from_run_folder: str | None = None
 
+    @property
+    def as_loaded(self) -> "EncoderSpec":
+        """The same without what is added to the base model once it is loaded."""
+        return self._replace(
+            projection_dim=None,
+            max_seq_length=None,
+            query_prompt=None,
+            document_prompt=None,
+            similarity=None,
+        )
+
     def prompt(self, role: Role) -> str | None:
         """Return the prompt for queries or documents, None where it is the base model's own."""
         return self.query_prompt if role == "query" else self.document_prompt

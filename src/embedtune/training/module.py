@@ -1,6 +1,5 @@
 """The LightningModule: encoder, projection and loss."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -33,7 +32,7 @@ from embedtune.losses.scope import Shares, in_scope
 from embedtune.models import freed_memory
 from embedtune.models.encoder import Encoder
 from embedtune.models.projection import ProjectionInit, parse_dims
-from embedtune.models.spec import ROLES, EncoderSpec, Features, PoolingMode
+from embedtune.models.spec import EncoderSpec, Features, PoolingMode
 from embedtune.models.trial import prepare_training
 from embedtune.training.accumulation import StepMeans, batches_of_step, loss_factor
 from embedtune.training.before_fit import (
@@ -50,6 +49,7 @@ from embedtune.training.loss_inputs import target_of
 from embedtune.training.optimizer import (
     build_optimizer,
     build_schedule,
+    count_steps,
     restore_settings,
     settings_of,
 )
@@ -371,24 +371,8 @@ class EmbeddingModule(pl.LightningModule):
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of the whole run.
-
-        Computed here, for Lightning's ``estimated_stepping_batches`` would set up the loaders
-        before a checkpoint restores its place in the data.
-        """
-        trainer = self.trainer
-        per_epoch = math.ceil(self.data.batches_per_epoch / trainer.accumulate_grad_batches)
-        epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-        by_epochs = per_epoch * epochs if epochs >= 0 else math.inf
-        by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
-        steps = min(by_epochs, by_steps)
-        if steps == math.inf and self.lr_schedule != "constant":
-            raise InputError(
-                f"model.lr_schedule: {self.lr_schedule} falls to zero at the last step: expected "
-                "trainer.max_epochs or max_steps to tell which that is, or constant"
-            )
-        # Without an end the rate rises as it would over one epoch.
-        return max(1, int(per_epoch if steps == math.inf else steps))
+        """Optimiser steps of the whole run."""
+        return count_steps(self.trainer, self.data.batches_per_epoch, self.lr_schedule)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and a schedule that moves every step."""
@@ -407,23 +391,9 @@ class EmbeddingModule(pl.LightningModule):
         if self._schedule is not None and self._schedule in used:  # not a subclass's own
             restore_settings(self.trainer.optimizers[0], self._schedule, self._settings)
 
-    def match(self, spec: EncoderSpec) -> None:
-        """Take over the structure that a checkpoint's weights were trained with."""
-        if spec.projection_dim is not None and self.encoder.spec.projection_dim is None:
-            self.encoder.append_projection(spec.projection_dim)
-        if spec.max_seq_length is not None:
-            self.encoder.raise_max_seq_length(spec.max_seq_length)
-        if spec.similarity is not None:
-            self.encoder.set_similarity(spec.similarity)
-        for role in ROLES:
-            prompt = spec.prompt(role)
-            # What the configuration or the rows say wins.
-            if prompt is not None and self.encoder.spec.prompt(role) is None:
-                self.encoder.set_prompt(role, prompt)
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
-        self.match(EncoderSpec(**checkpoint["encoder_spec"]))
+        self.encoder.match(EncoderSpec(**checkpoint["encoder_spec"]))
         # A checkpoint may hold weights alone, and be loaded without a Trainer.
         if "loops" in checkpoint and self._trainer is not None and self.trainer.training:
             self._resume(checkpoint)

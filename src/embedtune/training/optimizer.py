@@ -1,5 +1,6 @@
-"""Parameter groups and the learning-rate schedule."""
+"""Parameter groups, the number of steps and the learning-rate schedule."""
 
+import math
 from typing import Any
 
 import torch
@@ -42,6 +43,28 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
     # It could unscale float16 gradients itself, but then they could not be clipped before.
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def count_steps(trainer: Any, batches_per_epoch: int, schedule: str) -> int:
+    """Return the optimiser steps of a whole fit; of one epoch where it has no end.
+
+    Lightning's ``estimated_stepping_batches`` would set up the loaders before a checkpoint restores
+    its place in the data.
+
+    Raises:
+        InputError: The fit has no end, and a schedule that needs one.
+    """
+    per_epoch = math.ceil(batches_per_epoch / trainer.accumulate_grad_batches)
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+    by_epochs = per_epoch * epochs if epochs >= 0 else math.inf
+    by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    steps = min(by_epochs, by_steps)
+    if steps == math.inf and schedule != "constant":
+        raise InputError(
+            f"model.lr_schedule: {schedule} falls to zero at the last step: expected "
+            "trainer.max_epochs or max_steps to tell which that is, or constant"
+        )
+    return max(1, int(per_epoch if steps == math.inf else steps))
 
 
 def build_schedule(
