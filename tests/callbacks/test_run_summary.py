@@ -151,7 +151,27 @@ def test_longest_inputs(tiny_transformer, caplog):
     caplog.clear()
     fit(Path("short"), "--data.query_max_len", "8", "--data.passage_max_len", "24")
     told = fact(caplog, "longest input")
-    assert told.endswith("documents 24; exported with 24, raised from the model's own 16")
+    assert told.endswith("documents 24; exported with the model's own 16")
+
+
+@pytest.mark.parametrize("count", [6, 12])
+def test_the_longest_input_is_raised_as_far_as_texts_go(tiny_transformer, caplog, count):
+    """By the texts that are tokenised ahead, or by a sample where a fit is on fewer (12 rows)."""
+    model = SentenceTransformer(str(saved(tiny_transformer)), device="cpu")
+    model.max_seq_length = 16
+    model.save_pretrained("short")
+    rows = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(count)]
+    rows[3]["pos"] = ["a b c d e f g h i j k l m n o p q r"]
+    write(rows)
+    longest = len(model.tokenizer(rows[3]["pos"][0])["input_ids"])
+    assert longest > 16
+    for limit, expected in ((64, longest), (18, 18)):
+        caplog.clear()
+        exported = fit(Path("short"), "--data.passage_max_len", str(limit))
+        assert exported.max_seq_length == expected
+        told = fact(caplog, "longest input")
+        said = f"exported with {expected}, as the longest text has, above the model's own 16"
+        assert told.endswith(said)
 
 
 def test_what_is_trained_and_what_is_frozen(tiny_bert, caplog):

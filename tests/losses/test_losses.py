@@ -329,7 +329,15 @@ def test_teacher_temperature_depends_on_what_is_compared():
 def scored_batch(scores: torch.Tensor) -> tuple[Embeddings, Target]:
     draw = torch.Generator().manual_seed(1)
     query, positive = (torch.randn(n, 8, generator=draw) for n in (3, 12))
-    target = Target(scores=scores, list_index=torch.arange(3).repeat_interleave(4))
+    target = Target(
+        scores=scores,
+        list_index=torch.arange(3).repeat_interleave(4),
+        own=torch.tensor([0, 4, 8]),
+        query_id=torch.arange(1, 4),
+        positive_id=torch.arange(11, 23),
+        positive_query_id=torch.arange(1, 4).repeat_interleave(4),
+        known_positive_id=torch.arange(11, 23).view(3, 4),
+    )
     return Embeddings(query=query, positive=positive), target
 
 
@@ -342,6 +350,40 @@ def test_scores_of_any_scale_ask_for_the_same():
         loss.derive_teacher_temperature(float(scaled.view(3, 4).std(dim=1, correction=0).mean()))
         losses.append(loss(*scored_batch(scaled))["loss"])
     assert torch.allclose(torch.stack(losses), losses[0].expand(3), rtol=1e-4)
+
+
+def test_texts_that_a_list_of_the_query_has_are_no_negatives_of_it():
+    """A text that lies in two lists, and the list of an equal query."""
+    loss = ListwiseKL(teacher_temperature=0.1)
+    embeddings, target = scored_batch(torch.rand(12, generator=torch.Generator().manual_seed(3)))
+    own = embeddings.positive
+    assert own is not None
+
+    def gradients(**more: torch.Tensor) -> torch.Tensor:
+        """Which lists' texts have a gradient from the first query alone, ``[3]``."""
+        query = embeddings.query.clone().requires_grad_()
+        positive = own.clone().requires_grad_()
+        given = embeddings._replace(query=query, positive=positive)
+        first = loss(given, target._replace(**more))["loss"]
+        (of_query,) = torch.autograd.grad(first, query, create_graph=True)
+        (found,) = torch.autograd.grad(of_query[0].sum(), positive)
+        return found.view(3, 4, -1).abs().sum(dim=(1, 2)) > 1e-9
+
+    assert gradients().tolist() == [True, True, True]
+    equal = torch.tensor([1, 1, 3])
+    same_query = equal, equal.repeat_interleave(4)
+    assert gradients(query_id=same_query[0], positive_query_id=same_query[1]).tolist() == [
+        True,
+        False,
+        True,
+    ]
+    shared = torch.arange(11, 23).view(3, 4)
+    shared[2] = shared[0]
+    assert gradients(positive_id=shared.flatten(), known_positive_id=shared).tolist() == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_lists_need_a_teacher_temperature():

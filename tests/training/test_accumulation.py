@@ -58,7 +58,9 @@ def fit(folder, model, batch_size, *callbacks, **settings):
         callbacks=[watch, *callbacks],
         **{"max_epochs": 1, **settings},
     )
-    module = EmbeddingModule(str(model), loss=Parts(), lr=1e-12, weight_decay=0.0, dropout=0.0)
+    module = EmbeddingModule(
+        str(model), loss=Parts(in_batch_negatives=False), lr=1e-12, weight_decay=0.0, dropout=0.0
+    )
     trainer.fit(module, EmbeddingDataModule(str(path), batch_size=batch_size))
     return watch
 

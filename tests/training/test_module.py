@@ -239,7 +239,7 @@ def test_the_loss_is_computed_in_float32_outside_autocast(tmp_path, tiny_bert):
 
 
 def test_two_accumulated_batches_give_the_gradient_of_one(tmp_path, tiny_bert):
-    """ListwiseKL has no coupling between lists, so halves must average to the whole."""
+    """Lists that are compared alone have no coupling, so halves must average to the whole."""
 
     def weights(batch_size, accumulate):
         module, start = fit(
@@ -249,6 +249,7 @@ def test_two_accumulated_batches_give_the_gradient_of_one(tmp_path, tiny_bert):
             {"batch_size": batch_size, "shuffle": False},
             {"accumulate_grad_batches": accumulate},
             kind=SGDModule,
+            loss=ListwiseKL(in_batch_negatives=False),
         )
         assert module.trainer.global_step == 3
         return module, start

@@ -104,7 +104,7 @@ def _longest_input(module: EmbeddingModule) -> str:
     exported, own = encoder.max_seq_length, module.own_max_seq_length
     if exported == own:
         return f"{line}; exported with the model's own {exported or 'unlimited'}"
-    return f"{line}; exported with {exported}, raised from the model's own {own}"
+    return f"{line}; exported with {exported}, as the longest text has, above the model's own {own}"
 
 
 def _about_data(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str, str]:

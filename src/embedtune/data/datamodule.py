@@ -26,6 +26,9 @@ NEEDED: dict[str, tuple[Part, ...]] = {
     "predict": ("predict",),
 }
 """The parts of the data that each Trainer function reads; the first of them is required."""
+LENGTHS_SAMPLE, LONGEST_TEXTS = 1000, 64
+"""Examples whose texts tell how long texts are, where not all are tokenised ahead; and how many of
+these texts, the longest in characters, are."""
 
 
 class EmbeddingDataModule(pl.LightningDataModule):
@@ -204,12 +207,19 @@ class EmbeddingDataModule(pl.LightningDataModule):
     def _is_on_cpu(self) -> bool:
         return self.trainer.strategy.root_device.type == "cpu"
 
-    @property
-    def max_len(self) -> int:
-        """Longest text of the opened data in tokens."""
-        if self.format == Format.DISTILL:
-            return self.query_max_len
-        return max(self.query_max_len, self.passage_max_len)
+    def longest_text(self, encoder: Encoder) -> int:
+        """Return the tokens of the longest training text, cut as it is encoded.
+
+        Of a sample, where texts are tokenised as the run goes.
+        """
+        if self._tokens is not None:
+            return self._tokens.longest
+        collate = self.collator(encoder)
+        sample = self.datasets["train"].sample(LENGTHS_SAMPLE)
+        texts = {text for example in sample for text in collate.texts(example)}
+        longest = sorted(texts, key=lambda text: len(text.text))[-LONGEST_TEXTS:]
+        features = [encoder.tokenize([t.text], t.role, t.prompt, t.max_len) for t in longest]
+        return max(found["input_ids"].shape[-1] for found in features)
 
     @property
     def teacher_dim(self) -> int | None:

@@ -25,9 +25,9 @@ class Example(NamedTuple):
         prompt: The row's own query prompt, or None.
         positives: One text (pair, triplet), the whole list (scored) or none (distill).
         negatives: ``neg_nums`` hard negatives (triplet).
-        known_positives: Every positive of the row (pair, triplet): none of them is a negative.
-        known_positive_id: int64 ``[p]``, hashes of the positives that all rows of the query have;
-            None where it is in no other row.
+        known_positives: Every positive of the row, of a list every text: none is a negative.
+        known_positive_id: int64 ``[p]``, hashes of those that all rows of the query have; None
+            where it is in no other row.
         scores: One score per positive (scored).
         teacher: float32 ``[D]`` teacher embedding of the query (distill).
         spare: It is encoded, but does not count (see :class:`~embedtune.data.sampler.Key`).
@@ -74,6 +74,7 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
         self._known: KnownPositives | None = None
         if rows.format in (Format.PAIR, Format.TRIPLET):
             self._starts = np.concatenate([[0], np.cumsum(rows.list_lengths)])
+        if rows.format != Format.DISTILL:
             self._known = KnownPositives(rows)
 
     def __len__(self) -> int:
@@ -138,7 +139,8 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
             return Example(index, query, prompt, teacher=teacher)
         positives = fields["positives"]
         if self._starts is None:
-            return Example(index, query, prompt, positives, scores=fields["scores"])
+            own = positives, (), positives, known, fields["scores"]
+            return Example(index, query, prompt, *own)
         negatives: list[str] = []
         if self.rows.format == Format.TRIPLET:
             candidates = fields["negatives"]

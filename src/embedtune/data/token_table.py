@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from embedtune.data.cache import cache_folder, open_table
 from embedtune.data.chunks import Text
@@ -46,6 +47,16 @@ class TokenTable:
         digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         path = cache_folder() / f"{digest}.arrow"
         self.table, _ = open_table(path, SCHEMA, lambda: _tokenised(rows, collator))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text, cut as it is encoded."""
+        lengths = [0]
+        for name in SCHEMA.names:
+            for chunk in self.table.data.column(name).chunks:
+                lists = chunk if chunk.type == IDS else chunk.flatten()
+                lengths.append(pc.max(pc.list_value_length(lists)).as_py() or 0)
+        return max(lengths)
 
     def find(
         self, row: int, fields: Mapping[str, Any], example: Example

@@ -126,6 +126,35 @@ def kl_over_list(
     return (teacher.exp() * (teacher - student)).sum() / num_lists
 
 
+def kl_over_candidates(
+    similarity: Float[Tensor, "b n"],
+    scores: Float[Tensor, " m"],
+    list_index: Int[Tensor, " m"],
+    column: Int[Tensor, " m"],
+    known: Bool[Tensor, "b n"],
+    temperature: float,
+    teacher_temperature: float,
+) -> Float[Tensor, ""]:
+    """Return KL(teacher || student) over each query's list and the texts of the others' lists.
+
+    The teacher gives those of other lists a probability of 0: in the limit of a teacher that is
+    sure of one text this is InfoNCE.
+
+    Args:
+        similarity: Cosine of each query with every text of the batch.
+        scores: Teacher's score of each text of a list.
+        list_index: Which query each of these belongs to, ascending.
+        column: Where it is among the texts of the batch.
+        known: Texts of other lists that are left out, for a list of the query has them too.
+        temperature: Divides the similarities.
+        teacher_temperature: Divides the scores.
+    """
+    logits = (similarity / temperature).masked_fill(known, float("-inf"))
+    student = F.log_softmax(logits, dim=1)[list_index, column]
+    teacher = _log_softmax_by_list(scores / teacher_temperature, list_index, len(similarity))
+    return (teacher.exp() * (teacher - student)).sum() / len(similarity)
+
+
 def _log_softmax_by_list(
     logits: Float[Tensor, " m"], list_index: Int[Tensor, " m"], num_lists: int
 ) -> Float[Tensor, " m"]:

@@ -1,7 +1,8 @@
 """Losses of texts with scores: over the list of a query, or over all pairs."""
 
-from typing import Literal
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from embedtune.data.records import Format
@@ -9,7 +10,7 @@ from embedtune.errors import InputError, require_positive
 from embedtune.losses import functional
 from embedtune.losses.contract import Loss
 from embedtune.losses.inputs import Embeddings, Target
-from embedtune.losses.similarity import pairwise_cosine
+from embedtune.losses.similarity import cosine_similarity, pairwise_cosine
 
 SPREAD = 0.15
 """Standard deviation of a list's cosines that a derived teacher temperature asks for."""
@@ -25,6 +26,7 @@ class ListwiseKL(Loss):
         over: Literal["list", "batch"] = "list",
         temperature: float = 0.02,
         teacher_temperature: float | None = None,
+        in_batch_negatives: bool = True,
     ) -> None:
         """Set the hyper-parameters.
 
@@ -34,14 +36,20 @@ class ListwiseKL(Loss):
             temperature: Divides the cosines.
             teacher_temperature: Divides the scores; 0.02 over the batch. Over lists a fit derives
                 it from the spread of its scores (:meth:`derive_teacher_temperature`).
+            in_batch_negatives: Over lists, compare each also with the texts of the other lists of
+                the global batch, which the teacher gives a probability of 0; those that a list of
+                an equal query has as well are left out.
         """
         super().__init__()
         if teacher_temperature is None and over == "batch":
             teacher_temperature = 0.02
         if teacher_temperature is not None:
             require_positive("teacher_temperature", teacher_temperature)
-        self.over = over
-        self.scope = "rank" if over == "list" else "global"
+        self.over, self.in_batch_negatives = over, in_batch_negatives
+        if over == "batch":
+            self.scope = "global"
+        else:
+            self.scope = "documents" if in_batch_negatives else "rank"
         self.temperature = require_positive("temperature", temperature)
         self.teacher_temperature = teacher_temperature
 
@@ -59,18 +67,49 @@ class ListwiseKL(Loss):
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the mean over lists, or over the pairs of the batch."""
-        cosine, scores, list_index = _scored_pairs(embeddings, target)
         if self.teacher_temperature is None:
             raise InputError(
                 "teacher_temperature: expected a number, or a call of derive_teacher_temperature "
                 "as a fit makes it, found None"
             )
         temperatures = self.temperature, self.teacher_temperature
+        if self.over == "list" and self.in_batch_negatives:
+            return {"loss": _kl_over_candidates(embeddings, target, *temperatures)}
+        cosine, scores, list_index = _scored_pairs(embeddings, target)
         if self.over == "batch":
             return {"loss": functional.kl_over_batch(cosine, scores, *temperatures)}
         num_lists = len(embeddings.query)
         loss = functional.kl_over_list(cosine, scores, list_index, num_lists, *temperatures)
         return {"loss": loss}
+
+
+def _kl_over_candidates(
+    embeddings: Embeddings, target: Target, temperature: float, teacher_temperature: float
+) -> Tensor:
+    given: Any = target  # what scored rows have comes together
+    documents: Any = embeddings.positive
+    list_index = given.list_index
+    place = torch.arange(len(list_index), device=list_index.device)
+    place = place - torch.searchsorted(list_index, list_index)  # within its list
+    # The list of a spare share is not among the documents: any will do, for it has no weight.
+    column = (given.own[list_index] + place).clamp_max(len(documents) - 1)
+    known = functional.known_positive_mask(
+        given.query_id,
+        given.positive_id,
+        given.known_positive_id,
+        given.positive_query_id,
+        given.own,
+    )
+    known[list_index, column] = False
+    return functional.kl_over_candidates(
+        cosine_similarity(embeddings.query, documents),
+        given.scores,
+        list_index,
+        column,
+        known,
+        temperature,
+        teacher_temperature,
+    )
 
 
 class CoSENT(Loss):

@@ -4,12 +4,13 @@ import logging
 
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.data.records import Format
+from embedtune.data.rows import Rows
 from embedtune.errors import InputError
 from embedtune.losses.contract import Loss
 from embedtune.losses.distillation import Distillation
 from embedtune.losses.infonce import InfoNCE
 from embedtune.losses.matryoshka import Matryoshka
-from embedtune.losses.scored import ListwiseKL
+from embedtune.losses.scored import CoSENT, ListwiseKL
 
 log = logging.getLogger("embedtune")
 
@@ -33,7 +34,9 @@ def choose_loss(
     """
     row_format = data.format
     assert row_format is not None, "only predict has no format"
-    loss = loss or default_loss(row_format, temperature)
+    if loss is None:
+        of_pairs = row_format == Format.SCORED and _main_rows(data).list_lengths.max() < 2
+        loss = default_loss(row_format, temperature, of_pairs=of_pairs)
     if row_format not in loss.formats:
         raise InputError(
             f"model.loss: {type(loss).__name__} takes {' or '.join(sorted(loss.formats))} "
@@ -54,8 +57,7 @@ def _derive_teacher_temperature(loss: Loss, data: EmbeddingDataModule) -> None:
     while isinstance(loss, Matryoshka):  # given by the user
         loss = loss.loss
     if isinstance(loss, ListwiseKL) and loss.teacher_temperature is None:
-        opened = data.datasets.get("train") or next(iter(data.datasets.values()))
-        spread = opened.rows.score_spread
+        spread = _main_rows(data).score_spread
         derived = loss.derive_teacher_temperature(spread)
         said = "teacher temperature %.3g, for scores that spread by %.3g within a list"
         log.info(said, derived, spread)
@@ -97,11 +99,27 @@ def _refuse_singleton_lists(data: EmbeddingDataModule) -> None:
             )
 
 
-def default_loss(row_format: Format, temperature: float | None) -> Loss:
-    """Return the loss for a format of data when none is given."""
-    if row_format == Format.DISTILL:
+def default_loss(row_format: Format, temperature: float | None, *, of_pairs: bool = False) -> Loss:
+    """Return the loss for a format of data when none is given.
+
+    Args:
+        row_format: That of the rows.
+        temperature: Of the loss; None is its default.
+        of_pairs: Scored rows have a text each, as in sentence similarity: the order of all pairs
+            is what there is to learn.
+
+    Raises:
+        InputError: It has no temperature, and one is given.
+    """
+    if row_format == Format.DISTILL or of_pairs:
+        kind = CoSENT if of_pairs else Distillation
         if temperature is not None:
-            raise InputError("model.temperature: Distillation has none; leave it out")
-        return Distillation()
-    kind = ListwiseKL if row_format == Format.SCORED else InfoNCE
-    return kind() if temperature is None else kind(temperature=temperature)
+            raise InputError(f"model.temperature: {kind.__name__} has none; leave it out")
+        return kind()
+    with_temperature = ListwiseKL if row_format == Format.SCORED else InfoNCE
+    return with_temperature() if temperature is None else with_temperature(temperature=temperature)
+
+
+def _main_rows(data: EmbeddingDataModule) -> Rows:
+    """Return the rows that are trained on, else the first that are evaluated."""
+    return (data.datasets.get("train") or next(iter(data.datasets.values()))).rows

@@ -196,7 +196,7 @@ class EmbeddingModule(pl.LightningModule):
             start_projection(
                 self.encoder, self.projection_init, mrl_dims, self.data, device, strategy.broadcast
             )
-            self.encoder.raise_max_seq_length(self.encoder.cap(self.data.max_len))
+            self.encoder.raise_max_seq_length(self.data.longest_text(self.encoder))
             compare_directions(self.encoder)
             refuse_long_prompts(self.encoder, self.data)
             self.num_parameters = self.encoder.num_parameters
