@@ -26,15 +26,15 @@ SCALES: dict[str, Callable[[float], float]] = {
 """Of a reranker's logits; grades are whole numbers from 0 to 3."""
 NOISE = 1.5
 """Standard deviation of such a logit about 3 or -3: two in a hundred are on the wrong side."""
-WORDS, CHARACTERS = 40, 80
-"""Of a text, that of a language without spaces by characters: a core trains on some 60,000 tokens
+WORDS, CHARACTERS = 30, 60
+"""Of a text, that of a language without spaces by characters: a core trains on some 50,000 tokens
 in a minute."""
-EXAMPLES = {"pair": 1000, "triplet": 320, "list": 320, "sts": 1000, "distill": 2000}
+EXAMPLES = {"pair": 640, "triplet": 192, "list": 192, "sts": 640, "distill": 1600}
 LONG = 0.4
 """Share of these examples for sets of longer texts than banking77's."""
 POSITIVES, NEGATIVES = 1, 4
 """Of a list."""
-DOCUMENTS, QUERIES = 800, 400
+DOCUMENTS, QUERIES = 500, 250
 """Of a test set."""
 DEV_SHARE = 1 / 3
 

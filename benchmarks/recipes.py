@@ -4,9 +4,12 @@
 
 trains every task of ``recipe_tasks`` with nothing but a model and data, and with the variants that
 ``--variants NAME='FLAGS'`` adds, and prints markdown tables: nDCG@10, of sentence pairs Spearman's
-correlation, against the base model, with 95 % intervals. Choose with ``--split dev``. What was
-measured is kept under --work, so that a study can be stopped, continued and widened;
-``--minutes`` ends it after a while, ``--processes`` shares it out.
+correlation, against the base model, with 95 % intervals. ``--peer`` adds SentenceTransformerTrainer
+(``trainer``, and ``trainer-mrl`` with MatryoshkaLoss). A student of distillation is the model
+itself with a half of its layers, and its base row that student before training.
+
+Choose with ``--split dev``. What was measured is kept under --work, so that a study can be stopped,
+continued and widened; ``--minutes`` ends it after a while, ``--processes`` shares it out.
 """
 
 import argparse
@@ -22,6 +25,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import recipe_peer
 import recipe_tasks
 import torch
 from recipe_tasks import Task
@@ -31,11 +35,13 @@ from torch import Tensor
 from embedtune.cli.dispatch import main as embedtune
 from embedtune.evaluation.intervals import PerQuery, intervals, outcome
 from embedtune.evaluation.measure import measure
+from embedtune.tools.teach import teach
 
 WIDTHS = (128, 64, 32)
 """Measured beside the full width."""
 VERSIONS = ("torch", "lightning", "transformers", "sentence-transformers")
-MINUTES = 100_000
+PEER: dict[str, list[int]] = {"trainer": [], "trainer-mrl": [384, *WIDTHS]}
+"""Its variants, and the widths that they train."""
 
 
 class Job(NamedTuple):
@@ -69,15 +75,24 @@ class Study(NamedTuple):
     def run(self, job: Job) -> None:
         """Train and measure, in a process of its own."""
         torch.set_num_threads(1)
-        task = recipe_tasks.make(job.task, self.data, job.split, job.seed, self.work / "tasks")
-        started, folder = time.perf_counter(), Path(self.models[job.model])
-        if job.variant != "base":
-            folder = self.work / "runs" / job.name
-            flags = self.variants[job.variant]
-            fit(self.models[job.model], task, flags, job.seed, folder)
-            folder /= "model"
+        tasks, out = self.work / "tasks", self.work / "runs" / job.name
+        task = recipe_tasks.make(job.task, self.data, job.split, job.seed, tasks)
+        model, teacher = self.models[job.model], None
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "output.txt").open("w") as output:
+            for stream in (1, 2):
+                os.dup2(output.fileno(), stream)
+        if task.format == "distill":
+            teacher = task.rows.parent / f"teacher-{job.model}"
+            teach(model, str(task.rows), teacher)
+            model = str(halved(model, self.work / "students" / job.model))
+        started = time.perf_counter()
+        if job.variant in PEER:
+            recipe_peer.train(model, task, teacher, job.seed, PEER[job.variant], out)
+        elif job.variant != "base":
+            fit(model, task, teacher, self.variants[job.variant], job.seed, out)
         seconds = time.perf_counter() - started
-        metrics, per_query = quality(folder, task)
+        metrics, per_query = quality(Path(model) if job.variant == "base" else out / "model", task)
         kept = {
             "metrics": metrics,
             "values": dict(per_query.values),
@@ -89,28 +104,43 @@ class Study(NamedTuple):
         torch.save(kept, self.result(job))
 
 
-def fit(model: str, task: Task, flags: list[str], seed: int, folder: Path) -> None:
+def fit(
+    model: str, task: Task, teacher: Path | None, flags: list[str], seed: int, out: Path
+) -> None:
     """Train with nothing but a model and data, and the flags of a variant."""
+    data = [f"--data.train_path={task.rows}"]
+    if teacher is not None:
+        data = [
+            f"--data.train_path={teacher / 'texts.jsonl'}",
+            f"--data.teacher_path={teacher / 'embeddings.f32'}",
+        ]
     arguments = [
         "fit",
         f"--model.model_name_or_path={model}",
-        f"--data.train_path={task.rows}",
-        f"--trainer.default_root_dir={folder}",
+        f"--trainer.default_root_dir={out}",
         f"--seed_everything={seed}",
         "--save_on_epoch_end=false",
         "--trainer.enable_progress_bar=false",
         "--trainer.enable_checkpointing=false",
+        *data,
         *flags,
     ]
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.txt").open("w") as output:
-        for stream in (1, 2):
-            os.dup2(output.fileno(), stream)
-        try:
-            embedtune(arguments)
-        except SystemExit as end:
-            if end.code:
-                raise
+    try:
+        embedtune(arguments)
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def halved(model: str, folder: Path) -> Path:
+    """Save a model with every other of its layers, the last one kept, and return the folder."""
+    if not folder.exists():
+        student = SentenceTransformer(model, device="cpu")
+        encoder: Any = student[0].model.encoder
+        encoder.layer = encoder.layer[1::2]
+        student[0].model.config.num_hidden_layers = len(encoder.layer)
+        student.save_pretrained(str(folder))
+    return folder
 
 
 def quality(folder: Path, task: Task) -> tuple[dict[str, float], PerQuery]:
@@ -193,12 +223,15 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", default=recipe_tasks.names(), help="or their starts")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--variants", nargs="*", default=[], help="NAME='FLAGS'")
-    parser.add_argument("--minutes", type=float, default=MINUTES)
+    parser.add_argument("--peer", action="store_true", help="train by the peer, too")
+    parser.add_argument("--minutes", type=float, default=float("inf"))
     parser.add_argument("--processes", type=int, default=1)
     given = parser.parse_args()
     models = dict(part.split("=", 1) for part in given.models)
     added = dict(part.split("=", 1) for part in given.variants)
     variants = {"defaults": []} | {name: shlex.split(flags) for name, flags in added.items()}
+    if given.peer:
+        variants |= {name: [] for name in PEER}
     os.environ["EMBEDTUNE_CACHE"] = str(given.work / "cache")
     study = Study(given.data, given.work, models, variants)
     tasks = [name for name in recipe_tasks.names() if name.startswith(tuple(given.tasks))]

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from embedtune.whole_files import (
     naming,
     part_of,
     put,
+    put_together,
     remove,
     sweep,
     write_text,
@@ -68,6 +70,27 @@ def test_what_has_not_reached_the_disk_takes_no_place(tmp_path, monkeypatch, ful
         write_text(path, "new")
     assert path.read_text() == "former"
     assert names(tmp_path) == ["a.txt"]
+
+
+def test_files_that_belong_together_are_all_put_back(tmp_path, monkeypatch):
+    """Where their names do not reach the disk: not even a file that had no former keeps its."""
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(f"former {name}")
+    parts = {tmp_path / f"{name}.part": tmp_path / name for name in ("a", "b", "c")}
+    for part in parts:
+        part.write_text("new")
+    fsync = os.fsync
+
+    def fail_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, "lost")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    with pytest.raises(OSError, match="lost"):
+        put_together(parts)
+    assert names(tmp_path) == ["a", "b"]
+    assert [(tmp_path / name).read_text() for name in ("a", "b")] == ["former a", "former b"]
 
 
 def test_a_file_system_that_cannot_wait_for_the_disk_is_written_to(tmp_path, monkeypatch):

@@ -70,6 +70,8 @@ def put_together(parts: Mapping[Path, Path]) -> None:
             path.replace(formers[path])
         for part, path in parts.items():
             part.replace(path)
+        for folder in {path.parent for path in formers}:
+            _sync(folder)
     except BaseException:
         for path, former in formers.items():
             if path not in held:
@@ -77,8 +79,6 @@ def put_together(parts: Mapping[Path, Path]) -> None:
             elif former.exists():
                 former.replace(path)
         raise
-    for folder in {path.parent for path in formers}:
-        _sync(folder)
     for former in formers.values():
         remove(former)
 

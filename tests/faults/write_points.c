@@ -3,6 +3,8 @@
  * Preloaded (LD_PRELOAD), so that it also meets what Rust and C++ write. A call is a write point if it
  * makes or changes a file: open for writing, write, truncate, allocate, make a folder, rename, link,
  * wait for the disk. From the chosen point on every one fails as on a full disk, or the process dies.
+ * A rename fails at its own point alone: a full disk refuses one where a folder has to grow for a new
+ * name, and neither a name that was just given up nor one that is taken over.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -31,15 +33,15 @@ void write_points_arm(const char *under, long at, int by_death) {
 
 long write_points_seen(void) { return points; }
 
-static int fails(void) {
+static int fails(int alone) {
     long point = ++points;
-    if (!chosen || point < chosen) return 0;
+    if (!chosen || point < chosen || (alone && point > chosen)) return 0;
     if (dies) kill(getpid(), SIGKILL);
     errno = ENOSPC;
     return 1;
 }
 
-static int path_fails(const char *path) {
+static int name_fails(const char *path, int alone) {
     if (!folder[0] || !path) return 0;
     char full[PATH_MAX];
     if (path[0] != '/') {
@@ -48,8 +50,10 @@ static int path_fails(const char *path) {
         if (snprintf(full, sizeof full, "%s/%s", here, path) >= (int)sizeof full) return 0;
         path = full;
     }
-    return !strncmp(path, folder, strlen(folder)) && fails();
+    return !strncmp(path, folder, strlen(folder)) && fails(alone);
 }
+
+static int path_fails(const char *path) { return name_fails(path, 0); }
 
 static int file_fails(int fd) {
     if (!folder[0]) return 0;
@@ -60,7 +64,7 @@ static int file_fails(int fd) {
     errno = before;
     if (length < 0) return 0;
     path[length] = 0;
-    return !strncmp(path, folder, strlen(folder)) && fails();
+    return !strncmp(path, folder, strlen(folder)) && fails(0);
 }
 
 #define REAL(result, name, ...) \
@@ -156,12 +160,12 @@ int mkdirat(int at, const char *path, mode_t mode) {
 
 int rename(const char *from, const char *to) {
     REAL(int, "rename", const char *, const char *);
-    return path_fails(to) ? -1 : real(from, to);
+    return name_fails(to, 1) ? -1 : real(from, to);
 }
 
 int renameat(int a, const char *from, int b, const char *to) {
     REAL(int, "renameat", int, const char *, int, const char *);
-    return path_fails(to) ? -1 : real(a, from, b, to);
+    return name_fails(to, 1) ? -1 : real(a, from, b, to);
 }
 
 int symlink(const char *target, const char *path) {

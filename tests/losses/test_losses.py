@@ -318,7 +318,7 @@ def test_wrong_hyper_parameters_are_refused():
 
 
 def test_teacher_temperature_depends_on_what_is_compared():
-    assert ListwiseKL("batch").teacher_temperature == 0.02
+    assert ListwiseKL("batch").teacher_temperature == ListwiseKL().temperature == 0.05
     assert ListwiseKL("batch", teacher_temperature=0.5).teacher_temperature == 0.5
     lists = ListwiseKL("list", temperature=0.1)
     assert lists.teacher_temperature is None

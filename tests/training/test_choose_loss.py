@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ LISTS = [[3.5, -2.0, 0.5], [4.0, -4.0], [1.0, 0.0, 0.0, -1.0]]
 
 
 @pytest.fixture(autouse=True)
-def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+def _in_a_folder_of_its_own(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
+    caplog.set_level(logging.INFO, logger="embedtune")
 
 
 def write(lists: list[list[float]]) -> Path:
@@ -36,18 +38,37 @@ def test_the_spread_of_scores_is_that_within_lists():
     assert Rows([write(lists)]).score_spread == pytest.approx(expected)
 
 
+def fit(model: Path, *flags: str) -> None:
+    """Train a step; a flag of the loss makes it ListwiseKL."""
+    asked = any(flag.startswith("--model.loss.") for flag in flags)
+    main(
+        [
+            *("fit", "--model.model_name_or_path", str(model)),
+            *("--data.train_path", "train.jsonl", "--trainer.max_steps", "1"),
+            *("--trainer.accelerator", "cpu", "--save_on_epoch_end", "false"),
+            *(["--model.loss=ListwiseKL"] if asked else []),
+            *flags,
+        ]
+    )
+
+
 @pytest.mark.parametrize("flags", [(), ("--model.use_mrl", "true", "--model.mrl_dims", "16,8")])
 def test_sentence_pairs_take_cosent(tiny_bert, caplog, flags):
     write([[0.0], [0.5], [1.0]])
-    with caplog.at_level(logging.INFO, logger="embedtune"):
-        main(
-            [
-                *("fit", "--model.model_name_or_path", str(tiny_bert)),
-                *("--data.train_path", "train.jsonl", "--trainer.max_steps", "1", *flags),
-                *("--trainer.accelerator", "cpu", "--save_on_epoch_end", "false"),
-            ]
-        )
+    fit(tiny_bert, *flags)
     assert "CoSENT(scale=20.0)" in caplog.text
+
+
+@pytest.mark.parametrize(("given", "said"), [(10.0, "all alike"), (0.01, "one text that is all")])
+def test_a_teacher_temperature_of_another_scale_is_told(tiny_bert, caplog, given, said):
+    spread = Rows([write(LISTS)]).score_spread
+    fit(tiny_bert, f"--model.loss.teacher_temperature={given}", "--model.loss.over=list")
+    (told,) = (r.getMessage() for r in caplog.records if "teacher_temperature:" in r.getMessage())
+    assert said in told
+    assert told.endswith(f"here {0.05 * spread / 0.15:.3g}")
+    caplog.clear()
+    fit(tiny_bert, f"--model.loss.teacher_temperature={spread / 2}")
+    assert not [r for r in caplog.records if "teacher_temperature:" in r.getMessage()]
 
 
 def test_the_losses_without_a_temperature_refuse_one():
@@ -59,15 +80,9 @@ def test_the_losses_without_a_temperature_refuse_one():
 @pytest.mark.parametrize("flags", [(), ("--model.use_mrl", "true", "--model.mrl_dims", "16,8")])
 def test_a_fit_derives_the_teacher_temperature_from_its_scores(tiny_bert, caplog, flags):
     spread = Rows([write(LISTS)]).score_spread
-    with caplog.at_level(logging.INFO, logger="embedtune"):
-        main(
-            [
-                *("fit", "--model.model_name_or_path", str(tiny_bert)),
-                *("--data.train_path", "train.jsonl", "--trainer.max_steps", "1", *flags),
-                *("--trainer.accelerator", "cpu", "--save_on_epoch_end", "false"),
-            ]
-        )
-    derived = 0.02 * spread / 0.15
+    fit(tiny_bert, *flags)
+    derived = 0.05 * spread / 0.15
     said = f"teacher temperature {derived:.3g}, for scores that spread by {spread:.3g}"
     assert said in caplog.text
-    assert f"teacher_temperature={derived:.4}" in caplog.text
+    (used,) = re.findall(r"teacher_temperature=([\d.]+), in_batch_negatives=True", caplog.text)
+    assert float(used) == pytest.approx(derived)

@@ -1,10 +1,17 @@
 """What AdamW decays, and the course of the learning rate."""
 
+import logging
+from pathlib import Path
+
 import pytest
 import torch
 
 from embedtune import EmbeddingModule
-from embedtune.training.optimizer import build_optimizer, build_schedule
+from embedtune.cli import main
+from embedtune.data.records import Format
+from embedtune.models.encoder import Encoder
+from embedtune.models.spec import EncoderSpec
+from embedtune.training.optimizer import build_optimizer, build_schedule, usual_lr
 
 
 def test_biases_and_norms_are_not_decayed(tiny_bert, tiny_qwen):
@@ -36,3 +43,29 @@ def test_the_learning_rate_rises_and_follows_its_schedule(name, last):
         schedule.step()
     assert rates[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[20] == pytest.approx(last, abs=1e-6)
+
+
+def test_the_usual_rate_falls_with_the_width_of_the_layers(tiny_bert, tiny_qwen):
+    for folder in (tiny_bert, tiny_qwen):
+        encoder = Encoder(EncoderSpec(str(folder), pooling="mean"))
+        width = encoder.model[0].config.hidden_size
+        assert usual_lr(encoder, Format.PAIR) == pytest.approx(2e-5 * 768 / width)
+        encoder.append_projection(3 * width)  # says nothing of the layers
+        assert usual_lr(encoder, Format.PAIR) == pytest.approx(2e-5 * 768 / width)
+        assert usual_lr(encoder, Format.DISTILL) == pytest.approx(5 * 2e-5 * 768 / width)
+
+
+def test_a_given_rate_is_the_rate(tiny_bert, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    Path("train.jsonl").write_text('{"query": "a", "pos": ["b"]}\n{"query": "c", "pos": ["d"]}\n')
+    arguments = [
+        *("fit", f"--model.model_name_or_path={tiny_bert}", "--data.train_path=train.jsonl"),
+        *("--trainer.accelerator=cpu", "--save_on_epoch_end=false", "--trainer.max_epochs=1"),
+    ]
+    caplog.set_level(logging.INFO, logger="embedtune")
+    main(arguments)
+    assert "0.00048 at its peak, cosine, by the model's width and the format" in caplog.text
+    assert "steps: 1: a model hardly" in caplog.text
+    caplog.clear()
+    main([*arguments, "--model.lr=1e-3", "--trainer.default_root_dir=other"])
+    assert "0.001 at its peak, cosine\n" in caplog.text

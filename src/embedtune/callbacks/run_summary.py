@@ -159,6 +159,8 @@ def _about_run(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, str]:
     facts = {
         "steps": f"{module.num_steps:,} ({epochs}"
         + (f", each of {accumulated} accumulated batches)" if accumulated > 1 else ")"),
+        "learning rate": f"{module.lr:.3g} at its peak, {module.lr_schedule}"
+        + (", by the model's width and the format" if module.derives_lr else ""),
         "loss": describe_loss(module.loss),
         "device": f"{trainer.strategy.root_device.type}, {trainer.world_size} rank(s)",
         "strategy": describe_strategy(trainer.strategy),

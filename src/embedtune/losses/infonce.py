@@ -33,7 +33,7 @@ class InfoNCE(Loss):
 
     def __init__(
         self,
-        temperature: float = 0.02,
+        temperature: float = 0.05,
         in_batch_positives: bool = False,
         multi_positive: bool = False,
         over: Literal["rank", "global"] = "global",

@@ -24,7 +24,7 @@ class ListwiseKL(Loss):
     def __init__(
         self,
         over: Literal["list", "batch"] = "list",
-        temperature: float = 0.02,
+        temperature: float = 0.05,
         teacher_temperature: float | None = None,
         in_batch_negatives: bool = True,
     ) -> None:
@@ -34,15 +34,16 @@ class ListwiseKL(Loss):
             over: ``list`` compares the texts of each query, ``batch`` all pairs of the
                 global batch.
             temperature: Divides the cosines.
-            teacher_temperature: Divides the scores; 0.02 over the batch. Over lists a fit derives
-                it from the spread of its scores (:meth:`derive_teacher_temperature`).
+            teacher_temperature: Divides the scores; over the batch the default is ``temperature``.
+                Over lists a fit derives it from the spread of its scores
+                (:meth:`derive_teacher_temperature`).
             in_batch_negatives: Over lists, compare each also with the texts of the other lists of
                 the global batch, which the teacher gives a probability of 0; those that a list of
                 an equal query has as well are left out.
         """
         super().__init__()
         if teacher_temperature is None and over == "batch":
-            teacher_temperature = 0.02
+            teacher_temperature = temperature
         if teacher_temperature is not None:
             require_positive("teacher_temperature", teacher_temperature)
         self.over, self.in_batch_negatives = over, in_batch_negatives

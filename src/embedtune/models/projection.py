@@ -81,8 +81,8 @@ def init_projection(linear: nn.Linear, init: ProjectionInit, sample: Tensor | No
     Args:
         linear: Its weight is ``[out, hidden]``; its bias is zeroed unless ``init`` is random.
         init: ``identity`` copies the coordinates, ``orthogonal`` is a random rotation, ``pca`` the
-            uncentred principal axes of the sample, strongest first, so that a prefix keeps as much
-            of the similarities as a prefix can; ``random`` leaves torch's weights.
+            principal axes of the sample, strongest first, so that a prefix keeps as much of what
+            tells texts apart as a prefix can; ``random`` leaves torch's weights.
         sample: Embeddings ``[n, hidden]`` for ``pca``.
     """
     weight = linear.weight
@@ -103,12 +103,16 @@ def init_projection(linear: nn.Linear, init: ProjectionInit, sample: Tensor | No
 
 
 def principal_axes(sample: Tensor) -> Tensor:
-    """Return the uncentred principal axes of a sample ``[n, d]``, strongest first, ``[d, d]``.
+    """Return the principal axes of a sample ``[n, d]``, strongest first, ``[d, d]``.
 
-    The rows are orthonormal: applying them is a rotation, which leaves every cosine as it is.
+    The rows are orthonormal: applying them is a rotation, which leaves every cosine as it is. They
+    are of the centred sample, so that what all embeddings share comes last: in a model like E5 it
+    is four fifths of their squared length, tells no text from another, and would narrow the cosines
+    of every prefix (Mu and Viswanath 2018, "All-but-the-Top").
     """
     unit = nn.functional.normalize(sample.double(), dim=-1)
-    _, axes = torch.linalg.eigh(unit.T @ unit)  # ascending eigenvalues, axes in columns
+    centred = unit - unit.mean(dim=0)
+    _, axes = torch.linalg.eigh(centred.T @ centred)  # ascending eigenvalues, axes in columns
     axes = axes.flip(-1).T
     # An eigenvector's sign is arbitrary: fix it, so that every machine starts alike.
     signs = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()

@@ -2,7 +2,7 @@
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from embedtune.evaluation.compare import Result
 from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, outcome
@@ -44,7 +44,8 @@ def format_table(results: Sequence[Result]) -> str:
         for row in rows
     ]
     compares = any(result.intervals is not None for result in results)
-    return "\n".join([*lines, *(_explained(names[results[0].model]) if compares else [])])
+    told = _explained(names[results[0].model]) if compares else []
+    return "\n".join([*lines, *told, *_fallen_widths(results, names)])
 
 
 def _place(width: int) -> float:
@@ -65,6 +66,30 @@ def _changes(firsts: Sequence[Result | None], own: Sequence[Result | None]) -> l
         changes.append("not compared" if math.isnan(difference) else told)
         ends.append(" to ".join(_decimals(end, "+") for end in between or ()) or "-")
     return [changes, ends]
+
+
+def _fallen_widths(results: Sequence[Result], names: Mapping[str, str]) -> list[str]:
+    """Tell of models that are worse than the first at small widths and not at their full one."""
+    told: dict[tuple[str, str], dict[int, str]] = {}
+    for result in results:
+        if result.intervals is not None:
+            by_width = told.setdefault((result.model, result.data), {})
+            by_width[result.width] = outcome(result.intervals.get(result.main))
+    fallen: dict[str, set[int]] = {}
+    for (model, _), by_width in told.items():
+        if by_width[max(by_width)] != "worse":
+            worse = {width for width, said in by_width.items() if said == "worse"}
+            fallen.setdefault(model, set()).update(worse)
+    lines = []
+    for model, widths in fallen.items():
+        if widths:
+            at = ", ".join(map(str, sorted(widths, reverse=True)))
+            lines += textwrap.wrap(
+                f"{names[model]} is worse at {at} alone: widths that a fit does not train may fall "
+                "as the full one rises; model.use_mrl trains those of model.mrl_dims.",
+                100,
+            )
+    return ["", *lines] if lines else []
 
 
 def _explained(first: str) -> list[str]:

@@ -11,6 +11,8 @@ from embedtune.models.spec import Role
 log = logging.getLogger("embedtune")
 
 
+FEW_STEPS = 10
+"""In fewer a schedule of the learning rate cannot rise and fall."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -95,3 +97,13 @@ def refuse_long_prompts(encoder: Encoder, data: EmbeddingDataModule) -> None:
                 f"{key}: expected more tokens than the {role} prompt {prompt!r} takes, found "
                 f"{longest}: nothing would be left of a text"
             )
+
+
+def tell_of_few_steps(steps: int) -> None:
+    """Warn of a fit that ends before it has begun."""
+    if steps < FEW_STEPS:
+        log.warning(
+            "steps: %d: a model hardly changes in so few; more trainer.max_epochs or a smaller "
+            "data.batch_size give more",
+            steps,
+        )

@@ -10,9 +10,12 @@ from embedtune.losses.contract import Loss
 from embedtune.losses.distillation import Distillation
 from embedtune.losses.infonce import InfoNCE
 from embedtune.losses.matryoshka import Matryoshka
-from embedtune.losses.scored import CoSENT, ListwiseKL
+from embedtune.losses.scored import SPREAD, CoSENT, ListwiseKL
 
 log = logging.getLogger("embedtune")
+
+FLATTEST, STEEPEST = SPREAD / 5, SPREAD * 5
+"""Within these a given teacher temperature may ask cosines of a list to spread."""
 
 
 def choose_loss(
@@ -43,7 +46,7 @@ def choose_loss(
             f"data, found {row_format} rows"
         )
     _refuse_without_signal(loss, data)
-    _derive_teacher_temperature(loss, data)
+    _settle_teacher_temperature(loss, data)
     if mrl_dims is None:
         return loss
     if isinstance(loss, Distillation):
@@ -52,15 +55,29 @@ def choose_loss(
     return Matryoshka(loss, mrl_dims)
 
 
-def _derive_teacher_temperature(loss: Loss, data: EmbeddingDataModule) -> None:
-    """Derive it where a loss has none, from the training rows, or those that are evaluated."""
+def _settle_teacher_temperature(loss: Loss, data: EmbeddingDataModule) -> None:
+    """Derive it where a loss has none, from the rows; warn where one does not fit their scores."""
     while isinstance(loss, Matryoshka):  # given by the user
         loss = loss.loss
-    if isinstance(loss, ListwiseKL) and loss.teacher_temperature is None:
-        spread = _main_rows(data).score_spread
+    if not isinstance(loss, ListwiseKL):
+        return
+    spread = _main_rows(data).score_spread
+    if loss.teacher_temperature is None:
         derived = loss.derive_teacher_temperature(spread)
         said = "teacher temperature %.3g, for scores that spread by %.3g within a list"
         log.info(said, derived, spread)
+        return
+    asked = loss.temperature * spread / loss.teacher_temperature
+    if spread and not FLATTEST < asked < STEEPEST:
+        log.warning(
+            "teacher_temperature: %.3g, with scores that spread by %.3g within a list, asks for "
+            "cosines that spread by %.2g: %s; none given is derived, here %.3g",
+            loss.teacher_temperature,
+            spread,
+            asked,
+            "nearly all alike" if asked <= FLATTEST else "one text that is all there is",
+            loss.temperature * spread / SPREAD,
+        )
 
 
 def _refuse_without_signal(loss: Loss, data: EmbeddingDataModule) -> None:

@@ -41,6 +41,7 @@ from embedtune.training.before_fit import (
     refuse_flash_in_float32,
     refuse_long_interval,
     refuse_long_prompts,
+    tell_of_few_steps,
 )
 from embedtune.training.choose_loss import choose_loss
 from embedtune.training.facts import told_by_all, training_facts
@@ -52,6 +53,7 @@ from embedtune.training.optimizer import (
     count_steps,
     restore_settings,
     settings_of,
+    usual_lr,
 )
 from embedtune.training.precision import autocast_dtype
 from embedtune.training.start_projection import start_projection
@@ -87,7 +89,7 @@ class EmbeddingModule(pl.LightningModule):
         use_mrl: bool = False,
         mrl_dims: list[int] | str = "128,256,512,768,1024,1280,1536,1792",
         projection_init: ProjectionInit = "pca",
-        lr: float = 2e-5,
+        lr: float | None = None,
         weight_decay: float = 0.01,
         warmup_proportion: float = 0.1,
         lr_schedule: Literal["cosine", "linear", "constant"] = "cosine",
@@ -112,13 +114,14 @@ class EmbeddingModule(pl.LightningModule):
                 for a GPU's later ones (docs/benchmarks.md).
             loss: A loss by ``class_path`` and ``init_args``; the default is InfoNCE (pair,
                 triplet), ListwiseKL (scored) or Distillation (distill).
-            temperature: Temperature of the default loss, where it has one; 0.02 by default.
+            temperature: Temperature of the default loss, where it has one; 0.05 by default.
             use_mrl: Train every width of ``mrl_dims`` (Matryoshka representation learning).
             mrl_dims: Widths, as a list or as numbers with commas between; widths above the
                 encoder's own widen its projection.
             projection_init: How the projection starts; none adds no projection, and MRL cuts the
                 encoder's own embedding.
-            lr: Peak learning rate of AdamW.
+            lr: Peak learning rate of AdamW; the default is 2e-5 for layers of width 768, falls as
+                layers are wider, and is 5 times as high for distillation.
             weight_decay: Decay of AdamW; biases and norm layers are not decayed.
             warmup_proportion: Share of the optimiser steps in which the rate rises.
             lr_schedule: Course of the learning rate after the warm-up.
@@ -129,7 +132,11 @@ class EmbeddingModule(pl.LightningModule):
         super().__init__()
         self.use_mrl, self.mrl_dims = use_mrl, parse_dims(mrl_dims)
         self.projection_init, self.temperature = projection_init, temperature
-        self.lr, self.weight_decay = require_positive("model.lr", lr), weight_decay
+        self.lr, self.derives_lr = (
+            lr if lr is None else require_positive("model.lr", lr),
+            lr is None,
+        )
+        self.weight_decay = weight_decay
         self.warmup_proportion, self.lr_schedule = warmup_proportion, lr_schedule
         if not 0 <= warmup_proportion <= 1:
             raise InputError(
@@ -184,6 +191,8 @@ class EmbeddingModule(pl.LightningModule):
         if stage == "fit":
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
             prepare_training(self.encoder)
+            if self.trainer.max_steps < 0:
+                tell_of_few_steps(self.num_steps)
         self.encoder.pack(device, autocast_dtype(str(self.trainer.precision)))
         if stage == "fit" and device.type == "cpu":
             freed_memory.keep_freed()
@@ -203,6 +212,7 @@ class EmbeddingModule(pl.LightningModule):
         if not self._has_loss_settled and self.data.format is not None:
             self._has_loss_settled = True
             self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data)
+            self.lr = usual_lr(self.encoder, self.data.format) if self.lr is None else self.lr
 
     def _set_prompts(self) -> None:
         """Make the prompts of the data the model's own: the base was measured with its own."""
@@ -376,6 +386,7 @@ class EmbeddingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and a schedule that moves every step."""
+        assert self.lr is not None, "settled with the loss"
         optimizer = build_optimizer(self, self.lr, self.weight_decay)
         schedule = build_schedule(
             optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion

@@ -9,10 +9,33 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from embedtune.data.records import Format
 from embedtune.errors import InputError
+from embedtune.models.encoder import Encoder
+from embedtune.models.towers import transformers_of
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Our schedule names, and those of ``transformers.get_scheduler``."""
+
+
+USUAL_LR, USUAL_WIDTH = 2e-5, 768
+"""What a model of BERT-base's width is usually fine-tuned with."""
+DISTILL_FACTOR = 5
+"""A student has more to learn, and a target for every text."""
+
+
+def usual_lr(encoder: Encoder, row_format: Format) -> float:
+    """Return the peak rate for a model and a format of data where none is given.
+
+    AdamW moves each weight by about its rate, so what a layer puts out moves by the rate times its
+    width: the rate falls as layers widen (Yang et al. 2022, "Tensor Programs V", table 3).
+    """
+    configs = [
+        transformer.config.get_text_config() for transformer in transformers_of(encoder.model)
+    ]
+    widths = [getattr(config, "hidden_size", None) or encoder.width for config in configs]
+    rate = USUAL_LR * USUAL_WIDTH / max(widths, default=encoder.width)
+    return rate * DISTILL_FACTOR if row_format == Format.DISTILL else rate
 
 
 def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
