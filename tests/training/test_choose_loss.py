@@ -84,5 +84,5 @@ def test_a_fit_derives_the_teacher_temperature_from_its_scores(tiny_bert, caplog
     derived = 0.05 * spread / 0.15
     said = f"teacher temperature {derived:.3g}, for scores that spread by {spread:.3g}"
     assert said in caplog.text
-    (used,) = re.findall(r"teacher_temperature=([\d.]+), in_batch_negatives=True", caplog.text)
+    (used,) = re.findall(r"ListwiseKL\(.*teacher_temperature=([\d.]+)", caplog.text)
     assert float(used) == pytest.approx(derived)
