@@ -210,3 +210,18 @@ def test_validation_knows_the_positives_of_its_own_rows(tmp_path, tiny_bert):
     # Of the first batch x has one negative, a, and q none, for b is its positive in the last row.
     expected = torch.nn.functional.softplus((x @ a - x @ b) / 0.5).item() / 3
     assert metrics["val/val/loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_lists_know_the_texts_of_every_list_of_their_query(tmp_path):
+    rows = [{**row, "scores": [0.5] * len(row["pos"])} for row in random_rows(60, seed=5)]
+    data = ExampleDataset(Rows([write(tmp_path / "rows.jsonl", rows)]))
+    texts = positives_by_query(rows)
+    queries = [row["query"] for row in rows]
+    for i, row in enumerate(rows):
+        example = data[Key(0, i)]
+        assert list(example.known_positives) == row["pos"]
+        if queries.count(row["query"]) < 2:
+            assert example.known_positive_id is None
+        else:
+            expected = text_hashes(texts[row["query"]])
+            assert sorted(example.known_positive_id) == sorted(expected)

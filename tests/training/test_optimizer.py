@@ -69,3 +69,7 @@ def test_a_given_rate_is_the_rate(tiny_bert, tmp_path, monkeypatch, caplog):
     caplog.clear()
     main([*arguments, "--model.lr=1e-3", "--trainer.default_root_dir=other"])
     assert "0.001 at its peak, cosine\n" in caplog.text
+    assert "model.lr:" not in caplog.text
+    for far, said in (("1e-2", "may ruin"), ("1e-6", "hardly moves")):
+        main([*arguments, f"--model.lr={far}", f"--trainer.default_root_dir={far}"])
+        assert f"model.lr: {float(far):.3g} {said}" in caplog.text

@@ -11,6 +11,8 @@ from embedtune.models.spec import Role
 log = logging.getLogger("embedtune")
 
 
+FAR = 10
+"""Times by which a given learning rate may be off."""
 FEW_STEPS = 10
 """In fewer a schedule of the learning rate cannot rise and fall."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
@@ -97,6 +99,13 @@ def refuse_long_prompts(encoder: Encoder, data: EmbeddingDataModule) -> None:
                 f"{key}: expected more tokens than the {role} prompt {prompt!r} takes, found "
                 f"{longest}: nothing would be left of a text"
             )
+
+
+def tell_of_far_rate(rate: float, usual: float) -> None:
+    """Warn of a learning rate that is far from what a model of this size takes."""
+    if not usual / FAR <= rate <= usual * FAR:
+        said = "hardly moves the model" if rate < usual else "may ruin what the base model knows"
+        log.warning("model.lr: %.3g %s: %.3g is usual for its width", rate, said, usual)
 
 
 def tell_of_few_steps(steps: int) -> None:

@@ -41,6 +41,7 @@ from embedtune.training.before_fit import (
     refuse_flash_in_float32,
     refuse_long_interval,
     refuse_long_prompts,
+    tell_of_far_rate,
     tell_of_few_steps,
 )
 from embedtune.training.choose_loss import choose_loss
@@ -212,7 +213,10 @@ class EmbeddingModule(pl.LightningModule):
         if not self._has_loss_settled and self.data.format is not None:
             self._has_loss_settled = True
             self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data)
-            self.lr = usual_lr(self.encoder, self.data.format) if self.lr is None else self.lr
+            usual = usual_lr(self.encoder, self.data.format)
+            self.lr = usual if self.lr is None else self.lr
+            if stage == "fit":
+                tell_of_far_rate(self.lr, usual)
 
     def _set_prompts(self) -> None:
         """Make the prompts of the data the model's own: the base was measured with its own."""

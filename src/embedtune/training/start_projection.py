@@ -45,6 +45,11 @@ def start_projection(
     if width is None:
         return
     sample = sample_embeddings(encoder, data, device) if init == "pca" else None
+    if sample is not None:
+        shared = torch.nn.functional.normalize(sample, dim=-1).mean(dim=0).square().sum()
+        log.info(
+            "%.0f%% of the embeddings' squared length tells no text from another", 100 * shared
+        )
     linear = encoder.append_projection(width).linear
     init_projection(linear, init, sample)
     # Every rank has drawn or computed its own.
