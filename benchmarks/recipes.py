@@ -2,14 +2,17 @@
 
     python benchmarks/recipes.py --data FOLDER --models minilm=MODEL e5=MODEL --split test
 
-trains every task of ``recipe_tasks`` with nothing but a model and data, and with the variants that
-``--variants NAME='FLAGS'`` adds, and prints markdown tables: nDCG@10, of sentence pairs Spearman's
-correlation, against the base model, with 95 % intervals. ``--peer`` adds SentenceTransformerTrainer
-(``trainer``, and ``trainer-mrl`` with MatryoshkaLoss). A student of distillation is the model
-itself with a half of its layers, and its base row that student before training.
+trains every task of ``recipe_tasks`` with nothing but a model and data (``defaults``), with
+Matryoshka widths beside (``mrl``), and with the variants that ``--variants NAME='FLAGS'`` adds, and
+prints markdown tables: nDCG@10, of sentence pairs Spearman's correlation, against the base model,
+with 95 % intervals and the seconds of a training. ``--peer`` adds SentenceTransformerTrainer
+(``trainer``, and ``trainer-mrl`` with MatryoshkaLoss) on as many examples. A student of
+distillation is the model itself with a half of its layers, and its base row that student before
+training.
 
-Choose with ``--split dev``. What was measured is kept under --work, so that a study can be stopped,
-continued and widened; ``--minutes`` ends it after a while, ``--processes`` shares it out.
+Choose with ``--split dev``. What was measured is kept under --work, by the names of task, model,
+variant and seed, so that a study can be stopped, continued and widened; ``--minutes`` ends it after
+a while, ``--processes`` shares it out.
 """
 
 import argparse
@@ -36,12 +39,18 @@ from embedtune.cli.dispatch import main as embedtune
 from embedtune.evaluation.intervals import PerQuery, intervals, outcome
 from embedtune.evaluation.measure import measure
 from embedtune.tools.teach import teach
+from embedtune.whole_files import writing
 
 WIDTHS = (128, 64, 32)
 """Measured beside the full width."""
 VERSIONS = ("torch", "lightning", "transformers", "sentence-transformers")
-PEER: dict[str, list[int]] = {"trainer": [], "trainer-mrl": [384, *WIDTHS]}
+ALL_WIDTHS = [384, *WIDTHS]
+MRL = ["--model.use_mrl=true", f"--model.mrl_dims={','.join(map(str, ALL_WIDTHS))}"]
+MRL_FORMATS = ("pair", "triplet", "distill")
+PEER: dict[str, list[int]] = {"trainer": [], "trainer-mrl": ALL_WIDTHS}
 """Its variants, and the widths that they train."""
+AGAINST = {"trainer": "defaults", "trainer-mrl": "mrl"}
+"""Which of ours is compared with which of the peer's."""
 
 
 class Job(NamedTuple):
@@ -101,7 +110,8 @@ class Study(NamedTuple):
             "versions": {name: version(name) for name in VERSIONS},
         }
         self.result(job).parent.mkdir(exist_ok=True, parents=True)
-        torch.save(kept, self.result(job))
+        with writing(self.result(job)) as part:
+            torch.save(kept, part)
 
 
 def fit(
@@ -169,16 +179,27 @@ def table(study: Study, task: str, model: str, split: str, seeds: list[int]) -> 
     if base is None:
         return
     names = list(base["metrics"])
-    yield f"| {task}, {model} | seeds | {' | '.join(_title(name) for name in names)} |"
-    yield "|---" * (2 + len(names)) + "|"
+    yield f"| {task}, {model} | seeds | seconds | {' | '.join(_title(name) for name in names)} |"
+    yield "|---" * (3 + len(names)) + "|"
     values = [format(value, ".3f") for value in base["metrics"].values()]
-    yield f"| base | | {' | '.join(values)} |"
+    yield f"| base | | | {' | '.join(values)} |"
+    by_variant: dict[str, dict[int, dict[str, Any]]] = {}
     for variant in study.variants:
-        jobs = [Job(task, model, variant, seed, split) for seed in seeds]
-        found = [kept for kept in (_read(study.result(job)) for job in jobs) if kept is not None]
+        results = {
+            seed: _read(study.result(Job(task, model, variant, seed, split))) for seed in seeds
+        }
+        found = {seed: kept for seed, kept in results.items() if kept is not None}
+        by_variant[variant] = found
         if found:
-            cells = " | ".join(_cell(base, found, name) for name in names)
-            yield f"| {variant} | {len(found)} | {cells} |"
+            took = statistics.mean(kept["seconds"] for kept in found.values())
+            cells = [_cell([(base, kept) for kept in found.values()], name) for name in names]
+            yield f"| {variant} | {len(found)} | {took:.0f} | {' | '.join(cells)} |"
+    for peer, own in AGAINST.items():
+        sides = [by_variant.get(side, {}) for side in (peer, own)]
+        both = [(sides[0][seed], sides[1][seed]) for seed in seeds if all(seed in x for x in sides)]
+        if both:
+            cells = [_cell(both, name) for name in names]
+            yield f"| {own} against {peer} | {len(both)} | | {' | '.join(cells)} |"
     yield ""
 
 
@@ -191,10 +212,17 @@ def _read(path: Path) -> dict[str, Any] | None:
     return torch.load(path) if path.exists() else None
 
 
-def _cell(base: dict[str, Any], found: list[dict[str, Any]], name: str) -> str:
-    """Return the mean over seeds, its change from the base, the interval and the verdicts."""
-    mean = statistics.mean(kept["metrics"][name] for kept in found)
-    ends = [_interval(base, kept, name) for kept in found]
+def _cell(both: list[tuple[dict[str, Any], dict[str, Any]]], name: str) -> str:
+    """Return the mean over seeds of the second, its change, the interval, and how often worse.
+
+    Args:
+        both: For each seed what is compared with, and what is compared.
+        name: Of the metric.
+    """
+    first, second = (
+        statistics.mean(k["metrics"][name] for k in side) for side in zip(*both, strict=True)
+    )
+    ends = [_interval(*pair, name) for pair in both]
     known = [interval for interval in ends if interval is not None]
     between = ""
     if known:
@@ -202,7 +230,7 @@ def _cell(base: dict[str, Any], found: list[dict[str, Any]], name: str) -> str:
         between = f" ({low:+.3f} to {high:+.3f})"
     worse = sum(outcome(interval) == "worse" for interval in ends)
     told = f", worse in {worse}" if worse else ""
-    return f"{mean:.3f} {mean - base['metrics'][name]:+.3f}{between}{told}"
+    return f"{second:.3f} {second - first:+.3f}{between}{told}"
 
 
 def _interval(base: dict[str, Any], kept: dict[str, Any], name: str) -> tuple[float, float] | None:
@@ -229,7 +257,9 @@ def main() -> None:
     given = parser.parse_args()
     models = dict(part.split("=", 1) for part in given.models)
     added = dict(part.split("=", 1) for part in given.variants)
-    variants = {"defaults": []} | {name: shlex.split(flags) for name, flags in added.items()}
+    variants = {"defaults": [], "mrl": MRL} | {
+        name: shlex.split(flags) for name, flags in added.items()
+    }
     if given.peer:
         variants |= {name: [] for name in PEER}
     os.environ["EMBEDTUNE_CACHE"] = str(given.work / "cache")
@@ -242,6 +272,7 @@ def main() -> None:
         for model in models
         for variant in ("base", *variants)
         if variant != "base" or seed == given.seeds[0]
+        if "mrl" not in variant or task.split(".")[1] in MRL_FORMATS
     ]
     run_missing(study, jobs, given.processes, time.monotonic() + 60 * given.minutes)
     for model in models:

@@ -431,3 +431,24 @@ def test_a_model_that_brings_code_along_is_evaluated_where_that_is_trusted(
     assert "cannot load" in capsys.readouterr().err
     main([*asked, "--trust_remote_code", "true"])
     assert "+.0000 equal" in capsys.readouterr().out
+
+
+def test_widths_that_fell_alone_are_told():
+    def measured(model: str, told: dict[int, tuple[float, float] | None]) -> list[Result]:
+        return [
+            Result(
+                model, "docs", width, {"ndcg@10": 0.5}, None if ends is None else {"ndcg@10": ends}
+            )
+            for width, ends in told.items()
+        ]
+
+    better, worse, unclear = (0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1)
+    base = measured("base", {64: None, 16: None, 8: None})
+    whole = measured("whole", {64: worse, 16: worse, 8: worse})
+    fallen = measured("fallen", {64: unclear, 16: worse, 8: worse})
+    table = format_table([*base, *whole, *fallen]).splitlines()
+    (told,) = (line for line in table if "alone" in line)
+    assert told.startswith(
+        "fallen is worse at 16, 8 alone: widths that a fit does not train may fall"
+    )
+    assert "alone" not in format_table([*base, *whole, *measured("good", {64: better, 8: better})])
