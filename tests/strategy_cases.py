@@ -38,6 +38,7 @@ LOSSES = {
     "unmasked": lambda: Unmasked(0.1),
     "triplet": lambda: InfoNCE(0.1, in_batch_positives=True),
     "scored": lambda: ListwiseKL(temperature=0.1, teacher_temperature=0.1),
+    "lists": lambda: ListwiseKL("list", 0.1, 0.1, in_batch_negatives=False),
     "batch": lambda: ListwiseKL("batch", 0.1, 0.1),
     "cosent": lambda: CoSENT(),
     "distill": lambda: Distillation(over="global", similarity_weight=10.0, rank_weight=10.0),

@@ -54,7 +54,7 @@ SCORED = {
 DUPLICATED = {"rows": "duplicated", "count": 8, "data": {"shuffle": False}}
 SHARED = {"rows": "shared", "count": 16, "loss": "multi_positive", "data": {"shuffle": False}}
 OFFLOADED = "zero3_offload"
-ACCUMULATED = {"rows": "scored", "count": 16, "batch": 4, "accumulate": 2}
+ACCUMULATED = {"rows": "scored", "count": 16, "loss": "lists", "batch": 4, "accumulate": 2}
 LEFT_OVER = {**ACCUMULATED, "count": 21}  # the epoch ends with a batch of 4 and one of 1
 CHECKPOINT = "checkpoints/step=4.ckpt"
 RESUMED = {
