@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
 from embedtune import EmbeddingModule
 from embedtune.cli import main
@@ -53,6 +55,13 @@ def test_the_usual_rate_falls_with_the_width_of_the_layers(tiny_bert, tiny_qwen)
         encoder.append_projection(3 * width)  # says nothing of the layers
         assert usual_lr(encoder, Format.PAIR) == pytest.approx(2e-5 * 768 / width)
         assert usual_lr(encoder, Format.DISTILL) == pytest.approx(5 * 2e-5 * 768 / width)
+
+
+def test_the_usual_rate_without_a_transformer(tiny_bert, tmp_path):
+    tokenizer = SentenceTransformer(str(tiny_bert), device="cpu").tokenizer
+    static = StaticEmbedding(tokenizer, embedding_dim=8)
+    SentenceTransformer(modules=[static], device="cpu").save_pretrained(str(tmp_path))
+    assert usual_lr(Encoder(EncoderSpec(str(tmp_path))), Format.PAIR) == 2e-3
 
 
 def test_a_given_rate_is_the_rate(tiny_bert, tmp_path, monkeypatch, caplog):

@@ -20,6 +20,8 @@ SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_
 
 USUAL_LR, USUAL_WIDTH = 2e-5, 768
 """What a model of BERT-base's width is usually fine-tuned with."""
+STATIC_LR = 2e-3
+"""Of a model without a transformer: a step changes the few words of its batch alone."""
 DISTILL_FACTOR = 5
 """A student has more to learn, and a target for every text."""
 
@@ -30,11 +32,10 @@ def usual_lr(encoder: Encoder, row_format: Format) -> float:
     AdamW moves each weight by about its rate, so what a layer puts out moves by the rate times its
     width: the rate falls as layers widen (Yang et al. 2022, "Tensor Programs V", table 3).
     """
-    configs = [
-        transformer.config.get_text_config() for transformer in transformers_of(encoder.model)
-    ]
-    widths = [getattr(config, "hidden_size", None) or encoder.width for config in configs]
-    rate = USUAL_LR * USUAL_WIDTH / max(widths, default=encoder.width)
+    configs = [t.config.get_text_config() for t in transformers_of(encoder.model)]
+    # A model's own code may have another word for it.
+    widths = [getattr(config, "hidden_size", USUAL_WIDTH) for config in configs]
+    rate = USUAL_LR * USUAL_WIDTH / max(widths) if widths else STATIC_LR
     return rate * DISTILL_FACTOR if row_format == Format.DISTILL else rate
 
 
