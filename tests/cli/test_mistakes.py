@@ -51,9 +51,10 @@ def test_nothing_is_compiled_on_a_cpu(tiny_bert, capsys):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full device")
 @pytest.mark.parametrize("path", ["/dev/full", "no/such/folder"])
-def test_torch_writes_a_checkpoint_to_a_full_disk(path):
+@pytest.mark.parametrize("size", [10, 10**6])  # that fails at its end, or before
+def test_torch_writes_a_checkpoint_to_a_full_disk(path, size):
     with pytest.raises(RuntimeError) as caught:
-        torch.save({"weight": torch.zeros(10**6)}, path)
+        torch.save({"weight": torch.zeros(size)}, path)
     assert str(surroundings_said(caught.value)).startswith("a checkpoint cannot be written")
     assert surroundings_said(RuntimeError("size mismatch")) is None
 

@@ -22,7 +22,7 @@ SURROUNDINGS = {
     if hasattr(errno, name)
 }
 """Errors of disks and permissions. A file that is not there may well be a defect."""
-OF_TORCHS_WRITER = ("inline_container", "Parent directory ")
+OF_TORCHS_WRITER = ("inline_container", "iostream error", "Parent directory ")
 """In what torch says, without a cause, when it cannot write to a path, as DeepSpeed has it do."""
 log = logging.getLogger("embedtune")
 
