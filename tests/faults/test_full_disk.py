@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -194,6 +195,7 @@ def test_a_write_that_fails_costs_nothing_that_was_there(
         assert states(folder, case.leaves) == new
         assert not leftovers(folder)
         shutil.rmtree(folder)
+    sys.stdout.write(f"{name}, {WORDS[dies]}: {len(points)} of {count} write points\n")
 
 
 def assert_refused(folder: Path) -> None:
