@@ -133,11 +133,8 @@ class EmbeddingModule(pl.LightningModule):
         super().__init__()
         self.use_mrl, self.mrl_dims = use_mrl, parse_dims(mrl_dims)
         self.projection_init, self.temperature = projection_init, temperature
-        self.lr, self.derives_lr = (
-            lr if lr is None else require_positive("model.lr", lr),
-            lr is None,
-        )
-        self.weight_decay = weight_decay
+        self.lr = lr if lr is None else require_positive("model.lr", lr)
+        self.derives_lr, self.weight_decay = lr is None, weight_decay
         self.warmup_proportion, self.lr_schedule = warmup_proportion, lr_schedule
         if not 0 <= warmup_proportion <= 1:
             raise InputError(
