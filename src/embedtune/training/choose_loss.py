@@ -1,6 +1,7 @@
 """Choose the loss of a run by the format of its data."""
 
 import logging
+from collections.abc import Callable
 
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.data.records import Format
@@ -14,6 +15,8 @@ from embedtune.losses.scored import SPREAD, CoSENT, ListwiseKL
 
 log = logging.getLogger("embedtune")
 
+WITH_ONE = (Format.PAIR, Format.TRIPLET, Format.SCORED)
+"""Formats whose own loss has a temperature, but for scored pairs."""
 FLATTEST, STEEPEST = SPREAD / 5, SPREAD * 5
 """Within these a given teacher temperature may ask cosines of a list to spread."""
 
@@ -23,6 +26,7 @@ def choose_loss(
     temperature: float | None,
     mrl_dims: list[int] | None,
     data: EmbeddingDataModule,
+    derive_temperature: Callable[[], float] | None = None,
 ) -> Loss:
     """Return the loss of a run.
 
@@ -31,6 +35,8 @@ def choose_loss(
         temperature: Of the format's own loss; None is its default.
         mrl_dims: Widths to train; None trains the full width alone.
         data: The opened data.
+        derive_temperature: Returns what is taken for a temperature where the format's own loss has
+            one and none is given.
 
     Raises:
         InputError: The loss does not take the data.
@@ -39,6 +45,9 @@ def choose_loss(
     assert row_format is not None, "only predict has no format"
     if loss is None:
         of_pairs = row_format == Format.SCORED and _main_rows(data).list_lengths.max() < 2
+        if temperature is None and derive_temperature and not of_pairs and row_format in WITH_ONE:
+            temperature = derive_temperature()
+            log.info("temperature %.2g, by how alike texts are to the base model", temperature)
         loss = default_loss(row_format, temperature, of_pairs=of_pairs)
     if row_format not in loss.formats:
         raise InputError(

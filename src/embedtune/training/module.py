@@ -57,7 +57,13 @@ from embedtune.training.optimizer import (
     usual_lr,
 )
 from embedtune.training.precision import autocast_dtype
-from embedtune.training.start_projection import start_projection
+from embedtune.training.start_projection import sample_embeddings, start_projection
+from embedtune.training.temperature import (
+    EXAMPLES,
+    derive_temperature,
+    set_temperatures,
+    temperatures_of,
+)
 
 
 class Validation(NamedTuple):
@@ -115,7 +121,8 @@ class EmbeddingModule(pl.LightningModule):
                 for a GPU's later ones (docs/benchmarks.md).
             loss: A loss by ``class_path`` and ``init_args``; the default is InfoNCE (pair,
                 triplet), ListwiseKL (scored) or Distillation (distill).
-            temperature: Temperature of the default loss, where it has one; 0.05 by default.
+            temperature: Temperature of the default loss, where it has one; the default follows from
+                how alike texts are to the base model (:mod:`~embedtune.training.temperature`).
             use_mrl: Train every width of ``mrl_dims`` (Matryoshka representation learning).
             mrl_dims: Widths, as a list or as numbers with commas between; widths above the
                 encoder's own widen its projection.
@@ -147,6 +154,7 @@ class EmbeddingModule(pl.LightningModule):
             )
         self.loss = loss
         self._has_projection_settled = self._has_loss_settled = False
+        self._derived: set[str] = set()  # temperatures
         self._schedule: LambdaLR | None = None
         self._settings: list[dict[str, Any]] = []
         self.evaluation = Evaluation()
@@ -209,11 +217,24 @@ class EmbeddingModule(pl.LightningModule):
             self.num_parameters = self.encoder.num_parameters
         if not self._has_loss_settled and self.data.format is not None:
             self._has_loss_settled = True
-            self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data)
-            usual = usual_lr(self.encoder, self.data.format)
-            self.lr = usual if self.lr is None else self.lr
-            if stage == "fit":
-                tell_of_far_rate(self.lr, usual)
+            self._settle_loss(mrl_dims, is_fit=stage == "fit")
+
+    def _settle_loss(self, mrl_dims: list[int] | None, *, is_fit: bool) -> None:
+        """Choose the loss, its temperatures and the learning rate, where they are not given."""
+        given = set(temperatures_of(self.loss)) | ({"temperature"} if self.temperature else set())
+        strategy: Any = self.trainer.strategy
+
+        def derived() -> float:
+            sample = sample_embeddings(self.encoder, self.data, strategy.root_device, EXAMPLES)
+            return strategy.broadcast(derive_temperature(sample))
+
+        derive = derived if is_fit else None
+        self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data, derive)
+        self._derived = set(temperatures_of(self.loss)) - given
+        usual = usual_lr(self.encoder, self.data.format)
+        self.lr = usual if self.lr is None else self.lr
+        if is_fit:
+            tell_of_far_rate(self.lr, usual)
 
     def _set_prompts(self) -> None:
         """Make the prompts of the data the model's own: the base was measured with its own."""
@@ -406,6 +427,7 @@ class EmbeddingModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
         self.encoder.match(EncoderSpec(**checkpoint["encoder_spec"]))
+        set_temperatures(self.loss, checkpoint.get("temperatures", {}), self._derived)
         # A checkpoint may hold weights alone, and be loaded without a Trainer.
         if "loops" in checkpoint and self._trainer is not None and self.trainer.training:
             self._resume(checkpoint)
@@ -430,4 +452,5 @@ class EmbeddingModule(pl.LightningModule):
         run_folder = Path(self.trainer.default_root_dir)
         checkpoint["encoder_spec"] = self.encoder.spec.kept_in(run_folder)._asdict()
         checkpoint["place"] = self.place._asdict()
+        checkpoint["temperatures"] = temperatures_of(self.loss)
         checkpoint["training_facts"] = training_facts(self.trainer, self)._asdict()

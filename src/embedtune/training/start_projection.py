@@ -18,8 +18,8 @@ log = logging.getLogger("embedtune")
 
 PCA_EXAMPLES = 512
 """Examples whose texts PCA looks at, or as many as the encoder is wide where that is more."""
-PCA_MAX_LEN = 128
-"""Tokens of each of these texts: its beginning is enough to find the principal axes."""
+SAMPLE_MAX_LEN = 128
+"""Tokens of each text of a sample: its beginning is enough to tell how a model lays texts out."""
 
 
 def start_projection(
@@ -44,24 +44,23 @@ def start_projection(
     width = projection_dim(encoder, init, mrl_dims, teacher_dim)
     if width is None:
         return
-    sample = sample_embeddings(encoder, data, device) if init == "pca" else None
-    if sample is not None:
-        shared = torch.nn.functional.normalize(sample, dim=-1).mean(dim=0).square().sum()
-        log.info(
-            "%.0f%% of the embeddings' squared length tells no text from another", 100 * shared
-        )
+    sample = None
+    if init == "pca":
+        count = max(PCA_EXAMPLES, encoder.width)
+        log.info("finding the principal axes of the texts of up to %s examples", f"{count:,}")
+        sample = sample_embeddings(encoder, data, device, count)
     linear = encoder.append_projection(width).linear
     init_projection(linear, init, sample)
     # Every rank has drawn or computed its own.
     linear.load_state_dict(broadcast(linear.state_dict()))
 
 
-def sample_embeddings(encoder: Encoder, data: EmbeddingDataModule, device: torch.device) -> Tensor:
-    """Embed queries and positives of a fixed sample of the examples, ``[n, hidden]``."""
-    train = data.datasets["train"]
-    sample = train.sample(max(PCA_EXAMPLES, encoder.width))
-    collate = Collator(encoder, PCA_MAX_LEN, PCA_MAX_LEN, data.tokens_per_chunk)
-    log.info("finding the principal axes of the texts of %s examples", f"{len(sample):,}")
+def sample_embeddings(
+    encoder: Encoder, data: EmbeddingDataModule, device: torch.device, count: int
+) -> Tensor:
+    """Embed queries and positives of a fixed sample of ``count`` examples, ``[n, hidden]``."""
+    sample = data.datasets["train"].sample(count)
+    collate = Collator(encoder, SAMPLE_MAX_LEN, SAMPLE_MAX_LEN, data.tokens_per_chunk)
     encoder.to(device).eval()
     examples = [
         example._replace(positives=example.positives[:1], negatives=(), scores=(), tokens=None)

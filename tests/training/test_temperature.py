@@ -1,0 +1,64 @@
+"""The temperature that follows from how alike texts are to a model."""
+
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+
+from embedtune import EmbeddingDataModule, EmbeddingModule
+from embedtune.cli import main
+from embedtune.losses import InfoNCE, Matryoshka
+from embedtune.training.temperature import derive_temperature
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    made = ({"query": f"query {i}", "pos": [f"document {i} {i * i}"]} for i in range(8))
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return Path("train.jsonl")
+
+
+@pytest.mark.parametrize(("alike", "expected"), [(0.2, 0.048), (0.83, 0.01), (0.5, 0.03)])
+def test_it_is_a_share_of_what_tells_texts_apart(alike, expected):
+    """Embeddings whose cosines with each other are ``alike``: a common axis, and one for each."""
+    own = torch.eye(40) * np.sqrt(1 - alike)
+    sample = torch.cat([own, torch.full((40, 1), np.sqrt(alike))], dim=1)
+    lengths = torch.rand(40, 1) + 0.5  # which are no matter
+    assert derive_temperature(sample * lengths) == pytest.approx(expected)
+
+
+def test_texts_that_are_all_alike_and_a_single_one():
+    assert derive_temperature(torch.ones(5, 8)) == 0.01
+    assert derive_temperature(torch.ones(1, 8)) == 0.06
+
+
+def fit(model: Path, **settings) -> EmbeddingModule:
+    module = EmbeddingModule(str(model), **settings)
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(module, EmbeddingDataModule("train.jsonl"))
+    return module
+
+
+def test_a_given_temperature_and_a_given_loss_are_as_given(tiny_bert, rows):
+    assert fit(tiny_bert, temperature=0.5).loss.temperature == 0.5
+    assert fit(tiny_bert, loss=InfoNCE()).loss.temperature == 0.05
+    wrapped = fit(tiny_bert, use_mrl=True, mrl_dims=[16, 8]).loss
+    assert isinstance(wrapped, Matryoshka)
+    assert wrapped.loss.temperature == fit(tiny_bert).loss.temperature != 0.05
+
+
+def test_a_checkpoint_brings_the_temperature_that_it_was_trained_with(tiny_bert, rows):
+    """Without training rows none could follow, and the loss would be another."""
+    model = ["--model.model_name_or_path", str(tiny_bert), "--trainer.accelerator", "cpu"]
+    same = [*model, "--data.val_path", "train.jsonl"]
+    main(["fit", *same, "--data.train_path", "train.jsonl", "--save_on_epoch_end", "false"])
+    checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=False)
+    assert checkpoint["temperatures"]["temperature"] != InfoNCE().temperature
+    main(["validate", *same, "--ckpt_path", "last"])
+    measured = json.loads(Path("run/metrics.json").read_text())["metrics"]
+    expected = checkpoint["training_facts"]["metrics"]
+    assert measured["val/train/loss"] == pytest.approx(expected["val/train/loss"], rel=1e-4)
