@@ -9,6 +9,7 @@ from forks import Ranks, embedtune
 
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
+from embedtune.losses import InfoNCE
 
 ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(24)]
 LOSSES = """
@@ -74,8 +75,9 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on(tiny_bert, caplog, n
     assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 5
     assert signal.getsignal(number) == handler
     assert not Path("run/model").exists()
-    main(flags(tiny_bert, "run", "--ckpt_path=last"))
-    main(flags(tiny_bert, "whole"))
+    same = f"--model.temperature={InfoNCE().temperature}"
+    main(flags(tiny_bert, "run", "--ckpt_path=last", same))
+    main(flags(tiny_bert, "whole", same))
     stopped, whole = (Path(root, "model/model.safetensors") for root in ("run", "whole"))
     assert stopped.read_bytes() == whole.read_bytes()
 

@@ -517,7 +517,6 @@ SCORED = {"query": "q", "pos": ["a", "b"], "scores": [1, 0]}
         ([SCORED, {**SCORED, "scores": [1]}], "bad.jsonl:2: field 'scores': expected 2"),
         ([GOOD, SCORED], "bad.jsonl:2: found a scored row"),
         ([TRIPLET, {**TRIPLET, "neg": []}], "bad.jsonl:2: field 'neg'"),
-        ([{**SCORED, "pos": ["a"], "scores": [1]}], "CoSENT"),
     ],
 )
 def test_bad_rows_stop_the_run(capsys, tiny_bert, rows, expected):

@@ -149,7 +149,9 @@ def test_a_value_that_does_not_do_is_one_line(tiny_bert, capsys, flag, value, me
 # --- The machine ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["model.lr", "model.use_mrl", "data.batch_size", "data.shuffle"])
+@pytest.mark.parametrize(
+    "key", ["model.weight_decay", "model.use_mrl", "data.batch_size", "data.shuffle"]
+)
 def test_a_null_where_a_value_is_needed_is_one_line(tiny_bert, capsys, key):
     section, name = key.split(".")
     Path("null.yaml").write_text(f"{section}:\n  {name}:\n")

@@ -98,10 +98,8 @@ def test_the_index_is_made_once(tmp_path, monkeypatch):
 
 def test_rows_without_positives_to_know_have_no_index(tmp_path, monkeypatch):
     monkeypatch.setenv("EMBEDTUNE_CACHE", str(tmp_path / "cache"))
-    scored = [{"query": "a", "pos": ["b"], "scores": [1]}] * 2
-    ExampleDataset(Rows([write(tmp_path / "scored.jsonl", scored)]))
     ExampleDataset(Rows([write(tmp_path / "distill.jsonl", [{"query": "a"}] * 2)]))
-    assert len(cached_tables()) == 2
+    assert len(cached_tables()) == 1
 
 
 # --- Negatives ------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from forks import Ranks, embedtune
 from sentence_transformers import SentenceTransformer
 
 from embedtune.cli import main
+from embedtune.losses import InfoNCE
 
 STRATEGIES = Path(__file__).parents[2] / "configs" / "strategy"
 ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(24)]
@@ -115,13 +116,14 @@ def embed(folder: str) -> np.ndarray:
 
 def test_a_run_killed_at_a_random_step_ends_as_the_uninterrupted_one(tiny_bert):
     """Bit for bit, with dropout; the step is in the message."""
-    main(fit(tiny_bert, "whole"))
+    same = f"--model.temperature={InfoNCE().temperature}"  # as the loss has that dies
+    main(fit(tiny_bert, "whole", same))
     at = random.SystemRandom().randrange(2, STEPS)
     dying = ("--model.loss", "dying.Dying", "--model.loss.at", str(at))
     killed = Ranks(embedtune, fit(tiny_bert, "killed", *dying), folder=Path.cwd())
     assert killed.wait() == [-signal.SIGKILL], killed.output()
     assert not Path("killed/model").exists()
-    main(fit(tiny_bert, "killed", "--ckpt_path", "last"))
+    main(fit(tiny_bert, "killed", "--ckpt_path", "last", same))
     assert steps_of("killed") == STEPS - at // 2 * 2, f"killed in step {at}"
     whole, resumed = (Path(root, "model/model.safetensors") for root in ("whole", "killed"))
     assert whole.read_bytes() == resumed.read_bytes(), f"killed in step {at}"
