@@ -48,3 +48,10 @@ class Matryoshka(Loss):
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         parts = {f"loss/{dim}": loss for dim, loss in zip(self.dims, losses, strict=True)}
         return {"loss": torch.as_tensor(total) / sum(self.weights), **parts}
+
+
+def unwrapped(loss: Loss | None) -> Loss | None:
+    """Return the loss that is computed at each width, of one that wraps none itself."""
+    while isinstance(loss, Matryoshka):
+        loss = loss.loss
+    return loss

@@ -10,7 +10,7 @@ from embedtune.errors import InputError
 from embedtune.losses.contract import Loss
 from embedtune.losses.distillation import Distillation
 from embedtune.losses.infonce import InfoNCE
-from embedtune.losses.matryoshka import Matryoshka
+from embedtune.losses.matryoshka import Matryoshka, unwrapped
 from embedtune.losses.scored import SPREAD, CoSENT, ListwiseKL
 
 log = logging.getLogger("embedtune")
@@ -66,37 +66,35 @@ def choose_loss(
 
 def _settle_teacher_temperature(loss: Loss, data: EmbeddingDataModule) -> None:
     """Derive it where a loss has none, from the rows; warn where one does not fit their scores."""
-    while isinstance(loss, Matryoshka):  # given by the user
-        loss = loss.loss
-    if not isinstance(loss, ListwiseKL):
+    inner = unwrapped(loss)
+    if not isinstance(inner, ListwiseKL):
         return
     spread = _main_rows(data).score_spread
-    if loss.teacher_temperature is None:
-        derived = loss.derive_teacher_temperature(spread)
+    if inner.teacher_temperature is None:
+        derived = inner.derive_teacher_temperature(spread)
         said = "teacher temperature %.3g, for scores that spread by %.3g within a list"
         log.info(said, derived, spread)
         return
-    asked = loss.temperature * spread / loss.teacher_temperature
+    asked = inner.temperature * spread / inner.teacher_temperature
     if spread and not FLATTEST < asked < STEEPEST:
         log.warning(
             "teacher_temperature: %.3g, with scores that spread by %.3g within a list, asks for "
             "cosines that spread by %.2g: %s; none given is derived, here %.3g",
-            loss.teacher_temperature,
+            inner.teacher_temperature,
             spread,
             asked,
             "nearly all alike" if asked <= FLATTEST else "one text that is all there is",
-            loss.temperature * spread / SPREAD,
+            inner.temperature * spread / SPREAD,
         )
 
 
 def _refuse_without_signal(loss: Loss, data: EmbeddingDataModule) -> None:
     """Refuse data that a loss learns nothing from, and warn of some."""
-    while isinstance(loss, Matryoshka):  # given by the user
-        loss = loss.loss
-    if isinstance(loss, ListwiseKL) and loss.over == "list":
+    inner = unwrapped(loss)
+    if isinstance(inner, ListwiseKL) and inner.over == "list":
         _refuse_singleton_lists(data)
-    if isinstance(loss, InfoNCE) and data.format == Format.PAIR and "train" in data.datasets:
-        _refuse_lonely_pairs(loss, data)
+    if isinstance(inner, InfoNCE) and data.format == Format.PAIR and "train" in data.datasets:
+        _refuse_lonely_pairs(inner, data)
     for name, examples in data.datasets.items():
         scores = examples.rows.score_range
         if scores is not None and scores[0] == scores[1]:

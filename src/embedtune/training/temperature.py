@@ -7,7 +7,7 @@ from torch import Tensor
 
 from embedtune.losses.contract import Loss
 from embedtune.losses.infonce import InfoNCE
-from embedtune.losses.matryoshka import Matryoshka
+from embedtune.losses.matryoshka import unwrapped
 from embedtune.losses.scored import ListwiseKL
 
 EXAMPLES = 128
@@ -35,7 +35,7 @@ def derive_temperature(sample: Tensor) -> float:
 
 def temperatures_of(loss: Loss | None) -> dict[str, float]:
     """Return the temperatures of a loss, by the names of its attributes."""
-    inner = _inner(loss)
+    inner = unwrapped(loss)
     if not isinstance(inner, InfoNCE | ListwiseKL):
         return {}
     found = {"temperature": inner.temperature}
@@ -49,10 +49,4 @@ def set_temperatures(
 ) -> None:
     """Give a loss those of its derived temperatures that the loss of a checkpoint had."""
     for name in temperatures.keys() & set(derived):
-        setattr(_inner(loss), name, temperatures[name])
-
-
-def _inner(loss: Loss | None) -> Loss | None:
-    while isinstance(loss, Matryoshka):
-        loss = loss.loss
-    return loss
+        setattr(unwrapped(loss), name, temperatures[name])
