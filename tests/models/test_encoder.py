@@ -11,7 +11,13 @@ from embedtune.data.chunks import Text, make_chunks
 from embedtune.errors import InputError
 from embedtune.models.encoder import Encoder
 from embedtune.models.loading import load_sentence_transformer
-from embedtune.models.projection import init_projection, parse_dims, principal_axes, projection_dim
+from embedtune.models.projection import (
+    init_projection,
+    map_to_teacher,
+    parse_dims,
+    principal_axes,
+    projection_dim,
+)
 from embedtune.models.spec import EncoderSpec
 from embedtune.models.trial import prepare_training
 
@@ -116,6 +122,9 @@ def test_a_model_that_ends_in_a_dense_keeps_it(tiny_bert):
         ("pca", None, 48, 48),
         ("pca", [8, 40], 48, 48),
         ("pca", [8], 32, None),
+        ("teacher", [8], 32, 32),
+        ("teacher", None, 48, 48),
+        ("teacher", None, 24, 24),
     ],
 )
 def test_the_width_follows_the_widths_or_the_teacher(
@@ -131,6 +140,7 @@ def test_the_width_follows_the_widths_or_the_teacher(
         ("none", [64], None, "projection_init is none"),
         ("none", None, 48, "the teacher's is 48"),
         ("pca", [64], 48, "up to the teacher's 48, found 64"),
+        ("teacher", [8], None, "teacher needs rows with a teacher's embeddings"),
     ],
 )
 def test_widths_that_cannot_be_had_are_an_error(tiny_bert, init, mrl_dims, teacher_dim, message):
@@ -162,6 +172,48 @@ def test_principal_axes_put_the_strongest_first():
     energy = (unit @ axes.T).square().mean(dim=0)
     assert energy.argsort(descending=True).tolist() == [0, 1, 2, 3]
     assert axes[0].abs().argmax() == 1
+
+
+def similar(left, right):
+    """Return the mean cosine of rows."""
+    return torch.nn.functional.cosine_similarity(left, right).mean().item()
+
+
+@pytest.mark.parametrize("width", [12, 16, 24])
+def test_a_start_from_the_teacher_maps_texts_that_it_has_not_seen(width):
+    torch.manual_seed(0)
+    student = 7 * torch.randn(400, 16) + 5  # of any length, about any place
+    teacher = (student - 5) @ torch.randn(16, width) + torch.randn(400, width) + 30
+    weight, bias = map_to_teacher(student[:300], teacher[:300])
+    truth = teacher[300:] / teacher[300:].norm(dim=1, keepdim=True)
+    unseen = student[300:] @ weight.T + bias
+    left = (unseen - truth).square().sum() / (truth - truth.mean(dim=0)).square().sum()
+    assert left < 0.1
+
+
+def test_a_start_from_the_teacher_does_not_follow_noise():
+    torch.manual_seed(0)
+    rotation, _ = torch.linalg.qr(torch.randn(32, 32))
+    student = torch.randn(60, 32)  # a row of the map has half as many weights to find
+    teacher = student @ rotation.T + torch.randn(60, 32)
+    weight, bias = map_to_teacher(student, teacher)
+    unseen, plain = torch.randn(500, 32), torch.linalg.lstsq(student, teacher).solution
+    truth = unseen @ rotation.T
+    assert similar(unseen @ weight.T + bias, truth) > similar(unseen @ plain, truth) + 0.05
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("width", [12, 16, 24])
+def test_few_texts_still_start_from_the_teacher(count, width):
+    student, teacher = torch.randn(count, 16), torch.randn(count, width)
+    weight, bias = map_to_teacher(student, teacher)
+    assert similar(student @ weight.T + bias, teacher) > 0.6
+    assert torch.linalg.matrix_rank(weight) == min(16, width)  # other texts do not become alike
+
+
+@pytest.mark.parametrize("student", [torch.zeros(40, 16), torch.ones(40, 16)])
+def test_texts_that_are_all_alike_still_start_from_the_teacher(student):
+    assert all(part.isfinite().all() for part in map_to_teacher(student, torch.randn(40, 24)))
 
 
 def test_widths_parse_from_a_list_or_a_comma_string():

@@ -120,6 +120,27 @@ def test_mrl_wraps_the_loss_and_distillation_takes_the_widths_itself(tmp_path, t
     assert module.loss.mrl_dims == [8, 32]
 
 
+@pytest.mark.parametrize(("init", "starts_near"), [(None, True), ("none", False)])
+def test_distillation_starts_from_the_teacher(tmp_path, tiny_bert, init, starts_near):
+    """A student whose axes are turned has nothing to learn but that."""
+    rows = [
+        {"query": f"{word} {i}"} for word in ("add", "file", "close", "sort") for i in range(12)
+    ]
+    base = SentenceTransformer(str(tiny_bert), device="cpu")
+    rotation, _ = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))
+    embeddings = torch.from_numpy(base.encode([row["query"] for row in rows])) @ rotation
+    embeddings.numpy().tofile(tmp_path / "turned.f32")
+    settings = {"loss": Distillation(similarity_weight=0.0, rank_weight=0.0), "lr": 1e-12}
+    pl.seed_everything(1, verbose=False)
+    module = EmbeddingModule(str(tiny_bert), projection_init=init, dropout=0.0, **settings)
+    path = write(tmp_path, "distill", rows)
+    data = EmbeddingDataModule(path, teacher_path=str(tmp_path / "turned.f32"), batch_size=16)
+    running = trainer(tmp_path)
+    running.fit(module, data)
+    assert (running.callback_metrics["train/cosine"] < 0.01) == starts_near
+    assert (module.encoder.dense is not None) == starts_near
+
+
 def test_temperature_is_that_of_the_default_loss(tmp_path, tiny_bert):
     module, _ = fit(tmp_path, tiny_bert, "pair", temperature=0.5)
     assert module.loss.temperature == 0.5
@@ -137,6 +158,7 @@ def test_two_teachers_are_concatenated(tmp_path, tiny_bert):
     ("name", "data", "module", "message"),
     [
         ("pair", {}, {"use_mrl": True, "mrl_dims": [64], "projection_init": "none"}, "mrl_dims"),
+        ("pair", {}, {"projection_init": "teacher", "use_mrl": True}, "data.teacher_path"),
         ("pair", {}, {"loss": CoSENT()}, "CoSENT takes scored data, found pair"),
         ("pair", {"teacher_path": "t"}, {}, "expected distill data"),
         ("distill", {}, {}, "data.teacher_path"),

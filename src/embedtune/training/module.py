@@ -95,7 +95,7 @@ class EmbeddingModule(pl.LightningModule):
         temperature: float | None = None,
         use_mrl: bool = False,
         mrl_dims: list[int] | str = "128,256,512,768,1024,1280,1536,1792",
-        projection_init: ProjectionInit = "pca",
+        projection_init: ProjectionInit | None = None,
         lr: float | None = None,
         weight_decay: float = 0.01,
         warmup_proportion: float = 0.1,
@@ -126,8 +126,8 @@ class EmbeddingModule(pl.LightningModule):
             use_mrl: Train every width of ``mrl_dims`` (Matryoshka representation learning).
             mrl_dims: Widths, as a list or as numbers with commas between; widths above the
                 encoder's own widen its projection.
-            projection_init: How the projection starts; none adds no projection, and MRL cuts the
-                encoder's own embedding.
+            projection_init: How the projection starts; the default is ``pca``, and for distillation
+                ``teacher``. none adds no projection, and MRL cuts the encoder's own embedding.
             lr: Peak learning rate of AdamW; the default is 2e-5 for layers of width 768, falls as
                 layers are wider, is 2e-3 without a transformer, and 5 times that for distillation.
             weight_decay: Decay of AdamW; biases and norm layers are not decayed.

@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
+from embedtune.data.batch import Batch
 from embedtune.data.collate import Collator
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.data.records import Format
@@ -18,13 +19,15 @@ log = logging.getLogger("embedtune")
 
 PCA_EXAMPLES = 512
 """Examples whose texts PCA looks at, or as many as the encoder is wide where that is more."""
+TEACHER_EXAMPLES = 2048
+"""The same for a start from the teacher, which has a weight to find for each of its widths."""
 SAMPLE_MAX_LEN = 128
 """Tokens of each text of a sample: its beginning is enough to tell how a model lays texts out."""
 
 
 def start_projection(
     encoder: Encoder,
-    init: ProjectionInit,
+    init: ProjectionInit | None,
     mrl_dims: list[int] | None,
     data: EmbeddingDataModule,
     device: torch.device,
@@ -34,23 +37,27 @@ def start_projection(
 
     Args:
         encoder: Gets the projection.
-        init: How it starts.
+        init: How it starts; None is ``teacher`` for distillation, else ``pca``.
         mrl_dims: Widths to train; None trains the full width alone.
         data: The opened data.
-        device: Where PCA's sample is embedded.
+        device: Where a sample is embedded.
         broadcast: Returns rank 0's object on every rank.
     """
     teacher_dim = data.teacher_dim if data.format == Format.DISTILL else None
+    init = init or ("pca" if teacher_dim is None else "teacher")
     width = projection_dim(encoder, init, mrl_dims, teacher_dim)
     if width is None:
         return
-    sample = None
-    if init == "pca":
-        count = max(PCA_EXAMPLES, encoder.width)
-        log.info("finding the principal axes of the texts of up to %s examples", f"{count:,}")
-        sample = sample_embeddings(encoder, data, device, count)
+    sample, teacher = None, None
+    if init in ("pca", "teacher"):
+        count = max(PCA_EXAMPLES if init == "pca" else TEACHER_EXAMPLES, encoder.width)
+        aim = "the principal axes" if init == "pca" else "the way to the teacher's embeddings"
+        log.info("finding %s by the texts of up to %s examples", aim, f"{count:,}")
+        sample, batch = _embed_sample(encoder, data, device, count)
+        if init == "teacher":
+            sample, teacher = sample[batch.query], batch.teacher
     linear = encoder.append_projection(width).linear
-    init_projection(linear, init, sample)
+    init_projection(linear, init, sample, teacher)
     # Every rank has drawn or computed its own.
     linear.load_state_dict(broadcast(linear.state_dict()))
 
@@ -59,6 +66,13 @@ def sample_embeddings(
     encoder: Encoder, data: EmbeddingDataModule, device: torch.device, count: int
 ) -> Tensor:
     """Embed queries and positives of a fixed sample of ``count`` examples, ``[n, hidden]``."""
+    return _embed_sample(encoder, data, device, count)[0]
+
+
+def _embed_sample(
+    encoder: Encoder, data: EmbeddingDataModule, device: torch.device, count: int
+) -> tuple[Tensor, Batch]:
+    """Return the embeddings of a sample, and the batch that says whose they are."""
     sample = data.datasets["train"].sample(count)
     collate = Collator(encoder, SAMPLE_MAX_LEN, SAMPLE_MAX_LEN, data.tokens_per_chunk)
     encoder.to(device).eval()
@@ -67,8 +81,9 @@ def sample_embeddings(
         for example in sample
     ]
     # One batch, whatever the batch size and the ranks: its chunks are as small as any.
-    chunks = move_data_to_device(collate(examples).chunks, device)
+    batch = collate(examples)
+    chunks = move_data_to_device(batch.chunks, device)
     # Flash attention takes half precision alone.
     needs_half = "flash" in (encoder.attn_implementation or "")
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=needs_half):
-        return torch.cat([encoder(features) for features in chunks]).cpu()
+        return torch.cat([encoder(features) for features in chunks]).cpu(), batch
