@@ -174,6 +174,15 @@ def test_principal_axes_put_the_strongest_first():
     assert axes[0].abs().argmax() == 1
 
 
+def test_what_all_texts_share_is_in_every_prefix():
+    """So that the cosines of every width have the range of the full width's."""
+    sample = torch.randn(500, 16) + 5 * torch.eye(16)[7]
+    axes = principal_axes(sample)
+    assert axes[0, 7].abs() > 0.99
+    full, prefix = (torch.nn.functional.normalize(sample @ axes[:n].T, dim=-1) for n in (16, 4))
+    assert (prefix @ prefix.T).mean() > (full @ full.T).mean() > 0.5
+
+
 def similar(left, right):
     """Return the mean cosine of rows."""
     return torch.nn.functional.cosine_similarity(left, right).mean().item()

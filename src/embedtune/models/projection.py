@@ -129,13 +129,12 @@ def principal_axes(sample: Tensor) -> Tensor:
     """Return the principal axes of a sample ``[n, d]``, strongest first, ``[d, d]``.
 
     The rows are orthonormal: applying them is a rotation, which leaves every cosine as it is. They
-    are of the centred sample, so that what all embeddings share comes last: in a model like E5 it
-    is four fifths of their squared length, tells no text from another, and would narrow the cosines
-    of every prefix (Mu and Viswanath 2018, "All-but-the-Top").
+    are of the sample as it is, not of the centred one: what all embeddings share, in a model like
+    E5 four fifths of their squared length, comes first, so that the cosines of every prefix have
+    the range of the full width's, and one temperature fits them all (docs/quality.md).
     """
     unit = nn.functional.normalize(sample.double(), dim=-1)
-    centred = unit - unit.mean(dim=0)
-    _, axes = torch.linalg.eigh(centred.T @ centred)  # ascending eigenvalues, axes in columns
+    _, axes = torch.linalg.eigh(unit.T @ unit)  # ascending eigenvalues, axes in columns
     axes = axes.flip(-1).T
     # An eigenvector's sign is arbitrary: fix it, so that every machine starts alike.
     signs = axes.gather(1, axes.abs().argmax(dim=1, keepdim=True)).sign()
