@@ -120,12 +120,19 @@ def test_mrl_wraps_the_loss_and_distillation_takes_the_widths_itself(tmp_path, t
     assert module.loss.mrl_dims == [8, 32]
 
 
-@pytest.mark.parametrize(("init", "starts_near"), [(None, True), ("none", False)])
-def test_distillation_starts_from_the_teacher(tmp_path, tiny_bert, init, starts_near):
+@pytest.mark.parametrize(
+    ("init", "texts", "starts_near"),
+    [
+        (None, 4 * 32, True),
+        (None, 4 * 32 - 1, False),
+        ("teacher", 60, True),
+        ("none", 4 * 32, False),
+        ("pca", 4 * 32, False),
+    ],
+)
+def test_distillation_starts_from_the_teacher(tmp_path, tiny_bert, init, texts, starts_near):
     """A student whose axes are turned has nothing to learn but that."""
-    rows = [
-        {"query": f"{word} {i}"} for word in ("add", "file", "close", "sort") for i in range(12)
-    ]
+    rows = [{"query": f"{['add', 'file', 'close'][i % 3]} {i}"} for i in range(texts)]
     base = SentenceTransformer(str(tiny_bert), device="cpu")
     rotation, _ = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(1)))
     embeddings = torch.from_numpy(base.encode([row["query"] for row in rows])) @ rotation

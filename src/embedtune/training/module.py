@@ -127,7 +127,8 @@ class EmbeddingModule(pl.LightningModule):
             mrl_dims: Widths, as a list or as numbers with commas between; widths above the
                 encoder's own widen its projection.
             projection_init: How the projection starts; the default is ``pca``, and for distillation
-                ``teacher``. none adds no projection, and MRL cuts the encoder's own embedding.
+                of at least four texts for each coordinate of the encoder ``teacher``. none adds no
+                projection, and MRL cuts the encoder's own embedding.
             lr: Peak learning rate of AdamW; the default is 2e-5 for layers of width 768, falls as
                 layers are wider, is 2e-3 without a transformer, and 5 times that for distillation.
             weight_decay: Decay of AdamW; biases and norm layers are not decayed.

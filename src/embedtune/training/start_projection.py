@@ -19,8 +19,9 @@ log = logging.getLogger("embedtune")
 
 PCA_EXAMPLES = 512
 """Examples whose texts PCA looks at, or as many as the encoder is wide where that is more."""
-TEACHER_EXAMPLES = 2048
-"""The same for a start from the teacher, which has a weight to find for each of its widths."""
+TEXTS_PER_COORDINATE = 4
+"""Of the encoder's, for a start from the teacher. Fitted to fewer it would know the texts by heart,
+and leave training little to learn from."""
 SAMPLE_MAX_LEN = 128
 """Tokens of each text of a sample: its beginning is enough to tell how a model lays texts out."""
 
@@ -37,20 +38,23 @@ def start_projection(
 
     Args:
         encoder: Gets the projection.
-        init: How it starts; None is ``teacher`` for distillation, else ``pca``.
+        init: How it starts; None is ``teacher`` for distillation of enough texts, else ``pca``.
         mrl_dims: Widths to train; None trains the full width alone.
         data: The opened data.
         device: Where a sample is embedded.
         broadcast: Returns rank 0's object on every rank.
     """
     teacher_dim = data.teacher_dim if data.format == Format.DISTILL else None
-    init = init or ("pca" if teacher_dim is None else "teacher")
+    enough = TEXTS_PER_COORDINATE * encoder.width
+    if init is None:
+        is_known = teacher_dim is not None and len(data.datasets["train"]) >= enough
+        init = "teacher" if is_known else "pca"
     width = projection_dim(encoder, init, mrl_dims, teacher_dim)
     if width is None:
         return
     sample, teacher = None, None
     if init in ("pca", "teacher"):
-        count = max(PCA_EXAMPLES if init == "pca" else TEACHER_EXAMPLES, encoder.width)
+        count = enough if init == "teacher" else max(PCA_EXAMPLES, encoder.width)
         aim = "the principal axes" if init == "pca" else "the way to the teacher's embeddings"
         log.info("finding %s by the texts of up to %s examples", aim, f"{count:,}")
         sample, batch = _embed_sample(encoder, data, device, count)
