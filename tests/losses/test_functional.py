@@ -206,30 +206,34 @@ def test_kl_over_ragged_lists_equals_loops(lengths):
     assert found.item() == pytest.approx(sum(expected) / len(lengths), abs=1e-12)
 
 
-def candidates_by_loops(similarity, scores, lists, columns, known):
-    """Return KL over each list and the others' texts; similarity is b x n, all else is a list."""
+def candidates_by_loops(similarity, scores, lists, columns, known, weight):
+    """Return KL over each list and the others' texts, these ``weight`` times.
+
+    similarity is b x n, all else but the weight is a list.
+    """
     total = 0.0
     for query, of_list in enumerate(lists):
         own = [columns[i] for i in of_list]
         others = [c for c in range(len(similarity[0])) if c not in own and not known[query][c]]
-        student = softmax([similarity[query][c] / 0.1 for c in (*own, *others)])
+        student = softmax([similarity[query][c] / 0.1 for c in (*own, *others * weight)])
         teacher = softmax([scores[i] / 0.5 for i in of_list])
         total += sum(t * math.log(t / s) for t, s in zip(teacher, student, strict=False))
     return total / len(lists)
 
 
+@pytest.mark.parametrize("weight", [1, 3])
 @pytest.mark.parametrize("lengths", [[3, 4], [2, 5, 1], [4]])
-def test_kl_over_candidates_equals_loops(lengths):
+def test_kl_over_candidates_equals_loops(lengths, weight):
     b, m = len(lengths), sum(lengths)
     index = torch.repeat_interleave(torch.arange(b), torch.tensor(lengths))
     column = torch.arange(m) + 2  # two texts of another rank come before
     similarity, scores = randn(b, m + 3).tanh(), randn(m, seed=1)
     known = torch.zeros(b, m + 3, dtype=torch.bool)
     known[0, [0, m + 2]] = True
-    found = F.kl_over_candidates(similarity, scores, index, column, known, 0.1, 0.5)
+    found = F.kl_over_candidates(similarity, scores, index, column, known, 0.1, 0.5, float(weight))
     lists = [(index == i).nonzero().flatten().tolist() for i in range(b)]
     whole = similarity.tolist(), scores.tolist(), lists, column.tolist(), known.tolist()
-    assert found.item() == pytest.approx(candidates_by_loops(*whole), abs=1e-12)
+    assert found.item() == pytest.approx(candidates_by_loops(*whole, weight), abs=1e-12)
 
 
 def test_kl_over_candidates_without_others_is_that_over_lists():
@@ -237,7 +241,7 @@ def test_kl_over_candidates_without_others_is_that_over_lists():
     known = torch.arange(2)[:, None] != index
     alone = F.kl_over_list(similarity, scores, index, 2, 0.1, 0.5)
     found = F.kl_over_candidates(
-        similarity.expand(2, 5), scores, index, torch.arange(5), known, 0.1, 0.5
+        similarity.expand(2, 5), scores, index, torch.arange(5), known, 0.1, 0.5, 4.0
     )
     assert found.item() == pytest.approx(alone.item(), abs=1e-12)
 
@@ -246,7 +250,7 @@ def test_a_teacher_that_is_sure_makes_info_nce_of_it():
     similarity, index = randn(3, 6).tanh(), torch.tensor([0, 0, 1, 1, 2, 2])
     scores, own = torch.tensor([9.0, 0.0] * 3).double(), torch.tensor([0, 2, 4])
     known = torch.zeros(3, 6, dtype=torch.bool)
-    found = F.kl_over_candidates(similarity, scores, index, torch.arange(6), known, 0.1, 0.01)
+    found = F.kl_over_candidates(similarity, scores, index, torch.arange(6), known, 0.1, 0.01, 1.0)
     expected = torch.nn.functional.cross_entropy(similarity / 0.1, own)
     assert found.item() == pytest.approx(expected.item(), abs=1e-12)
 

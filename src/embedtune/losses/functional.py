@@ -4,6 +4,8 @@ Axes: ``b`` queries, ``m`` positives, ``n`` documents (candidates), ``p`` known 
 query, ``d`` width. Any float dtype; training uses float32.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -134,6 +136,7 @@ def kl_over_candidates(
     known: Bool[Tensor, "b n"],
     temperature: float,
     teacher_temperature: float,
+    other_weight: float,
 ) -> Float[Tensor, ""]:
     """Return KL(teacher || student) over each query's list and the texts of the others' lists.
 
@@ -148,8 +151,11 @@ def kl_over_candidates(
         known: Texts of other lists that are left out, for a list of the query has them too.
         temperature: Divides the similarities.
         teacher_temperature: Divides the scores.
+        other_weight: How many texts one of another list stands for.
     """
-    logits = (similarity / temperature).masked_fill(known, float("-inf"))
+    others = torch.full_like(similarity, math.log(other_weight))
+    others[list_index, column] = 0.0
+    logits = (similarity / temperature + others).masked_fill(known, float("-inf"))
     student = F.log_softmax(logits, dim=1)[list_index, column]
     teacher = _log_softmax_by_list(scores / teacher_temperature, list_index, len(similarity))
     return (teacher.exp() * (teacher - student)).sum() / len(similarity)

@@ -27,6 +27,7 @@ class ListwiseKL(Loss):
         temperature: float = 0.05,
         teacher_temperature: float | None = None,
         in_batch_negatives: bool = True,
+        other_weight: float = 4.0,
     ) -> None:
         """Set the hyper-parameters.
 
@@ -40,6 +41,9 @@ class ListwiseKL(Loss):
             in_batch_negatives: Over lists, compare each also with the texts of the other lists of
                 the global batch, which the teacher gives a probability of 0; those that a list of
                 an equal query has as well are left out.
+            other_weight: How many texts one of another list stands for. A triplet's group of 16
+                counts each of 4 negatives 15/4 times; so do these, and rows gain alike as lists
+                and as triplets (docs/quality.md).
         """
         super().__init__()
         if teacher_temperature is None and over == "batch":
@@ -53,6 +57,7 @@ class ListwiseKL(Loss):
             self.scope = "documents" if in_batch_negatives else "rank"
         self.temperature = require_positive("temperature", temperature)
         self.teacher_temperature = teacher_temperature
+        self.other_weight = require_positive("other_weight", other_weight)
 
     def derive_teacher_temperature(self, spread: float) -> float:
         """Set the teacher temperature with which cosines must spread by ``SPREAD`` to fit.
@@ -75,7 +80,8 @@ class ListwiseKL(Loss):
             )
         temperatures = self.temperature, self.teacher_temperature
         if self.over == "list" and self.in_batch_negatives:
-            return {"loss": _kl_over_candidates(embeddings, target, *temperatures)}
+            loss = _kl_over_candidates(embeddings, target, *temperatures, self.other_weight)
+            return {"loss": loss}
         cosine, scores, list_index = _scored_pairs(embeddings, target)
         if self.over == "batch":
             return {"loss": functional.kl_over_batch(cosine, scores, *temperatures)}
@@ -85,7 +91,11 @@ class ListwiseKL(Loss):
 
 
 def _kl_over_candidates(
-    embeddings: Embeddings, target: Target, temperature: float, teacher_temperature: float
+    embeddings: Embeddings,
+    target: Target,
+    temperature: float,
+    teacher_temperature: float,
+    other_weight: float,
 ) -> Tensor:
     given: Any = target  # what scored rows have comes together
     documents: Any = embeddings.positive
@@ -110,6 +120,7 @@ def _kl_over_candidates(
         known,
         temperature,
         teacher_temperature,
+        other_weight,
     )
 
 
