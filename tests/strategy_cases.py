@@ -147,8 +147,7 @@ def run(case: dict, folder: Path, ranks: int) -> dict:
         loss=LOSSES[case.get("loss", name)](),
         pooling=case.get("pooling"),
         lr=case["lr"],
-        projection_init="orthogonal",
-        **case.get("module", {}),
+        **{"projection_init": "orthogonal", **case.get("module", {})},
     )
     module.adamw, module.seen, module.losses = case.get("adamw", False), [], []
     module.precisions = set()

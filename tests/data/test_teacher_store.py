@@ -95,7 +95,7 @@ def test_values_of_another_type_are_refused_by_its_name(tmp_path, kind, found, r
         values_of().clip(min=0),  # half of them are 0
         values_of(2, 2),
         values_of().astype(np.float16).astype(np.float32),  # half of the bytes are 0
-        np.ones((4, 8), np.float32),
+        np.ones((4, 8), np.float32) + np.eye(4, 8, dtype=np.float32),
         np.eye(8, dtype=np.float32),
         values_of() ** 3,
     ],
@@ -121,6 +121,20 @@ def test_a_row_without_a_finite_norm_is_named(tmp_path, monkeypatch, bad, row):
     values.tofile(tmp_path / "t.f32")
     with pytest.raises(InputError, match=rf"t\.f32: row {row + 1}: .* {found}$"):
         TeacherStore([tmp_path / "t.f32"], rows=32)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+@pytest.mark.parametrize("block", [16, 1 << 20])
+def test_rows_that_are_all_equal_are_refused(tmp_path, monkeypatch, value, block):
+    """As those of a store that was never filled: a student would learn to tell nothing apart."""
+    monkeypatch.setattr(teacher_store, "VALUES_PER_CHECK", block)
+    values = np.full((32, 16), value, dtype=np.float32)
+    values.tofile(tmp_path / "t.f32")
+    with pytest.raises(InputError, match=r"t\.f32: .* tell texts apart, found 32 equal rows"):
+        TeacherStore([tmp_path / "t.f32"], rows=32)
+    values[31, 3] = 1.0
+    values.tofile(tmp_path / "t.f32")
+    assert TeacherStore([tmp_path / "t.f32"], rows=32)[31][3] == 1.0
 
 
 def test_rows_of_zeros_are_told(tmp_path, monkeypatch, caplog):
@@ -178,7 +192,7 @@ def test_a_described_file_of_another_size_is_refused(tmp_path, size):
 
 def write_store(path, value, is_stopped=False):
     with TeacherWriter(path, 4, 2) as writer:
-        writer.write(np.full((3, 2), value, np.float32))
+        writer.write(np.eye(3, 2, dtype=np.float32))
         if is_stopped:
             raise KeyboardInterrupt
         writer.write(np.full((1, 2), value, np.float32))
@@ -234,7 +248,7 @@ def test_a_flipped_bit_in_a_store_is_named(tmp_path):
 
 
 def test_a_store_without_a_digest_is_taken(tmp_path):
-    path = write_values(tmp_path / "t.f32", np.ones((4, 2), np.float32))
+    path = write_values(tmp_path / "t.f32", np.eye(4, 2, dtype=np.float32))
     known = json.loads(sidecar_path(path).read_text())
     assert len(known.pop("digest")) == 32
     sidecar_path(path).write_text(json.dumps(known))
@@ -242,7 +256,7 @@ def test_a_store_without_a_digest_is_taken(tmp_path):
 
 
 def test_a_digest_that_is_none_is_named(tmp_path):
-    path = write_values(tmp_path / "t.f32", np.ones((4, 2), np.float32))
+    path = write_values(tmp_path / "t.f32", np.eye(4, 2, dtype=np.float32))
     known = json.loads(sidecar_path(path).read_text())
     sidecar_path(path).write_text(json.dumps(known | {"digest": 7}))
     with pytest.raises(InputError, match="digest: expected a string, found the number 7"):

@@ -99,6 +99,11 @@ def single_cases(models: dict[str, dict]) -> dict[str, dict]:
     single["left_over"] = {**models["bert"], **LEFT_OVER}
     single["half"] = {**bert, **TASKS["distill"], "precision": "bf16-mixed"}
     single["half_scored"] = {**bert, **SCORED["scored"], "precision": "bf16-mixed"}
+    single["started"] = {
+        **bert,
+        **TASKS["distill"],
+        "module": {"projection_init": "teacher"},
+    }
     single["whole"] = {**bert, **RESUMED}
     # A number of rows that neither ranks nor batches divide.
     single["validated"] = {**bert, **RESUMED, "count": 19, "validate": True}
@@ -283,6 +288,12 @@ def test_a_gradient_cache_replays_dropout(runs, strategy):
     assert_same_weights(runs.on_ranks(f"{strategy}-dropped-cached"), expected)
     without = runs.on_ranks(f"{strategy}-bert-triplet")
     assert movement(expected["weights"], without["weights"]) > 1e-3
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *map(slow, REPEATED)])
+def test_so_does_a_start_from_the_teacher(runs, strategy):
+    """Which rank 0 alone computes: the directions that few texts leave open are rounding's."""
+    assert_same_weights(runs.on_ranks(f"{strategy}-started"), runs.alone("started"))
 
 
 def test_so_does_offloading_to_the_processor(runs):

@@ -192,8 +192,9 @@ def _spread(values: np.ndarray) -> float:
 
 
 def _check_values(path: Path, store: np.ndarray) -> None:
-    """Refuse a row without a finite norm; warn of rows that are zero."""
+    """Refuse a row without a finite norm, and rows that are all equal; warn of those of zeros."""
     zeros: list[np.ndarray] = []
+    differ = len(store) < 2
     step = max(1, VALUES_PER_CHECK // store.shape[1])
     for start in range(0, len(store), step):
         block = store[start : start + step]
@@ -205,6 +206,11 @@ def _check_values(path: Path, store: np.ndarray) -> None:
                 f"found {block[row, worst]!s}"
             )
         zeros.append(start + np.flatnonzero(squares == 0))
+        differ = differ or bool((block != store[0]).any())
+    if not differ:
+        raise InputError(
+            f"{path}: expected embeddings that tell texts apart, found {len(store):,} equal rows"
+        )
     rows = np.concatenate(zeros)
     if len(rows):
         log.warning(

@@ -47,8 +47,8 @@ def start_projection(
     teacher_dim = data.teacher_dim if data.format == Format.DISTILL else None
     enough = TEXTS_PER_COORDINATE * encoder.width
     if init is None:
-        is_known = teacher_dim is not None and len(data.datasets["train"]) >= enough
-        init = "teacher" if is_known else "pca"
+        has_enough = teacher_dim is not None and len(data.datasets["train"]) >= enough
+        init = "teacher" if has_enough else "pca"
     width = projection_dim(encoder, init, mrl_dims, teacher_dim)
     if width is None:
         return
