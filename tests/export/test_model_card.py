@@ -342,7 +342,7 @@ def run(folder: Path, model: Path, name: str, command: str) -> TrainingFacts:
     teacher = None
     if name == "distill":
         teacher = str(folder / "teacher.f32")
-        np.ones((2, 48), np.float32).tofile(teacher)
+        np.eye(2, 48, dtype=np.float32).tofile(teacher)
     data = EmbeddingDataModule(str(path), str(path), teacher_path=teacher, val_teacher_path=teacher)
     module = EmbeddingModule(str(model))
     trainer = pl.Trainer(

@@ -143,13 +143,14 @@ def run(folder: Path, arguments: list[str], point: int = 0, dies: bool = False) 
 
 
 def states(folder: Path, leaves: list[str]) -> list[dict[str, bytes]]:
-    """Return the files of what a command leaves."""
+    """Return the files of what a command leaves, without those that the next command sweeps."""
     found = []
     for leaf in leaves:
         path = folder / leaf
         files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
         named = {str(file.relative_to(folder)): file for file in files}
-        found.append({at: file.read_bytes() for at, file in named.items() if ".part/" not in at})
+        kept = {at: file for at, file in named.items() if ".part/" not in at}
+        found.append({at: kept[at].read_bytes() for at in kept if not at.endswith(".former")})
     return found
 
 
