@@ -37,11 +37,13 @@ help: ## List the targets
 .venv: .venv/.installed ## Create the environment at the tested versions
 
 # torch first and by its pin: a CPU or local build satisfies it, where a range would fetch the newest.
+# Compiled by all cores, where pip takes one; the templates among the files, no Python yet, are left.
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "embedtune needs Python >= 3.11")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet $$(grep '^torch==' constraints.txt) -c constraints.txt
-	$(BIN)/pip install --quiet -e '.[$(EXTRAS)]' -c constraints.txt
+	$(BIN)/pip install --quiet --no-compile $$(grep '^torch==' constraints.txt) -c constraints.txt
+	$(BIN)/pip install --quiet --no-compile -e '.[$(EXTRAS)]' -c constraints.txt
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 demo: .venv/.installed ## Train, export and evaluate a small model in a few minutes on a CPU

@@ -21,9 +21,10 @@ SETS = ("banking77", "scifact", "cranfield", "t2rank100", "demo")
 SCALES: dict[str, Callable[[float], float]] = {
     "probabilities": lambda x: 1 / (1 + math.exp(-x)),
     "logits": float,
+    "cosines": lambda x: min(1.0, 0.7 + 0.05 * x),
     "grades": lambda x: float(min(3, max(0, round(1.5 + x / 2)))),
 }
-"""Of a reranker's logits; grades are whole numbers from 0 to 3."""
+"""Of a reranker's logits; cosines lie about .85 and .55, grades are whole numbers from 0 to 3."""
 NOISE = 1.5
 """Standard deviation of such a logit about 3 or -3: two in a hundred are on the wrong side."""
 WORDS, CHARACTERS = 30, 60

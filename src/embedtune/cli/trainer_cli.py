@@ -48,7 +48,24 @@ class TrainerParser(Parser, LightningArgumentParser):
 
 
 class TrainerCLI(LightningCLI):
-    """LightningCLI with embedtune's classes, defaults and callbacks."""
+    """LightningCLI with embedtune's classes, defaults and callbacks, for one command."""
+
+    def __init__(self, command: str, **settings: Any) -> None:
+        """Run a command.
+
+        Args:
+            command: ``fit``, ``validate``, ``test`` or ``predict``.
+            **settings: Of LightningCLI.
+        """
+        self._command = command
+        super().__init__(**settings)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """Return the command and the arguments of its method that are no options.
+
+        A parser for each of the others would take three times as long to make as this one.
+        """
+        return {self._command: super().subcommands()[self._command]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the keys beside ``model``, ``data`` and ``trainer``."""
@@ -217,8 +234,9 @@ def trainer_command(argv: Sequence[str]) -> None:
 
 def _run_trainer(args: list[str]) -> None:
     TrainerCLI(
-        EmbeddingModule,
-        EmbeddingDataModule,
+        args[0],
+        model_class=EmbeddingModule,
+        datamodule_class=EmbeddingDataModule,
         save_config_callback=SaveConfig,
         save_config_kwargs={"save_to_log_dir": False},
         trainer_defaults=TRAINER_DEFAULTS,

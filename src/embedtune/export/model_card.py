@@ -1,6 +1,7 @@
 """Write the model card of an exported folder."""
 
 import math
+from functools import cache
 from pathlib import Path
 
 import jinja2
@@ -35,12 +36,7 @@ def write_model_card(folder: Path, encoder: Encoder, facts: TrainingFacts | None
     title = f"Text-embedding model{based}"
     found = measures(facts, encoder.width)
     data = card_data(name, title, found, facts.mrl_dims is not None)
-    environment = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters |= {"code": as_code, "figure": _figure, "change": _change, "repr": repr}
-    template = Path(__file__).with_suffix(".md.jinja").read_text(encoding="utf-8")
-    text = environment.from_string(template).render(
+    text = _template().render(
         title=title,
         base=_link(name),
         card=data,
@@ -62,6 +58,16 @@ def write_model_card(folder: Path, encoder: Encoder, facts: TrainingFacts | None
         trust=", trust_remote_code=True" if encoder.spec.trust_remote_code else "",
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text.strip()}\n").save(folder / "README.md")
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {"code": as_code, "figure": _figure, "change": _change, "repr": repr}
+    template = Path(__file__).with_suffix(".md.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template)
 
 
 def _link(name: str) -> str:
