@@ -45,6 +45,8 @@ def test_a_file_of_the_wrong_size_is_an_error(tmp_path, rows, width, message):
 def test_a_missing_or_empty_file_is_an_error(tmp_path):
     with pytest.raises(InputError, match="found no file"):
         TeacherStore([tmp_path / "none"], rows=1)
+    with pytest.raises(InputError, match=f"the embeddings.f32 in a .* found the folder {tmp_path}"):
+        TeacherStore([tmp_path], rows=1)
     (tmp_path / "empty").touch()
     with pytest.raises(InputError, match="found 0 bytes"):
         TeacherStore([tmp_path / "empty"], rows=1)

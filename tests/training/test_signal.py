@@ -46,7 +46,7 @@ def test_a_wrapped_loss_is_looked_into(tmp_path, tiny_bert, loss):
     rows, expected = PAIRS, "found 1"
     if isinstance(loss, Matryoshka) and isinstance(loss.loss, ListwiseKL):
         rows = [{**row, "scores": [i / 4]} for i, row in enumerate(PAIRS)]
-        expected = "rows.jsonl:1: a list of one text carries no signal"
+        expected = "rows.jsonl:1: expected lists of at least two texts"
     with pytest.raises(InputError, match=expected):
         fit(tmp_path, tiny_bert, rows, {"batch_size": 1}, loss=loss)
 

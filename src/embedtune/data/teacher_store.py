@@ -86,7 +86,9 @@ class TeacherStore:
     def _open(path: Path, rows: int, queries_digest: str | None) -> np.memmap:
         if not path.is_file():
             raise InputError(
-                f"data.teacher_path: expected a float32 memory map, found no file {path}"
+                "data.teacher_path: expected a float32 memory map, such as the embeddings.f32 in a "
+                f"folder of embedtune teach, found {'the folder' if path.is_dir() else 'no file'} "
+                f"{path}"
             )
         known = read_description(path)
         try:

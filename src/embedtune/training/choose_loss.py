@@ -117,8 +117,9 @@ def _refuse_singleton_lists(data: EmbeddingDataModule) -> None:
         lengths = rows.list_lengths
         if lengths.min() < 2:
             raise InputError(
-                f"{rows.place(int(lengths.argmin()))}: a list of one text carries no signal "
-                "for ListwiseKL; use model.loss: embedtune.losses.CoSENT (sentence pairs with "
+                f"{rows.place(int(lengths.argmin()))}: expected lists of at least two texts for "
+                "ListwiseKL, found one, which would be the best of its list whatever its score; "
+                "use model.loss: embedtune.losses.CoSENT (sentence pairs with "
                 "scores), or ListwiseKL with over: batch"
             )
 
