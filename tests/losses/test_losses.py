@@ -318,6 +318,17 @@ def test_wrong_hyper_parameters_are_refused():
             wrong()
 
 
+@pytest.mark.parametrize(
+    ("dims", "found"), [([], r"found \[\]"), ([0, 8], r"found \[0, 8\]"), ([8, 17], "found 17")]
+)
+@pytest.mark.parametrize(
+    "with_widths", [Distillation, lambda dims: Matryoshka(Distillation(), dims)]
+)
+def test_widths_that_an_embedding_does_not_have_are_refused(with_widths, dims, found):
+    with pytest.raises(InputError, match=rf"dims: expected widths .*{found}"):
+        with_widths(dims)(Embeddings(torch.randn(4, 16)), Target(teacher=torch.randn(4, 16)))
+
+
 def test_teacher_temperature_depends_on_what_is_compared():
     assert ListwiseKL("batch").teacher_temperature == ListwiseKL().temperature == 0.05
     assert ListwiseKL("batch", teacher_temperature=0.5).teacher_temperature == 0.5

@@ -71,6 +71,14 @@ def test_a_teacher_temperature_of_another_scale_is_told(tiny_bert, caplog, given
     assert not [r for r in caplog.records if "teacher_temperature:" in r.getMessage()]
 
 
+@pytest.mark.parametrize("scale", [0.01, 10.0])
+def test_over_the_batch_none_is_given_or_derived(tiny_bert, caplog, scale):
+    write([[scale * score for score in scores] for scores in LISTS])
+    fit(tiny_bert, "--model.loss.over=batch")
+    assert "teacher_temperature:" not in caplog.text
+    assert "teacher temperature" not in caplog.text
+
+
 def test_the_losses_without_a_temperature_refuse_one():
     for arguments in ((Format.DISTILL, 0.1), (Format.SCORED, 0.1)):
         with pytest.raises(InputError, match=r"model.temperature: \w+ has none"):

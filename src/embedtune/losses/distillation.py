@@ -13,6 +13,7 @@ from embedtune.losses.contract import Loss
 from embedtune.losses.inputs import Embeddings, Target
 from embedtune.losses.rank_hinge import pair_order, rank_hinge
 from embedtune.losses.similarity import cosine_similarity, nested_cosine_similarities
+from embedtune.losses.widths import refuse_wider, require_widths
 
 
 class Distillation(Loss):
@@ -48,7 +49,8 @@ class Distillation(Loss):
                 tell apart, and a hinge that costs the square of the number of ranks.
         """
         super().__init__()
-        self.mrl_dims, self.over = mrl_dims, over
+        self.mrl_dims = None if mrl_dims is None else require_widths("mrl_dims", mrl_dims)
+        self.over = over
         self.scope = over
         self.cosine_weight, self.similarity_weight = cosine_weight, similarity_weight
         self.rank_weight, self.margin = rank_weight, margin
@@ -59,6 +61,7 @@ class Distillation(Loss):
         assert teacher is not None
         truth = cosine_similarity(teacher, teacher)
         dims = self.mrl_dims or [student.shape[1]]
+        refuse_wider(dims, student.shape[1])
 
         def compare(student: Tensor) -> tuple[list[Tensor], list[Tensor]]:
             similarities = nested_cosine_similarities(student, student, dims)

@@ -8,6 +8,7 @@ from torch import Tensor
 from embedtune.errors import InputError
 from embedtune.losses.contract import Loss
 from embedtune.losses.inputs import Embeddings, Target
+from embedtune.losses.widths import refuse_wider, require_widths
 
 
 class Matryoshka(Loss):
@@ -28,7 +29,7 @@ class Matryoshka(Loss):
             weights: Their weights in the mean; equal by default.
         """
         super().__init__()
-        self.loss, self.dims = loss, list(dims)
+        self.loss, self.dims = loss, require_widths("dims", dims)
         self.weights = [1.0] * len(self.dims) if weights is None else list(weights)
         if len(self.weights) != len(self.dims) or sum(self.weights) <= 0:
             raise InputError(
@@ -39,11 +40,7 @@ class Matryoshka(Loss):
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the weighted mean, and the loss at each width."""
-        width = embeddings.query.shape[1]
-        if max(self.dims) > width:
-            raise InputError(
-                f"mrl_dims: expected widths up to the embedding's {width}, found {max(self.dims)}"
-            )
+        refuse_wider(self.dims, embeddings.query.shape[1])
         losses = self.loss.at_widths(embeddings, target, self.dims)
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         parts = {f"loss/{dim}": loss for dim, loss in zip(self.dims, losses, strict=True)}

@@ -65,9 +65,9 @@ def choose_loss(
 
 
 def _settle_teacher_temperature(loss: Loss, data: EmbeddingDataModule) -> None:
-    """Derive it where a loss has none, from the rows; warn where one does not fit their scores."""
+    """Derive that over lists where none is given, or warn where it does not fit their scores."""
     inner = unwrapped(loss)
-    if not isinstance(inner, ListwiseKL):
+    if not isinstance(inner, ListwiseKL) or inner.over != "list":
         return
     spread = _main_rows(data).score_spread
     if inner.teacher_temperature is None:
