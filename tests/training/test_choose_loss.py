@@ -53,9 +53,20 @@ def fit(model: Path, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("flags", [(), ("--model.use_mrl", "true", "--model.mrl_dims", "16,8")])
-def test_sentence_pairs_take_cosent(tiny_bert, caplog, flags):
+def test_sentence_pairs_take_cosent_at_a_scale_of_the_model(tiny_bert, caplog, flags):
+    """A quarter of what tells relevant texts from others: the model's temperature, upside down."""
     write([[0.0], [0.5], [1.0]])
     fit(tiny_bert, *flags)
+    (scale,) = re.findall(r"CoSENT\(scale=([\d.]+)\)", caplog.text)
+    write(LISTS)
+    fit(tiny_bert)
+    (temperature,) = re.findall(r"ListwiseKL\(.*, temperature=([\d.]+)", caplog.text)
+    assert float(scale) == pytest.approx(0.25 / float(temperature), rel=0.1)
+
+
+def test_a_given_scale_stays(tiny_bert, caplog):
+    write([[0.0], [0.5], [1.0]])
+    fit(tiny_bert, "--model.loss=embedtune.losses.CoSENT", "--model.loss.scale=20")
     assert "CoSENT(scale=20.0)" in caplog.text
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.data.records import Format
@@ -16,7 +17,10 @@ from embedtune.losses.scored import SPREAD, CoSENT, ListwiseKL
 log = logging.getLogger("embedtune")
 
 WITH_ONE = (Format.PAIR, Format.TRIPLET, Format.SCORED)
-"""Formats whose own loss has a temperature, but for scored pairs."""
+"""Formats whose own loss has a temperature; that of scored pairs is 1 / scale."""
+GRADUAL = 4
+"""Times the temperature that tells relevant texts from others, for pairs that are alike by degrees
+(docs/quality.md)."""
 FLATTEST, STEEPEST = SPREAD / 5, SPREAD * 5
 """Within these a given teacher temperature may ask cosines of a list to spread."""
 
@@ -45,10 +49,9 @@ def choose_loss(
     assert row_format is not None, "only predict has no format"
     if loss is None:
         of_pairs = row_format == Format.SCORED and _main_rows(data).list_lengths.max() < 2
-        if temperature is None and derive_temperature and not of_pairs and row_format in WITH_ONE:
-            temperature = derive_temperature()
-            log.info("temperature %.2g, by how alike texts are to the base model", temperature)
         loss = default_loss(row_format, temperature, of_pairs=of_pairs)
+        if temperature is None and derive_temperature and row_format in WITH_ONE:
+            _take_temperature(loss, derive_temperature())
     if row_format not in loss.formats:
         raise InputError(
             f"model.loss: {type(loss).__name__} takes {' or '.join(sorted(loss.formats))} "
@@ -62,6 +65,17 @@ def choose_loss(
         loss.mrl_dims = loss.mrl_dims or mrl_dims
         return loss
     return Matryoshka(loss, mrl_dims)
+
+
+def _take_temperature(loss: Any, temperature: float) -> None:
+    """Give a format's own loss the temperature of a model."""
+    said = "by how alike texts are to the base model"
+    if isinstance(loss, CoSENT):
+        loss.scale = float(f"{1 / (GRADUAL * temperature):.2g}")
+        log.info("scale %.2g, %s", loss.scale, said)
+    else:
+        loss.temperature = temperature
+        log.info("temperature %.2g, %s", temperature, said)
 
 
 def _settle_teacher_temperature(loss: Loss, data: EmbeddingDataModule) -> None:

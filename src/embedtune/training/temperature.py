@@ -8,7 +8,7 @@ from torch import Tensor
 from embedtune.losses.contract import Loss
 from embedtune.losses.infonce import InfoNCE
 from embedtune.losses.matryoshka import unwrapped
-from embedtune.losses.scored import ListwiseKL
+from embedtune.losses.scored import CoSENT, ListwiseKL
 
 EXAMPLES = 128
 """Examples whose texts tell how alike texts are to a model."""
@@ -36,6 +36,8 @@ def derive_temperature(sample: Tensor) -> float:
 def temperatures_of(loss: Loss | None) -> dict[str, float]:
     """Return the temperatures of a loss, by the names of its attributes."""
     inner = unwrapped(loss)
+    if isinstance(inner, CoSENT):
+        return {"scale": inner.scale}
     if not isinstance(inner, InfoNCE | ListwiseKL):
         return {}
     found = {"temperature": inner.temperature}
