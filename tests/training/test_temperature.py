@@ -62,3 +62,19 @@ def test_a_checkpoint_brings_the_temperature_that_it_was_trained_with(tiny_bert,
     measured = json.loads(Path("run/metrics.json").read_text())["metrics"]
     expected = checkpoint["training_facts"]["metrics"]
     assert measured["val/train/loss"] == pytest.approx(expected["val/train/loss"], rel=1e-4)
+
+
+def test_a_new_temperature_takes_the_teacher_s_along(tiny_bert, rows):
+    """Both together ask for the spread that cosines are to have."""
+    lists = ({"query": f"q {i}", "pos": [f"a {i}", f"b {i}"], "scores": [i, 2.0]} for i in range(8))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in lists))
+    found = []
+    for epochs, flags in ((1, ["0.05"]), (2, ["0.02", "--ckpt_path", "last"])):
+        command = ["fit", "--model.model_name_or_path", str(tiny_bert), "--model.temperature"]
+        command += [*flags, "--trainer.accelerator", "cpu", "--data.train_path", "train.jsonl"]
+        main([*command, f"--trainer.max_epochs={epochs}", "--save_on_epoch_end", "false"])
+        checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=False)
+        found.append(checkpoint["temperatures"])
+    assert [kept["temperature"] for kept in found] == [0.05, 0.02]
+    ratio = found[1]["teacher_temperature"] / found[0]["teacher_temperature"]
+    assert ratio == pytest.approx(0.02 / 0.05)

@@ -46,11 +46,14 @@ def start_projection(
     """
     teacher_dim = data.teacher_dim if data.format == Format.DISTILL else None
     enough = TEXTS_PER_COORDINATE * encoder.width
+    is_given = init not in (None, "none")
     if init is None:
         has_enough = teacher_dim is not None and len(data.datasets["train"]) >= enough
         init = "teacher" if has_enough else "pca"
     width = projection_dim(encoder, init, mrl_dims, teacher_dim)
     if width is None:
+        if is_given:
+            log.info("projection_init %s starts nothing: no projection is appended", init)
         return
     sample, teacher = None, None
     if init in ("pca", "teacher"):

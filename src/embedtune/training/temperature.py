@@ -1,6 +1,7 @@
 """The temperature of a loss that is given none."""
 
-from collections.abc import Iterable
+from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,8 +48,15 @@ def temperatures_of(loss: Loss | None) -> dict[str, float]:
 
 
 def set_temperatures(
-    loss: Loss | None, temperatures: dict[str, float], derived: Iterable[str]
+    loss: Loss | None, temperatures: dict[str, float], derived: Collection[str]
 ) -> None:
-    """Give a loss those of its derived temperatures that the loss of a checkpoint had."""
+    """Give a loss those of its derived temperatures that the loss of a checkpoint had.
+
+    A teacher temperature goes with the temperature that it was derived for, and is another where
+    that is given anew.
+    """
+    inner: Any = unwrapped(loss)
     for name in temperatures.keys() & set(derived):
-        setattr(unwrapped(loss), name, temperatures[name])
+        setattr(inner, name, temperatures[name])
+    if "teacher_temperature" in derived and "teacher_temperature" in temperatures:
+        inner.teacher_temperature *= inner.temperature / temperatures["temperature"]
