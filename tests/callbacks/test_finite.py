@@ -2,14 +2,19 @@
 
 import csv
 import json
+from importlib import import_module
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 
+from embedtune import EmbeddingDataModule, EmbeddingModule
 from embedtune.callbacks import finite
 from embedtune.checkpoints import last_checkpoint, read_facts, read_weights
 from embedtune.cli import main
+from embedtune.errors import TrainingError
 
 ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(12)]
 LOSSES = """
@@ -95,6 +100,25 @@ def test_as_many_steps_as_asked_are_left_out(tiny_bert, caplog, capsys, what):
     with pytest.raises(SystemExit):
         fit(tiny_bert, *breaking(2, what, times=2), "--skip_nonfinite=1")
     assert "step 4: the gradient is" in capsys.readouterr().err
+
+
+def test_a_scaler_leaves_no_more_losses_out_than_asked(tiny_bert, caplog, monkeypatch):
+    """It would skip every step whose loss is no number, to the end of the fit."""
+    monkeypatch.syspath_prepend(Path.cwd())
+    loss = import_module("breaking").Breaking(at=2, times=3)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        plugins=[MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))],
+        max_steps=6,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        callbacks=[finite.Finite(skip_nonfinite=2)],
+    )
+    module = EmbeddingModule(str(tiny_bert), loss=loss)
+    with pytest.raises(TrainingError, match=r"the loss is nan; its batch is of train\.jsonl"):
+        trainer.fit(module, EmbeddingDataModule("train.jsonl", batch_size=4, shuffle=False))
+    assert "(2 of 2 that are tolerated): its loss is nan" in caplog.text
 
 
 def test_a_step_that_is_left_out_changes_nothing(tiny_bert, monkeypatch):

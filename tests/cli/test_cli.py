@@ -280,6 +280,14 @@ def test_predict_writes_what_encode_gives_in_order(tiny_bert, name):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_a_prediction_of_some_rows_is_refused(tiny_bert, capsys):
+    name = write("lines.txt", [f"text {i}" for i in range(20)])
+    argv = ["predict", "--model.model_name_or_path", str(tiny_bert), "--data.predict_path", name]
+    with pytest.raises(SystemExit):
+        main([*argv, "--trainer.accelerator=cpu", "--trainer.limit_predict_batches=1"])
+    assert "trainer.limit_predict_batches: expected 1.0" in capsys.readouterr().err
+
+
 def test_a_prediction_that_breaks_off_leaves_the_former(tiny_bert, monkeypatch):
     name = write("lines.txt", [f"text {i}" for i in range(20)])
     argv = [

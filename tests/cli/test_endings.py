@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import yaml
 
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
+from embedtune.cli.best_checkpoint import keep_the_best
 
 PAIRS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(8)]
 SCORED = [{"query": f"a {i}", "pos": [f"b {i}"], "scores": [i / 4]} for i in range(5)]
@@ -189,3 +191,25 @@ def test_a_run_does_not_replace_its_own_base(tiny_bert, capsys):
 def test_an_interval_of_validation_beyond_an_epoch_is_named(tiny_bert, capsys):
     said = error(capsys, tiny_bert, "--data.val_path=sts.jsonl", "--trainer.val_check_interval=9")
     assert "trainer.val_check_interval: expected at most the 4 batches of an epoch, found 9" in said
+
+
+def test_an_interval_of_validation_may_be_a_time(tiny_bert):
+    every = "--trainer.val_check_interval=00:00:01:00"
+    fit(tiny_bert, "--data.val_path=sts.jsonl", every, "--trainer.max_steps=2")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [
+        ("val/sts/spearman", "max"),
+        ("val/dev/ndcg@10/128", "max"),
+        ("val/train/loss", "min"),
+        ("train/rank_hinge", "min"),
+        ("val/own/distance", "min"),
+    ],
+)
+def test_the_best_is_the_most_of_metrics_and_the_least_of_losses(monitor, mode):
+    settings = {"monitor": monitor, "mode": None, "save_on_train_epoch_end": None, "filename": None}
+    checkpoint = SimpleNamespace(**settings)
+    keep_the_best(checkpoint)
+    assert checkpoint.mode == mode

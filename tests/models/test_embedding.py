@@ -22,6 +22,7 @@ def test_embedding_encodes_in_order_without_gradients(tiny_bert):
     assert found.shape == (50, 32)
     assert (found.device.type, found.dtype, found.requires_grad) == ("cpu", torch.float32, False)
     torch.testing.assert_close(found, torch.as_tensor(expected))
+    torch.testing.assert_close(embedding.encode(texts[3]), found[3])
     (found * 2).sum()  # an ordinary tensor, not one of inference mode
     assert not found.is_inference()
 

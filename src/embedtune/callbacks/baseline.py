@@ -26,7 +26,8 @@ class Baseline(pl.Callback):
     input are its own. Its metrics are the first row of every curve.
 
     Attributes:
-        found: What its queries found in each retrieval set, as ``validation.Measured.found``.
+        found: What its queries found in each retrieval set, as ``found`` of
+            :class:`~embedtune.evaluation.measure.Measured`.
     """
 
     def __init__(self, anchors: dict[str, float] | None = None) -> None:

@@ -85,7 +85,11 @@ class Finite(pl.Callback):
         if self._is_first and value == 0:
             self._warn_of_zero()
         self._is_first = False
-        if not math.isfinite(value) and not self.skip_nonfinite:
+        if math.isfinite(value):
+            return
+        if self.skip_nonfinite and _has_scaler(trainer):  # which leaves the step out by itself
+            self._count_skipped(trainer, "loss", value)
+        elif not self.skip_nonfinite:
             raise self._error(trainer, "loss", value)
 
     def on_before_optimizer_step(
@@ -93,8 +97,7 @@ class Finite(pl.Callback):
     ) -> None:
         """End the fit at a gradient that is no number, or leave the step out."""
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if has_scaler or not gradients:  # ZeRO holds them elsewhere
+        if _has_scaler(trainer) or not gradients:  # ZeRO holds them elsewhere
             return
         own = torch.stack(torch._foreach_norm(gradients)).sum()
         norm = exchange.sum_over_ranks(own.float())
@@ -104,14 +107,18 @@ class Finite(pl.Callback):
         value = float(norm)
         if math.isfinite(value):
             return
+        self._count_skipped(trainer, "gradient", value)
+        optimizer.zero_grad(set_to_none=True)
+
+    def _count_skipped(self, trainer: pl.Trainer, what: str, value: float) -> None:
+        """Tell that a step is left out; end the fit if it is one too many."""
         self._skipped += 1
         if self._skipped > self.skip_nonfinite:
-            raise self._error(trainer, "gradient", value)
-        optimizer.zero_grad(set_to_none=True)
+            raise self._error(trainer, what, value)
         log.warning(
-            "step %s is left out (%s of %s that are tolerated): its gradient is %s; %s",
-            *(f"{trainer.global_step + 1:,}", self._skipped, self.skip_nonfinite, value),
-            self._places(cast(EmbeddingModule, pl_module)),
+            "step %s is left out (%s of %s that are tolerated): its %s is %s; %s",
+            *(f"{trainer.global_step + 1:,}", self._skipped, self.skip_nonfinite, what, value),
+            self._places(cast(EmbeddingModule, trainer.lightning_module)),
         )
 
     def _ask(self, trainer: pl.Trainer, optimizer: Any, norm: Tensor) -> None:
@@ -191,10 +198,14 @@ class Finite(pl.Callback):
         return f"its batch is of {named}{more}"
 
 
+def _has_scaler(trainer: pl.Trainer) -> bool:
+    """Tell whether gradients are scaled, and steps whose gradients overflow left out by that."""
+    return getattr(trainer.precision_plugin, "scaler", None) is not None
+
+
 def _runs_ahead(trainer: pl.Trainer) -> bool:
     """Tell whether the optimiser can leave a step out without being told so by the host."""
     optimizers: list[Any] = trainer.optimizers
     is_fused = all(type(o) is AdamW and o.defaults["fused"] for o in optimizers)
-    is_plain = getattr(trainer.precision_plugin, "scaler", None) is None
-    on_gpu = trainer.strategy.root_device.type == "cuda"
-    return on_gpu and is_plain and is_fused and not isinstance(trainer.strategy, ZeRO)
+    is_plain = not _has_scaler(trainer) and not isinstance(trainer.strategy, ZeRO)
+    return trainer.strategy.root_device.type == "cuda" and is_plain and is_fused

@@ -2,7 +2,7 @@
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from embedtune.data.batch import Batch
 from embedtune.data.datamodule import EmbeddingDataModule
+from embedtune.errors import InputError
 from embedtune.whole_files import part_of, put
 
 log = logging.getLogger("embedtune")
@@ -24,6 +25,20 @@ class WriteEmbeddings(pl.Callback):
     def __init__(self) -> None:
         """Start without a file."""
         self._file: np.memmap | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to leave rows out, which would be zeros.
+
+        Raises:
+            InputError: A limit leaves some out.
+        """
+        limit = trainer.limit_predict_batches
+        is_whole = isinstance(limit, float) and limit == 1  # the number 1 is one batch
+        if stage == "predict" and not is_whole and not cast(Any, trainer).fast_dev_run:
+            raise InputError(
+                f"trainer.limit_predict_batches: expected 1.0, for embeddings.npy has a row for "
+                f"each text, found {limit}"
+            )
 
     def on_predict_batch_end(
         self,

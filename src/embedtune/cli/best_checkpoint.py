@@ -5,14 +5,14 @@ from typing import Any
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from embedtune.errors import InputError, require_positive
+from embedtune.evaluation.metrics import TITLES
 
 
 def keep_the_best(checkpoint: Any) -> None:
     """Settle what follows from ``checkpoint.monitor`` where the user does not say otherwise."""
     metric = checkpoint.monitor.split("/")
-    is_ours = metric[0] in ("train", "val")
-    if checkpoint.mode is None:
-        checkpoint.mode = "max" if is_ours and "loss" not in metric else "min"
+    if checkpoint.mode is None:  # what is no metric of a test set is a loss, or a part of one
+        checkpoint.mode = "max" if metric[0] == "val" and TITLES.keys() & set(metric) else "min"
     if metric[0] == "val" and checkpoint.save_on_train_epoch_end is None:
         checkpoint.save_on_train_epoch_end = False  # but with the validation, before any export
     checkpoint.filename = checkpoint.filename or "best-{epoch}-{step}"

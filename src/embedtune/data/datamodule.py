@@ -216,7 +216,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
             return self._tokens.longest
         collate = self.collator(encoder)
         sample = self.datasets["train"].sample(LENGTHS_SAMPLE)
-        texts = {text for example in sample for text in collate.texts(example)}
+        # In an order of their own: of equally long ones every run and rank takes the same.
+        texts = dict.fromkeys(text for example in sample for text in collate.texts(example))
         longest = sorted(texts, key=lambda text: len(text.text))[-LONGEST_TEXTS:]
         features = [encoder.tokenize([t.text], t.role, t.prompt, t.max_len) for t in longest]
         return max(found["input_ids"].shape[-1] for found in features)

@@ -41,7 +41,7 @@ class Embedding:
 
     def encode(
         self,
-        texts: Sequence[str],
+        texts: str | Sequence[str],
         device: str | None = None,
         prompt: str = "",
         max_len: int = 512,
@@ -50,15 +50,17 @@ class Embedding:
         """Encode texts without gradients.
 
         Args:
-            texts: Any number of texts.
+            texts: Any number of texts, or one.
             device: Where to encode; None leaves the model where it is.
             prompt: Prepended to each text; empty for none.
             max_len: Longest input in tokens, prompt included.
             batch_size: Texts that are encoded at once.
 
         Returns:
-            float32 ``[n, d]`` on the CPU, in the order of ``texts``.
+            float32 ``[n, d]`` on the CPU, in the order of ``texts``; ``[d]`` for one text.
         """
+        if isinstance(texts, str):
+            return self.encode([texts], device, prompt, max_len, batch_size)[0]
         if not texts:
             return torch.empty(0, int(self.model.get_embedding_dimension() or 0))
         embeddings = self.model.encode(

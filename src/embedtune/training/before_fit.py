@@ -68,11 +68,9 @@ def refuse_long_interval(trainer: Any, batches: int) -> None:
     Raises:
         InputError: The interval counts within epochs, and is longer than one.
     """
-    interval, counts_within = (
-        trainer.val_check_interval,
-        trainer.check_val_every_n_epoch is not None,
-    )
-    if counts_within and not isinstance(interval, float) and interval > batches:
+    interval = getattr(trainer, "val_check_interval", None)  # there is none of a time
+    counts_within = trainer.check_val_every_n_epoch is not None
+    if counts_within and isinstance(interval, int) and interval > batches:
         raise InputError(
             f"trainer.val_check_interval: expected at most the {batches} batches of an epoch, "
             f"found {interval}; trainer.check_val_every_n_epoch null counts over epochs"

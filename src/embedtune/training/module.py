@@ -110,8 +110,8 @@ class EmbeddingModule(pl.LightningModule):
                 model's own.
             trust_remote_code: Run code that the model brings along.
             attn_implementation: How attention is computed, by transformers' names, such as
-                ``sdpa`` or ``flash_attention_2``; the default is ``sdpa``, and on a CPU attention
-                without padding.
+                ``sdpa`` or ``flash_attention_2``; the default is attention without
+                padding where the model allows it, else ``sdpa``.
             dropout: Share that every dropout of the model drops; the default is the model's own.
             attention_dropout: The same for attention probabilities alone; 0 leaves the faster
                 fused attention usable.
