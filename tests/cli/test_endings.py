@@ -204,6 +204,7 @@ def test_an_interval_of_validation_may_be_a_time(tiny_bert):
         ("val/sts/spearman", "max"),
         ("val/dev/ndcg@10/128", "max"),
         ("val/train/loss", "min"),
+        ("val/spearman/loss", "min"),  # of a set that is called so
         ("train/rank_hinge", "min"),
         ("val/own/distance", "min"),
     ],

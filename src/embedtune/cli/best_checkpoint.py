@@ -12,7 +12,7 @@ def keep_the_best(checkpoint: Any) -> None:
     """Settle what follows from ``checkpoint.monitor`` where the user does not say otherwise."""
     metric = checkpoint.monitor.split("/")
     if checkpoint.mode is None:  # what is no metric of a test set is a loss, or a part of one
-        checkpoint.mode = "max" if metric[0] == "val" and TITLES.keys() & set(metric) else "min"
+        checkpoint.mode = "max" if metric[0] == "val" and TITLES.keys() & set(metric[2:]) else "min"
     if metric[0] == "val" and checkpoint.save_on_train_epoch_end is None:
         checkpoint.save_on_train_epoch_end = False  # but with the validation, before any export
     checkpoint.filename = checkpoint.filename or "best-{epoch}-{step}"
