@@ -2,9 +2,9 @@
 
 PYTHON      ?= python3
 PYTEST_ARGS ?=
-# Each file by one process, for what its tests share is made once; in the order of the folders, for files
-# of few tests are the longest. Three at a time keep two cores busy: ranks wait for each other.
-WORKERS     := -n 3 --dist loadfile --no-loadscope-reorder
+# Two tests at a time, each file by one process: what a file's tests share is made once. In the order of
+# the folders, for files of few tests are the longest.
+WORKERS     := -n 2 --dist loadfile --no-loadscope-reorder
 BIN         := .venv/bin
 EXTRAS      := demo,deepspeed,dev,lora
 

@@ -284,7 +284,7 @@ def test_a_prediction_of_some_rows_is_refused(tiny_bert, capsys):
     name = write("lines.txt", [f"text {i}" for i in range(20)])
     argv = ["predict", "--model.model_name_or_path", str(tiny_bert), "--data.predict_path", name]
     with pytest.raises(SystemExit):
-        main([*argv, "--trainer.accelerator=cpu", "--trainer.limit_predict_batches=1"])
+        main([*argv, "--trainer.accelerator=cpu", "--trainer.limit_predict_batches=2"])
     assert "trainer.limit_predict_batches: expected 1.0" in capsys.readouterr().err
 
 
