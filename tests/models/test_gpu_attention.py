@@ -1,5 +1,6 @@
 """On a GPU texts are encoded without padding, to the same result. Skipped where there is none."""
 
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -9,14 +10,19 @@ from torch import Tensor
 
 from embedtune.data.chunks import Text, make_chunks
 from embedtune.models.encoder import Encoder
-from embedtune.models.gpu_attention import attend_on_gpu
-from embedtune.models.packing import to_device
+from embedtune.models.gpu_attention import Blocks, attend_on_gpu
+from embedtune.models.packing import BLOCK_INPUTS, lay_in_blocks, to_device
 from embedtune.models.spec import EncoderSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 GPU = torch.device("cuda")
 PACKS = [name for name, (_, _, packs) in ARCHITECTURES.items() if packs]
 LONG, SHORT = (150, 97, 64, 9, 1), (60, 17, 17, 16, 9, 3, 1)
+
+
+def blocks_of(lengths: tuple[int, ...], only_short: bool) -> Blocks | None:
+    found = lay_in_blocks(np.array(lengths), only_short)
+    return Blocks(*(found[name].to(GPU) for name in BLOCK_INPUTS)) if found else None
 
 
 def encode(encoder: Encoder, texts: list[str], tokens_per_chunk: int = 24) -> Tensor:
@@ -59,10 +65,8 @@ def expected(
 def test_kernels_attend_within_each_text(lengths, kind, key_heads, causal, window):
     given = states(lengths, kind, 4, key_heads)
     starts = torch.tensor([0, *lengths], device=GPU).cumsum(0).int()
-    output = attend_on_gpu(*given, starts, max(lengths), 0.0, None, causal, window)
-    if kind == torch.float32 and window:
-        assert output is None  # no kernel has it
-        return
+    blocks = blocks_of(lengths, only_short=kind != torch.float32)
+    output = attend_on_gpu(*given, starts, max(lengths), blocks, 0.0, None, causal, window)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[kind]
     wanted = expected(lengths, given, causal, window)
     torch.testing.assert_close(output.double(), wanted, rtol=tolerance, atol=tolerance)
@@ -80,9 +84,10 @@ def test_kernels_attend_within_each_text(lengths, kind, key_heads, causal, windo
 def test_kernels_drop_probabilities_and_are_right_on_average(lengths, kind):
     given = states(lengths, kind, 4, 4)
     starts = torch.tensor([0, *lengths], device=GPU).cumsum(0).int()
+    blocks = blocks_of(lengths, only_short=kind != torch.float32)
 
     def attend(dropout: float) -> Tensor:
-        return attend_on_gpu(*given, starts, max(lengths), dropout, None, False, None)
+        return attend_on_gpu(*given, starts, max(lengths), blocks, dropout, None, False, None)
 
     torch.manual_seed(1)
     first = attend(0.3)
@@ -101,6 +106,33 @@ def test_kernels_drop_probabilities_and_are_right_on_average(lengths, kind):
     assert (first - exact).abs().max() > 0.1
     assert (mean - exact).abs().max() < 0.1
     assert (mean - exact).abs().mean() < 0.01
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [16, 160])
+def test_each_text_and_head_drops_others(length, kind):
+    lengths, width = (length,) * 12, 16
+    starts = torch.arange(0, sum(lengths) + 1, length, device=GPU).int()
+    query = torch.zeros(sum(lengths), 4, 32, device=GPU, dtype=kind)
+    value = torch.zeros(length, 32, device=GPU, dtype=kind)
+    value[:width, :width] = torch.eye(width)
+    value = value.repeat(12, 1)[:, None].expand(-1, 4, -1).contiguous()
+    blocks = blocks_of(lengths, only_short=kind != torch.float32)
+    output = attend_on_gpu(query, query, value, starts, length, blocks, 0.5, None, False, None)
+    kept = (output[..., :width] > 0).view(12, length, 4, width).transpose(1, 2)
+    kept = kept.flatten(2).flatten(0, 1).float()
+    agreement = (kept[:, None] == kept).float().mean(-1)
+    others = agreement[~torch.eye(48, dtype=torch.bool, device=GPU)]
+    assert abs(others.mean() - 0.5) < 0.02
+    assert others.max() < 0.7
+
+
+def test_windows_and_dropout_in_float32_need_blocks():
+    given = states(SHORT, torch.float32, 4, 4)
+    starts = torch.tensor([0, *SHORT], device=GPU).cumsum(0).int()
+    for dropout, window in ((0.1, None), (0.0, 5)):
+        found = attend_on_gpu(*given, starts, max(SHORT), None, dropout, None, False, window)
+        assert found is None
 
 
 @pytest.mark.parametrize("name", PACKS)
@@ -177,7 +209,8 @@ def test_compiled_layers_compute_the_same(name, tiny_transformer, tmp_path):
         encoder.pack(GPU, torch.bfloat16)
         if compiled:
             encoder.compile_layers()
-        for texts in (TEXTS[:3], TEXTS):  # chunks of another size compile nothing anew
+        # Chunks of another size compile nothing anew, long texts and short ones apart.
+        for texts in (TEXTS[:3], TEXTS, [" ".join(TEXTS * 9)[:400]] * 2):
             encoder.zero_grad()
             with torch.autocast("cuda", torch.bfloat16):
                 loss = encode(encoder, texts, 1000).square().sum()

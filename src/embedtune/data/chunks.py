@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from embedtune.models.encoder import Encoder
+from embedtune.models.packing import TextFeatures
 from embedtune.models.spec import Features, Role
 
 PROBE = "a"
@@ -50,7 +51,7 @@ def make_chunks(
         groups.setdefault((text.role, text.prompt, text.max_len), []).append(i)
     chunks: list[Features] = []
     encoded: list[int] = []
-    pools: dict[tuple, list[tuple[int, dict[str, Tensor]]]] = {}
+    pools: dict[tuple, list[tuple[int, TextFeatures]]] = {}
     for members in groups.values():
         group = [texts[i] for i in members]
         rows, shared = tokenise(encoder, group, {} if known is None else known)
@@ -79,13 +80,13 @@ def make_chunks(
 
 def tokenise(
     encoder: Encoder, group: Sequence[Text], known: Mapping[Text, np.ndarray]
-) -> tuple[list[dict[str, Tensor]] | None, Features]:
+) -> tuple[list[TextFeatures] | None, Features]:
     """Tokenise texts of one role, prompt and limit.
 
     Returns:
-        The features of each text, every tensor ``[t]``, and what holds for a whole chunk (a route,
-        the prompt's length). An empty text, where the tokenizer adds no tokens of its own, is one
-        of padding. A bag of tokens has the features of all texts in the latter alone.
+        The features of each text, and what holds for a whole chunk (a route, the prompt's length).
+        An empty text, where the tokenizer adds no tokens of its own, is one of padding. A bag of
+        tokens has the features of all texts in the latter alone.
     """
     _, role, prompt, max_len = group[0]
     unknown = [text.text for text in group if text not in known]
@@ -97,14 +98,19 @@ def tokenise(
     shared = {k: v for k, v in features.items() if k not in tensors}
     kept = features["attention_mask"].bool()
     lengths = kept.sum(dim=1).tolist()
-    split = {k: v[kept].split(lengths) for k, v in tensors.items()}
+    ends = np.cumsum(lengths)[:-1]
+    split = {k: np.split(v[kept].numpy(), ends) for k, v in tensors.items()}
+    longest = max((len(known[text]) for text in group if text in known), default=0)
+    # Slices of these are what ids do not tell: arrays of its own for each text would take longer
+    # than all else.
+    constant = {k: np.full(longest, k == "attention_mask", np.int32) for k in tensors}
     places = iter(range(len(lengths)))
-    rows = []
+    rows: list[TextFeatures] = []
     for text in group:
-        if text in known:
-            ids = torch.tensor(known[text], dtype=torch.int64)
-            plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            rows.append({k: plain[k] if k in plain else torch.zeros_like(ids) for k in tensors})
+        ids = known.get(text)
+        if ids is not None:
+            same = {k: values[: len(ids)] for k, values in constant.items()}
+            rows.append({**same, "input_ids": ids})
         else:
             place = next(places)
             tokens = {k: v[place] for k, v in split.items()}

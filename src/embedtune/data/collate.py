@@ -48,19 +48,21 @@ class Collator:
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Return the batch of ``examples``."""
-        queries = [self.query(example) for example in examples]
-        positives = [self.document(text) for example in examples for text in example.positives]
-        negatives = [self.document(text) for example in examples for text in example.negatives]
-        rows: dict[Text, int] = {}
-        for text in (*queries, *positives, *negatives):
-            rows.setdefault(text, len(rows))
-        known = {
-            text: example.tokens[text.role, text.text]
-            for example in examples
-            if example.tokens is not None
-            for text in self.texts(example)
-            if (text.role, text.text) in example.tokens
-        }
+        queries: list[Text] = []
+        positives: list[Text] = []
+        negatives: list[Text] = []
+        known: dict[Text, np.ndarray] = {}
+        for example in examples:
+            query, *documents = texts = self.texts(example)
+            queries.append(query)
+            positives += documents[: len(example.positives)]
+            negatives += documents[len(example.positives) :]
+            for text in texts:
+                ids = (example.tokens or {}).get((text.role, text.text))
+                if ids is not None:
+                    known[text] = ids
+        distinct = dict.fromkeys((*queries, *positives, *negatives))
+        rows = {text: row for row, text in enumerate(distinct)}
         chunks, order = make_chunks(self.encoder, list(rows), self.tokens_per_chunk, known)
         lists = [i for i, example in enumerate(examples) for _ in example.positives]
         scores = [score for example in examples for score in example.scores]
@@ -103,7 +105,7 @@ class Collator:
         for members in groups.values():
             rows, _ = tokenise(self.encoder, [texts[i] for i in members], {})
             assert rows is not None, "checked by tokens_key"
-            found = (row["input_ids"].int().numpy() for row in rows)
+            found = (row["input_ids"].astype(np.int32) for row in rows)
             ids |= dict(zip(members, found, strict=True))
         return [ids[i] for i in range(len(texts))]
 

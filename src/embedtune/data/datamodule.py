@@ -1,6 +1,7 @@
 """The LightningDataModule: files in, batches out."""
 
 import multiprocessing
+import os
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -26,6 +27,8 @@ NEEDED: dict[str, tuple[Part, ...]] = {
     "predict": ("predict",),
 }
 """The parts of the data that each Trainer function reads; the first of them is required."""
+MOST_WORKERS = 8
+"""Processes of a rank that make batches ahead, where it has as many cores."""
 LENGTHS_SAMPLE, LONGEST_TEXTS = 1000, 64
 """Examples whose texts tell how long texts are, where not all are tokenised ahead; and how many of
 these texts, the longest in characters, are."""
@@ -90,7 +93,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
             shuffle: False trains in the files' order.
             num_workers: Processes of each rank that make batches ahead; 0 makes them in the
                 training process. The default is 0 on a CPU, whose cores the model needs, and where
-                processes cannot be forked, else 4.
+                processes cannot be forked, else as many as there are cores for a rank, at most 8.
             tokens_per_chunk: Tokens, padding included, that are encoded at once; the default is
                 2,048 on a CPU, whose caches they fill, else 65,536 (``grad_cache``: 16,384).
             seed: Seed of the order and of the negatives.
@@ -201,7 +204,11 @@ class EmbeddingDataModule(pl.LightningDataModule):
         if self._num_workers is not None:
             return self._num_workers
         # Started otherwise than by fork, each would be sent a copy of the encoder.
-        return 4 if multiprocessing.get_start_method() == "fork" and not self._is_on_cpu else 0
+        if self._is_on_cpu or multiprocessing.get_start_method() != "fork":
+            return 0
+        # A small model takes short texts faster than four make batches of them.
+        cores = len(os.sched_getaffinity(0)) // self.trainer.num_devices
+        return max(1, min(MOST_WORKERS, cores))
 
     @property
     def _is_on_cpu(self) -> bool:

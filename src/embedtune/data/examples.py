@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
-from itertools import compress
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,8 +144,9 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
         if self.rows.format == Format.TRIPLET:
             candidates = fields["negatives"]
             if known is not None:
-                is_new = np.isin(text_hashes(candidates), known, invert=True)
-                candidates = list(compress(candidates, is_new))
+                its = set(known.tolist())
+                hashes = text_hashes(candidates).tolist()
+                candidates = [t for t, h in zip(candidates, hashes, strict=True) if h not in its]
             generator = negatives_generator(self.seed, key)
             negatives = draw_negatives(candidates, positives, self.neg_nums, generator)
         own = positives[index - int(self._starts[row])]

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any
@@ -34,6 +35,8 @@ class TokenTable:
         table: Columns query, positives, negatives: the ids that stand for each text of the rows'
             columns of these names.
     """
+
+    _columns: dict[str, "_Column"] | None = None
 
     def __init__(self, rows: Rows, collator: Collator, key: str) -> None:
         """Open the cached table, tokenising the rows first where there is none.
@@ -68,19 +71,38 @@ class TokenTable:
             fields: The fields of that row.
             example: Its query, positives and negatives are looked up.
         """
-        columns = self.table.data
-        found = {("query", example.query): columns.column("query")[row].values.to_numpy()}
+        if self._columns is None:
+            self._columns = {name: _Column(self.table.data.column(name)) for name in SCHEMA.names}
+        (query,) = self._columns["query"].ids(row)
+        found = {("query", example.query): query}
         wanted = {"positives": example.positives, "negatives": example.negatives}
         for column, texts in wanted.items():
-            if not texts:
-                continue
-            place = {text: i for i, text in enumerate(fields[column])}
-            lists = columns.column(column)[row].values
-            ends, ids = lists.offsets.to_numpy(), lists.values.to_numpy()
-            for text in texts:
-                i = place[text]
-                found["document", text] = ids[ends[i] : ends[i + 1]]
+            if texts:
+                ids = dict(zip(fields[column], self._columns[column].ids(row), strict=True))
+                found |= {("document", text): ids[text] for text in texts}
         return found
+
+
+class _Column:
+    """A column's buffers as arrays: a row is a slice of them, which Arrow's own values are not."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self.starts = [0]
+        self.parts: list[tuple[np.ndarray | None, np.ndarray, np.ndarray]] = []
+        for chunk in column.chunks:
+            self.starts.append(self.starts[-1] + len(chunk))
+            rows = None
+            if chunk.type != IDS:
+                rows, chunk = chunk.offsets.to_numpy(), chunk.values
+            self.parts.append((rows, chunk.offsets.to_numpy(), chunk.values.to_numpy()))
+
+    def ids(self, row: int) -> list[np.ndarray]:
+        """Return the ids of each text of a row, not copied."""
+        part = bisect_right(self.starts, row) - 1
+        rows, texts, ids = self.parts[part]
+        at = row - self.starts[part]
+        first, end = (at, at + 1) if rows is None else rows[at : at + 2].tolist()
+        return [ids[start:stop] for start, stop in pairwise(texts[first : end + 1].tolist())]
 
 
 def _tokenised(rows: Rows, collator: Collator) -> Iterator[pa.RecordBatch]:

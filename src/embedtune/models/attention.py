@@ -17,7 +17,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from embedtune.models.dropout import attend_with_dropout
-from embedtune.models.gpu_attention import attend_on_gpu
+from embedtune.models.gpu_attention import Blocks, attend_on_gpu
+from embedtune.models.spread import gather_back, spread
 
 VARLEN = "embedtune_varlen"
 """The name under which transformers finds this attention; padded inputs go to its own ``sdpa``."""
@@ -41,6 +42,9 @@ def varlen_attention(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int = 0,
     sliding_window: int | None = None,
+    block_source: Tensor | None = None,
+    block_place: Tensor | None = None,
+    block_text: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each text; transformers' attention interface.
@@ -58,6 +62,9 @@ def varlen_attention(
             padded.
         max_length_q: Tokens of the longest text.
         sliding_window: A token sees those less far away than this; None is all.
+        block_source: With the next two the :class:`Blocks` of texts on a GPU.
+        block_place: See ``block_source``.
+        block_text: See ``block_source``.
         kwargs: What only padded inputs take.
 
     Returns:
@@ -79,10 +86,12 @@ def varlen_attention(
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     packed = [states[0].transpose(0, 1) for states in (query, key, value)]
     if query.is_cuda:
+        blocks = None
+        if block_source is not None and block_place is not None and block_text is not None:
+            blocks = Blocks(block_source, block_place, block_text)
         q, k, v = packed
-        output = attend_on_gpu(
-            q, k, v, cu_seq_lens_q, max_length_q, dropout, scaling, causal, sliding_window
-        )
+        texts = cu_seq_lens_q, max_length_q, blocks
+        output = attend_on_gpu(q, k, v, *texts, dropout, scaling, causal, sliding_window)
         if output is not None:
             return output[None], None
     buckets = divide(tuple(cu_seq_lens_q.diff().tolist()), query.device)
@@ -153,44 +162,14 @@ def divide(lengths: tuple[int, ...], device: torch.device) -> Buckets:
 def _spread(states: Tensor, buckets: Buckets) -> tuple[Tensor, ...]:
     """Return the states of each bucket, ``[texts x length, heads, head_dim]``."""
     if len(buckets.source) > len(buckets.place):
-        states = _Spread.apply(states, buckets.source, buckets.place)
+        states = spread(states, buckets.source, buckets.place)
     return states.split([math.prod(bucket.shape) for bucket in buckets.shapes])
 
 
 def _gather_back(states: Tensor, buckets: Buckets) -> Tensor:
     if len(buckets.source) == len(buckets.place):
         return states
-    return _GatherBack.apply(states, buckets.source, buckets.place)
-
-
-class _Spread(torch.autograd.Function):
-    """Lay out tokens with padding. Nothing depends on what is there, so it has no gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, source: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        return states.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (place,) = ctx.saved_tensors
-        return grad_outputs[0].index_select(0, place), None, None
-
-
-class _GatherBack(torch.autograd.Function):
-    """Take the tokens out of the padded layout."""
-
-    @staticmethod
-    def forward(ctx: Any, states: Tensor, source: Tensor, place: Tensor) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.padded = len(source)
-        return states.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
-        (place,), gradient = ctx.saved_tensors, grad_outputs[0]
-        padded = gradient.new_zeros(ctx.padded, *gradient.shape[1:])
-        return padded.index_copy_(0, place, gradient), None, None
+    return gather_back(states, buckets.place)
 
 
 def _mask(bucket: Bucket, window: int | None, causal: bool, device: torch.device) -> Tensor | None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
+import numpy as np
 import torch
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -15,12 +16,15 @@ from embedtune.models.dropout import use_fast_dropout
 from embedtune.models.layers import block_classes, layers
 from embedtune.models.loading import dropout_settings, load_sentence_transformer, make_trainable
 from embedtune.models.packing import (
+    BLOCK_INPUTS,
     CHUNK_COST,
     GPU_CHUNK_COST,
     PACKED_INPUTS,
+    TextFeatures,
     has_plain_attention,
     join_packed,
     join_padded,
+    lay_in_blocks,
     unpack,
 )
 from embedtune.models.pooling import set_pooling
@@ -252,19 +256,24 @@ class Encoder(nn.Module):
             features.pop("prompt_length", None)
         return as_tokens(module, dict(features), max_len)
 
-    def join(self, rows: Sequence[dict[str, Tensor]], role: Role) -> dict[str, Any]:
-        """Make one chunk of single texts' features, each tensor ``[t]``.
+    def join(self, rows: Sequence[TextFeatures], role: Role) -> dict[str, Any]:
+        """Make one chunk of single texts' features.
 
         Padded to ``[n, longest]``, or packed one after another as ``[1, tokens]`` where the encoder
         :attr:`packs`. With routes all texts are of one role.
         """
         module: Any = tower(self.model, role)
-        if self.packs:
-            return join_packed(rows, first_position(module))
-        return join_padded(rows, module.tokenizer)
+        if not self.packs:
+            return join_padded(rows, module.tokenizer)
+        packed = join_packed(rows, first_position(module))
+        if self._packed_for is None or self._packed_for[0] == "cpu":
+            return packed
+        # Kernels for float32 drop nothing of, and know no window in, texts of unequal length.
+        lengths = np.array([len(row["input_ids"]) for row in rows])
+        return packed | lay_in_blocks(lengths, only_short=self._packed_for[1] is not None)
 
-    def no_tokens(self, tensors: Mapping[str, Tensor], role: Role) -> dict[str, Tensor]:
-        """Return the features of a text without tokens, each tensor ``[1]``, as those of others."""
+    def no_tokens(self, tensors: Mapping[str, Tensor], role: Role) -> TextFeatures:
+        """Return the features of a text without tokens, each ``[1]``, as those of others."""
         return no_tokens(tower(self.model, role), tensors)
 
     # --- Without padding ----------------------------------------------------------------
@@ -297,7 +306,7 @@ class Encoder(nn.Module):
                 if not self.packs:
                     transformer.model.set_attn_implementation("sdpa")
         if self.packs and transformer.model_forward_params is not None:
-            transformer.model_forward_params |= set(PACKED_INPUTS)
+            transformer.model_forward_params |= {*PACKED_INPUTS, *BLOCK_INPUTS}
 
     # --- Features to embeddings ---------------------------------------------------------
 

@@ -1,13 +1,39 @@
-"""Attention over packed texts on a GPU, by torch's own kernels for texts of unequal length.
+"""Attention over packed texts on a GPU, by torch's own kernels.
 
-The operators below ``scaled_dot_product_attention``; docs/architecture.md says why.
+Those for texts of unequal length are the operators below ``scaled_dot_product_attention``;
+docs/architecture.md says why. Short texts share blocks, as do those of which probabilities are
+dropped in float32: the memory-efficient kernel would drop the same ones of every text and head.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from embedtune.models.spread import gather_back, spread
 
 CAUSAL_FROM_TOP_LEFT = 1
 """What the memory-efficient kernel calls a mask in which a token sees those before it."""
+LARGEST_BLOCK = 128
+"""Tokens of a block beyond which flash attention is faster."""
+
+
+class Blocks(NamedTuple):
+    """How packed texts lie in blocks of one size.
+
+    Made with the chunk, on the CPU: a GPU would have to be waited for.
+
+    Attributes:
+        source: int64 ``[blocks x size]``: the token that comes to each place; any one where it is
+            padding.
+        place: int64 ``[tokens]``: the place that each token comes to.
+        text: int32 ``[blocks, size]``: the number of each place's text, -1 for padding.
+    """
+
+    source: Tensor
+    place: Tensor
+    text: Tensor
 
 
 def attend_on_gpu(
@@ -16,12 +42,13 @@ def attend_on_gpu(
     value: Tensor,
     starts: Tensor,
     longest: int,
+    blocks: Blocks | None,
     dropout: float,
     scale: float | None,
     causal: bool,
     window: int | None,
 ) -> Tensor | None:
-    """Attend within each text, in half precision (also under autocast) by flash attention.
+    """Attend within each text, in half precision also where autocast asks for it.
 
     Args:
         query: ``[tokens, heads, head_dim]``; ``key`` and ``value`` may have fewer heads.
@@ -29,23 +56,63 @@ def attend_on_gpu(
         value: See ``query``.
         starts: int32 ``[texts + 1]``: where each text starts, and the end.
         longest: Tokens of the longest text.
+        blocks: Where the texts lie in blocks, if they were laid so.
         dropout: Share of the attention probabilities that is dropped.
         scale: Multiplies the products; 1 / sqrt(head_dim) by default.
         causal: Whether a token sees those before it alone.
         window: A token sees those less far away than this; None is all.
 
     Returns:
-        ``[tokens, heads, head_dim]``; None where no kernel can do this: a window in float32.
+        ``[tokens, heads, head_dim]``; None where nothing here can do this: dropout or a window in
+        float32, without blocks.
     """
     if torch.is_autocast_enabled("cuda"):
         half = torch.get_autocast_dtype("cuda")
         # Rotary position embeddings leave float32 under autocast.
         query, key, value = query.to(half), key.to(half), value.to(half)
+    if window is not None and longest <= window:
+        window = None
     if value.dtype in (torch.float16, torch.bfloat16):
+        if blocks is not None and blocks.text.shape[1] <= LARGEST_BLOCK:
+            return attend_in_blocks(query, key, value, blocks, dropout, scale, causal, window)
         return _flash(query, key, value, starts, longest, dropout, scale, causal, window)
-    if window is not None and longest > window:
-        return None
-    return _memory_efficient(query, key, value, starts, longest, dropout, scale, causal)
+    if dropout == 0 and window is None:
+        return _memory_efficient(query, key, value, starts, longest, scale, causal)
+    if blocks is not None:
+        return attend_in_blocks(query, key, value, blocks, dropout, scale, causal, window)
+    return None
+
+
+def attend_in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Blocks,
+    dropout: float,
+    scale: float | None,
+    causal: bool,
+    window: int | None,
+) -> Tensor:
+    """Attend within each text, several of which lie in one block; see :func:`attend_on_gpu`."""
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:  # with a mask no kernel takes fewer heads
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    q, k, v = (
+        spread(states, blocks.source, blocks.place).unflatten(0, blocks.text.shape).transpose(1, 2)
+        for states in (query, key, value)
+    )
+    seen = blocks.text[:, :, None] == blocks.text[:, None]
+    if causal or window is not None:
+        place = torch.arange(seen.shape[1], device=seen.device)
+        distance = place[:, None] - place
+        if causal:
+            seen = seen & (distance >= 0)
+        if window is not None:
+            seen = seen & (distance.abs() < window)
+    output = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale
+    )
+    return gather_back(output.transpose(1, 2).flatten(0, 1), blocks.place)
 
 
 def _flash(
@@ -86,11 +153,14 @@ def _memory_efficient(
     value: Tensor,
     starts: Tensor,
     longest: int,
-    dropout: float,
     scale: float | None,
     causal: bool,
 ) -> Tensor:
-    """Memory-efficient attention (Rabe and Staats 2021), which also takes float32."""
+    """Memory-efficient attention (Rabe and Staats 2021), which also takes float32.
+
+    Without dropout: where texts are of unequal length its numbers start anew for each text and
+    head (torch 2.11).
+    """
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
@@ -103,7 +173,7 @@ def _memory_efficient(
         starts,
         longest,
         longest,
-        dropout,
+        0.0,
         CAUSAL_FROM_TOP_LEFT if causal else 0,
         compute_log_sumexp=torch.is_grad_enabled(),
         scale=scale,

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from embedtune.errors import InputError
-from embedtune.models.packing import LONGEST_TRIAL, to_device, turning_point, unscaled
+from embedtune.models.packing import (
+    LONGEST_TRIAL,
+    TextFeatures,
+    join_padded,
+    to_device,
+    turning_point,
+    unscaled,
+)
 from embedtune.models.spec import ROLES, Features, Role
 from embedtune.models.towers import positions, tower, transformers_of
 from embedtune.models.words import known_words
@@ -141,7 +148,7 @@ def packs_exactly(encoder: "Encoder", device: torch.device, half: torch.dtype | 
             encoder.to(device)
             rows = _rows(encoder)
             repeats = _repeats(encoder, rows)
-            alone = [to_device({k: v[None] for k, v in row.items()}, device) for row in rows]
+            alone = [to_device(join_padded([row], None), device) for row in rows]
             packed = to_device(encoder.join(rows * repeats, "document"), device)
             with torch.no_grad():
                 # On a GPU each precision has kernels of its own.
@@ -156,16 +163,16 @@ def packs_exactly(encoder: "Encoder", device: torch.device, half: torch.dtype | 
             return False
 
 
-def _rows(encoder: "Encoder") -> list[dict[str, Tensor]]:
+def _rows(encoder: "Encoder") -> list[TextFeatures]:
     longest = 8 + turning_point(encoder.model[0])
     texts = [SHORT, " ".join(map(str, range(longest))), "one two three"]
     features = encoder.tokenize(texts, "document", None, 4 * longest)
     tensors = {k: v for k, v in features.items() if isinstance(v, Tensor)}
     kept = [mask.bool() for mask in tensors["attention_mask"]]
-    return [{k: v[i][m] for k, v in tensors.items()} for i, m in enumerate(kept)]
+    return [{k: v[i][m].numpy() for k, v in tensors.items()} for i, m in enumerate(kept)]
 
 
-def _repeats(encoder: "Encoder", rows: list[dict[str, Tensor]]) -> int:
+def _repeats(encoder: "Encoder", rows: list[TextFeatures]) -> int:
     """Return how often to pack these texts for more tokens than a text has positions."""
     limit, tokens = positions(encoder.model[0]), sum(len(row["input_ids"]) for row in rows)
     return 1 if limit is None or limit > LONGEST_TRIAL else 1 + limit // tokens

@@ -11,6 +11,7 @@ from sentence_transformers.sentence_transformer.modules import (
 from sentence_transformers.sentence_transformer.modules.tokenizer import WordTokenizer
 from torch import Tensor, nn
 
+from embedtune.models.packing import TextFeatures
 from embedtune.models.spec import Features
 
 
@@ -38,8 +39,8 @@ def with_lengths(module: nn.Module, features: Features) -> Features:
     return {**features, "sentence_lengths": features["attention_mask"].sum(dim=1)}
 
 
-def no_tokens(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the features of a text without tokens, each tensor ``[1]``.
+def no_tokens(module: nn.Module, tensors: Mapping[str, Tensor]) -> TextFeatures:
+    """Return the features of a text without tokens, each ``[1]``.
 
     A transformer sees a token of padding, for of none it computes nothing. Of words that are not
     known, as of none, the embedding is zero.
@@ -48,7 +49,7 @@ def no_tokens(module: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Ten
         module: What makes features of texts.
         tensors: Those of any text.
     """
-    row = {name: tensor.new_zeros(1) for name, tensor in tensors.items()}
+    row = {name: tensor.new_zeros(1).numpy() for name, tensor in tensors.items()}
     if not isinstance(module, WordEmbeddings):
         row["input_ids"] += getattr(getattr(module, "tokenizer", None), "pad_token_id", None) or 0
         row["attention_mask"] += 1
