@@ -5,6 +5,8 @@ AdamW, autocast, pinned batches, worker processes) and computes the same.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +215,36 @@ def test_what_is_no_number_touches_no_weight(what, tiny_bert, tmp_path, monkeypa
     weights = read_weights(Path("run/checkpoints/last.ckpt"))
     assert all(tensor.isfinite().all() for tensor in weights.values())
     assert read_facts(Path("run/checkpoints/last.ckpt"))["global_step"] == 2
+
+
+@pytest.mark.parametrize("strategy", ["zero2", "zero3"])
+def test_a_scale_that_float16_cannot_hold_ends_no_fit(strategy, tiny_bert, tmp_path):
+    rows = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(80)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {
+        "model.model_name_or_path": str(tiny_bert),
+        "data.train_path": "train.jsonl",
+        "data.batch_size": 4,
+        "model.lr": 1e-2,
+        "trainer.default_root_dir": "run",
+        "trainer.precision": "16-mixed",
+        "trainer.strategy": strategy,
+    }
+    # In a process of its own, for DeepSpeed leaves its group behind.
+    command = ["fit", *(f"--{name}={value}" for name, value in flags.items())]
+    ended = subprocess.run(
+        [sys.executable, "-m", "embedtune", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    before, after = (
+        SentenceTransformer(str(path), device="cpu").encode(["query 1", "document 2"])
+        for path in (tiny_bert, tmp_path / "run" / "model")
+    )
+    assert abs(after - before).max() > 1e-3
 
 
 # --- The command line -----------------------------------------------------------------------

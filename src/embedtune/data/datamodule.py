@@ -18,6 +18,7 @@ from embedtune.data.token_table import TokenTable
 from embedtune.errors import InputError, require_positive
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import Role
+from embedtune.models.towers import layer_width
 
 Evaluated = str | list[str] | dict[str, str | list[str]] | None
 NEEDED: dict[str, tuple[Part, ...]] = {
@@ -27,6 +28,8 @@ NEEDED: dict[str, tuple[Part, ...]] = {
     "predict": ("predict",),
 }
 """The parts of the data that each Trainer function reads; the first of them is required."""
+NARROW = 512
+"""Width of layers up to which a GPU is given twice the tokens at once."""
 MOST_WORKERS = 8
 """Processes of a rank that make batches ahead, where it has as many cores."""
 LENGTHS_SAMPLE, LONGEST_TEXTS = 1000, 64
@@ -95,7 +98,8 @@ class EmbeddingDataModule(pl.LightningDataModule):
                 training process. The default is 0 on a CPU, whose cores the model needs, and where
                 processes cannot be forked, else as many as there are cores for a rank, at most 8.
             tokens_per_chunk: Tokens, padding included, that are encoded at once; the default is
-                2,048 on a CPU, whose caches they fill, else 65,536 (``grad_cache``: 16,384).
+                2,048 on a CPU, whose caches they fill, else 65,536 (131,072 for layers of at most
+                512 numbers, 16,384 with ``grad_cache``).
             seed: Seed of the order and of the negatives.
         """
         super().__init__()
@@ -196,7 +200,12 @@ class EmbeddingDataModule(pl.LightningDataModule):
         """Tokens that are encoded at once."""
         if self._tokens_per_chunk is not None or self._is_on_cpu:
             return self._tokens_per_chunk or 2048
-        return 16384 if self.trainer.lightning_module.grad_cache else 65536
+        module = self.trainer.lightning_module
+        if module.grad_cache:
+            return 16384
+        # Kernels of narrow layers end before a processor has started the next ones.
+        width = layer_width(module.encoder.model)
+        return 131072 if width is not None and width <= NARROW else 65536
 
     @property
     def num_workers(self) -> int:

@@ -131,7 +131,13 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def gradient_norm(self) -> float | None:
-        """Return the norm of the last step's gradient over all ranks, None where none is known."""
+        """Return the norm of the last step's gradient over all ranks, None where none is known.
+
+        So it is where float16 could not hold the scaled gradient: DeepSpeed leaves such a step out,
+        and tries a smaller scale in the next.
+        """
+        if self.deepspeed_engine.fp16_enabled() and not self.deepspeed_engine.was_step_applied():
+            return None
         norm = self.deepspeed_engine.get_global_grad_norm()
         return None if norm is None else float(norm)
 

@@ -9,6 +9,8 @@ from torch import nn
 
 from embedtune.models.spec import ROLES, Role
 
+USUAL_WIDTH = 768
+"""That of BERT-base's layers."""
 UNLIMITED = 10**9
 """More tokens than any input has; tokenizers without a limit report about 1e30."""
 
@@ -30,6 +32,13 @@ def towers(model: SentenceTransformer) -> list[nn.Module]:
 def transformers_of(model: SentenceTransformer) -> Iterator[Transformer]:
     """Yield every transformer of a model, those behind a Router among them."""
     return (module for module in model.modules() if isinstance(module, Transformer))
+
+
+def layer_width(model: SentenceTransformer) -> int | None:
+    """Return the width of a model's widest transformer layers, None where it has none."""
+    configs = [transformer.config.get_text_config() for transformer in transformers_of(model)]
+    # A model's own code may have another word for it.
+    return max((getattr(config, "hidden_size", USUAL_WIDTH) for config in configs), default=None)
 
 
 def has_routes(model: SentenceTransformer) -> bool:

@@ -12,13 +12,13 @@ from transformers import get_scheduler
 from embedtune.data.records import Format
 from embedtune.errors import InputError
 from embedtune.models.encoder import Encoder
-from embedtune.models.towers import transformers_of
+from embedtune.models.towers import USUAL_WIDTH, layer_width
 
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Our schedule names, and those of ``transformers.get_scheduler``."""
 
 
-USUAL_LR, USUAL_WIDTH = 2e-5, 768
+USUAL_LR = 2e-5
 """What a model of BERT-base's width is usually fine-tuned with."""
 STATIC_LR = 2e-3
 """Of a model without a transformer: a step changes the few words of its batch alone."""
@@ -32,10 +32,8 @@ def usual_lr(encoder: Encoder, row_format: Format) -> float:
     AdamW moves each weight by about its rate, so what a layer puts out moves by the rate times its
     width: the rate falls as layers widen (Yang et al. 2022, "Tensor Programs V", table 3).
     """
-    configs = [t.config.get_text_config() for t in transformers_of(encoder.model)]
-    # A model's own code may have another word for it.
-    widths = [getattr(config, "hidden_size", USUAL_WIDTH) for config in configs]
-    rate = USUAL_LR * USUAL_WIDTH / max(widths) if widths else STATIC_LR
+    width = layer_width(encoder.model)
+    rate = STATIC_LR if width is None else USUAL_LR * USUAL_WIDTH / width
     return rate * DISTILL_FACTOR if row_format == Format.DISTILL else rate
 
 
