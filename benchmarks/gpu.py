@@ -133,7 +133,7 @@ STEPS = [
     Case("BERT-base", "banking77", 1024, compile=True, trainers_batches=(1024, 512)),
     Case("BERT-base", "scifact", 96, compile=True, trainers_batches=(96,)),
     Case("ModernBERT-base", "scifact", 96, compile=True, trainers_batches=(96,)),
-    Case("Qwen3-0.6B", "t2rank", 32, compile=True, trainers_batches=(32,)),
+    Case("Qwen3-0.6B", "t2rank", 32, compile=True, trainers_batches=(32, 16)),
     Case("MiniLM", "scifact", 256, precision="fp32", trainers_batches=(256,)),
     Case("MiniLM", "scifact", 256),
     Case("BERT-base", "scifact", 96),
@@ -141,7 +141,7 @@ STEPS = [
     Case("BERT-base", "full", 48, attention_dropout=0.0, compile=True, trainers_batches=(48,)),
     Case("XLM-R-large", "scifact", 32, compile=True, trainers_batches=(32,)),
     Case("MiniLM", "full", 128, compile=True, trainers_batches=(128,)),
-    Case("Qwen3-1.7B", "t2rank", 16, compile=True, trainers_batches=(16,)),
+    Case("Qwen3-1.7B", "t2rank", 16, compile=True, trainers_batches=(16, 8)),
 ]
 """The other trainer's batches are the best of several that were tried (H200)."""
 MEMORY = [

@@ -99,7 +99,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
                 processes cannot be forked, else as many as there are cores for a rank, at most 8.
             tokens_per_chunk: Tokens, padding included, that are encoded at once; the default is
                 2,048 on a CPU, whose caches they fill, else 65,536 (131,072 for layers of at most
-                512 numbers, 16,384 with ``grad_cache``).
+                512 numbers; half of it with ``grad_cache``).
             seed: Seed of the order and of the negatives.
         """
         super().__init__()
@@ -201,11 +201,10 @@ class EmbeddingDataModule(pl.LightningDataModule):
         if self._tokens_per_chunk is not None or self._is_on_cpu:
             return self._tokens_per_chunk or 2048
         module = self.trainer.lightning_module
-        if module.grad_cache:
-            return 16384
         # Kernels of narrow layers end before a processor has started the next ones.
         width = layer_width(module.encoder.model)
-        return 131072 if width is not None and width <= NARROW else 65536
+        tokens = 131072 if width is not None and width <= NARROW else 65536
+        return tokens // 2 if module.grad_cache else tokens
 
     @property
     def num_workers(self) -> int:
