@@ -297,6 +297,40 @@ def test_resuming_keeps_the_base_for_comparison(tiny_bert, data, caplog):
     assert f"step 8: val/docs/ndcg@10 {value:.4f} ({value - base:+.4f})" in caplog.text
 
 
+def test_a_limit_of_batches_holds_for_the_base_too(tiny_bert, data):
+    still = ("--data.batch_size", "2", "--model.lr", "1e-12")
+    limited = curve(fit(tiny_bert, data, *still, "--trainer.limit_val_batches", "2"), LOSS)
+    assert len(limited) > 1
+    assert limited == pytest.approx([limited[0]] * len(limited), abs=1e-6)
+    assert abs(curve(fit(tiny_bert, data, *still), LOSS)[0] - limited[0]) > 1e-3
+
+
+LOSS = "val/pairs/loss"
+OWN_LOSS = """
+from embedtune.losses import InfoNCE
+
+
+class Own(InfoNCE):
+    def forward(self, embeddings, target):
+        return {**super().forward(embeddings, target), "calm": embeddings.query.norm()}
+"""
+
+
+def test_a_part_of_a_loss_is_monitored_and_a_misspelt_one_refused(
+    tiny_bert, data, capsys, monkeypatch
+):
+    Path("own.py").write_text(OWN_LOSS)
+    monkeypatch.syspath_prepend(".")
+    own = ("--model.loss", "own.Own", "--model.use_mrl", "false", "--checkpoint.monitor")
+    assert curve(fit(tiny_bert, data, *own, "val/pairs/calm"), "val/pairs/calm")
+    with pytest.raises(SystemExit) as caught:
+        fit(tiny_bert, data, *own, "val/pairs/clam")
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert "expected a metric of data.val_path (val/pairs/loss, val/pairs/calm, val/docs" in told
+    assert "found 'val/pairs/clam'" in told
+
+
 # --- Bad input --------------------------------------------------------------------------
 
 

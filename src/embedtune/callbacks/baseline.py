@@ -1,7 +1,8 @@
 """Measure the untouched base model before a fit, and compare what becomes of it."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -77,7 +78,9 @@ class Baseline(pl.Callback):
         if trainer.ckpt_path is not None or not _is_validated(trainer):
             return
         # A loss needs the projection, which starts from here.
-        module.base_metrics |= _measure_losses(trainer, module)
+        losses = _measure_losses(trainer, module)
+        module.base_metrics |= losses
+        _refuse_unknown_monitor(trainer, module, losses)
         for logger in trainer.loggers:
             logger.log_metrics(module.base_metrics, step=0)
 
@@ -106,20 +109,24 @@ def _is_validated(trainer: pl.Trainer) -> bool:
     return has_sets and trainer.limit_val_batches != 0 and not cast(Any, trainer).fast_dev_run
 
 
-def _refuse_unknown_monitor(trainer: pl.Trainer, module: EmbeddingModule) -> None:
+def _refuse_unknown_monitor(
+    trainer: pl.Trainer, module: EmbeddingModule, measured: Mapping[str, float] | None = None
+) -> None:
+    """Refuse to monitor what is not measured; parts of a loss are known once it was computed."""
     data = module.data
     known = [
         f"{name}/{metric}"
         for name, texts in data.testsets.items()
         for metric in metric_names(texts.testset, module.widths)
     ]
-    losses = [f"{name}/loss" for name in data.evaluated("val") if name in data.datasets]
+    with_loss = [name for name in data.evaluated("val") if name in data.datasets]
+    losses = [f"{name}/loss" for name in with_loss] if measured is None else list(measured)
     for callback in cast(Any, trainer).callbacks:
         monitor = getattr(callback, "monitor", None)
         if not isinstance(callback, ModelCheckpoint | EarlyStopping) or not monitor:
             continue
-        is_part = any(monitor.startswith(f"{loss}/") for loss in losses)
-        if monitor.startswith("val/") and monitor not in (*losses, *known) and not is_part:
+        may_be_part = measured is None and monitor.startswith(tuple(f"{n}/" for n in with_loss))
+        if monitor.startswith("val/") and monitor not in (*losses, *known) and not may_be_part:
             raise InputError(
                 "checkpoint.monitor: expected a metric of data.val_path "
                 f"({', '.join([*losses, *known]) or 'which is not set'}), found {monitor!r}"
@@ -155,8 +162,10 @@ def _measure_losses(trainer: pl.Trainer, module: EmbeddingModule) -> dict[str, f
     training = module.training
     module.eval()
     module.evaluation.restart()
+    limit = trainer.limit_val_batches
     for i, loader in enumerate(module.data.val_dataloader()[:count]):
-        for j, batch in enumerate(loader):
+        batches = limit if isinstance(limit, int) else int(len(loader) * limit)
+        for j, batch in enumerate(islice(loader, batches)):
             strategy.validation_step(strategy.batch_to_device(batch, dataloader_idx=i), j, i)
     module.train(training)
     return module.evaluation.collect((), module.device)
