@@ -3,16 +3,23 @@
 import numpy as np
 import pytest
 import torch
+from test_attention import ARCHITECTURES, TEXTS, save
+from transformers import AttentionInterface
 
-from embedtune.models.gpu_attention import Blocks, attend_in_blocks
-from embedtune.models.packing import BLOCK_INPUTS, lay_in_blocks
+from embedtune.data.chunks import Text, make_chunks
+from embedtune.models.attention import VARLEN, varlen_attention
+from embedtune.models.encoder import Encoder
+from embedtune.models.gpu_attention import Blocks, attend_in_blocks, block_bias
+from embedtune.models.packing import BLOCK_INPUTS, PACKED_INPUTS, lay_in_blocks
+from embedtune.models.spec import EncoderSpec
 
 LENGTHS = (60, 17, 17, 16, 9, 3, 1)
 
 
 def blocks_of(lengths: tuple[int, ...], only_short: bool = True) -> Blocks:
     found = lay_in_blocks(np.array(lengths), only_short)
-    return Blocks(*(found[name] for name in BLOCK_INPUTS))
+    bias = block_bias(found["block_text"], torch.float64)
+    return Blocks(found["block_source"], found["block_place"], bias)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +38,7 @@ def test_every_token_has_a_place_in_a_block(lengths, size):
     if size is None:
         assert lay_in_blocks(np.array(lengths), only_short=True) == {}
         size = -(-max(lengths) // 64) * 64
-    source, place, text = blocks_of(lengths, only_short=False)
+    source, place, text = lay_in_blocks(np.array(lengths), only_short=False).values()
     tokens = sum(lengths)
     assert text.shape[1] == size
     assert len(source) == text.numel()
@@ -93,3 +100,38 @@ def test_each_text_and_head_drops_others():
     others = agreement[~torch.eye(48, dtype=torch.bool)]
     assert abs(others.mean() - 0.5) < 0.02
     assert others.max() < 0.7
+
+
+@pytest.fixture
+def attends_in_blocks():
+    """Let texts attend in blocks on the CPU as well, through transformers' layers."""
+
+    def attend(module, query, key, value, mask, **kwargs):
+        blocks = Blocks(*(kwargs[name] for name in BLOCK_INPUTS))
+        states = (s[0].transpose(0, 1) for s in (query, key, value))
+        causal = kwargs.get("is_causal")
+        causal = module.is_causal if causal is None else causal
+        how = kwargs.get("scaling"), causal, kwargs.get("sliding_window")
+        return attend_in_blocks(*states, blocks, 0.0, *how)[None], None
+
+    AttentionInterface.register(VARLEN, attend)
+    yield
+    AttentionInterface.register(VARLEN, varlen_attention)
+
+
+@pytest.mark.parametrize("name", [name for name, (*_, packs) in ARCHITECTURES.items() if packs])
+def test_blocks_go_through_an_architecture(name, tiny_transformer, tmp_path, attends_in_blocks):
+    encoder = Encoder(EncoderSpec(save(name, tiny_transformer, tmp_path), "mean")).eval()
+    texts = [Text(text, "document", None, 64) for text in TEXTS]
+    alone, order = make_chunks(encoder, texts, 1000)
+    with torch.no_grad():
+        wanted = torch.cat([encoder(features) for features in alone])[order]
+        encoder.packs, encoder._packed_for = True, ("cuda", None)
+        transformer = encoder.model[0]
+        transformer.model.set_attn_implementation(VARLEN)
+        if transformer.model_forward_params is not None:
+            transformer.model_forward_params |= {*PACKED_INPUTS, *BLOCK_INPUTS}
+        chunks, order = make_chunks(encoder, texts, 1000)
+        assert all("block_text" in features for features in chunks)
+        found = torch.cat([encoder(features) for features in chunks])[order]
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from embedtune.data.chunks import Text, make_chunks
 from embedtune.models.encoder import Encoder
-from embedtune.models.gpu_attention import Blocks, attend_on_gpu
-from embedtune.models.packing import BLOCK_INPUTS, lay_in_blocks, to_device
+from embedtune.models.gpu_attention import Blocks, attend_on_gpu, block_bias
+from embedtune.models.packing import lay_in_blocks, to_device
 from embedtune.models.spec import EncoderSpec
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -20,9 +20,12 @@ PACKS = [name for name, (_, _, packs) in ARCHITECTURES.items() if packs]
 LONG, SHORT = (150, 97, 64, 9, 1), (60, 17, 17, 16, 9, 3, 1)
 
 
-def blocks_of(lengths: tuple[int, ...], only_short: bool) -> Blocks | None:
-    found = lay_in_blocks(np.array(lengths), only_short)
-    return Blocks(*(found[name].to(GPU) for name in BLOCK_INPUTS)) if found else None
+def blocks_of(lengths: tuple[int, ...], kind: torch.dtype) -> Blocks | None:
+    found = lay_in_blocks(np.array(lengths), only_short=kind != torch.float32)
+    if not found:
+        return None
+    source, place, text = (tensor.to(GPU) for tensor in found.values())
+    return Blocks(source, place, block_bias(text, kind))
 
 
 def encode(encoder: Encoder, texts: list[str], tokens_per_chunk: int = 24) -> Tensor:
@@ -65,7 +68,7 @@ def expected(
 def test_kernels_attend_within_each_text(lengths, kind, key_heads, causal, window):
     given = states(lengths, kind, 4, key_heads)
     starts = torch.tensor([0, *lengths], device=GPU).cumsum(0).int()
-    blocks = blocks_of(lengths, only_short=kind != torch.float32)
+    blocks = blocks_of(lengths, kind)
     output = attend_on_gpu(*given, starts, max(lengths), blocks, 0.0, None, causal, window)
     tolerance = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[kind]
     wanted = expected(lengths, given, causal, window)
@@ -84,7 +87,7 @@ def test_kernels_attend_within_each_text(lengths, kind, key_heads, causal, windo
 def test_kernels_drop_probabilities_and_are_right_on_average(lengths, kind):
     given = states(lengths, kind, 4, 4)
     starts = torch.tensor([0, *lengths], device=GPU).cumsum(0).int()
-    blocks = blocks_of(lengths, only_short=kind != torch.float32)
+    blocks = blocks_of(lengths, kind)
 
     def attend(dropout: float) -> Tensor:
         return attend_on_gpu(*given, starts, max(lengths), blocks, dropout, None, False, None)
@@ -117,7 +120,7 @@ def test_each_text_and_head_drops_others(length, kind):
     value = torch.zeros(length, 32, device=GPU, dtype=kind)
     value[:width, :width] = torch.eye(width)
     value = value.repeat(12, 1)[:, None].expand(-1, 4, -1).contiguous()
-    blocks = blocks_of(lengths, only_short=kind != torch.float32)
+    blocks = blocks_of(lengths, kind)
     output = attend_on_gpu(query, query, value, starts, length, blocks, 0.5, None, False, None)
     kept = (output[..., :width] > 0).view(12, length, 4, width).transpose(1, 2)
     kept = kept.flatten(2).flatten(0, 1).float()

@@ -51,6 +51,10 @@ class TokenTable:
         path = cache_folder() / f"{digest}.arrow"
         self.table, _ = open_table(path, SCHEMA, lambda: _tokenised(rows, collator))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what would be sent to another process as a copy of the whole file."""
+        return {"table": self.table}
+
     @property
     def longest(self) -> int:
         """Tokens of the longest text, cut as it is encoded."""

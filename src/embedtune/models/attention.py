@@ -44,7 +44,7 @@ def varlen_attention(
     sliding_window: int | None = None,
     block_source: Tensor | None = None,
     block_place: Tensor | None = None,
-    block_text: Tensor | None = None,
+    block_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each text; transformers' attention interface.
@@ -64,7 +64,7 @@ def varlen_attention(
         sliding_window: A token sees those less far away than this; None is all.
         block_source: With the next two the :class:`Blocks` of texts on a GPU.
         block_place: See ``block_source``.
-        block_text: See ``block_source``.
+        block_bias: See ``block_source``.
         kwargs: What only padded inputs take.
 
     Returns:
@@ -87,8 +87,8 @@ def varlen_attention(
     packed = [states[0].transpose(0, 1) for states in (query, key, value)]
     if query.is_cuda:
         blocks = None
-        if block_source is not None and block_place is not None and block_text is not None:
-            blocks = Blocks(block_source, block_place, block_text)
+        if block_source is not None and block_place is not None and block_bias is not None:
+            blocks = Blocks(block_source, block_place, block_bias)
         q, k, v = packed
         texts = cu_seq_lens_q, max_length_q, blocks
         output = attend_on_gpu(q, k, v, *texts, dropout, scaling, causal, sliding_window)

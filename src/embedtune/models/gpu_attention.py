@@ -22,18 +22,30 @@ LARGEST_BLOCK = 128
 class Blocks(NamedTuple):
     """How packed texts lie in blocks of one size.
 
-    Made with the chunk, on the CPU: a GPU would have to be waited for.
-
     Attributes:
         source: int64 ``[blocks x size]``: the token that comes to each place; any one where it is
             padding.
         place: int64 ``[tokens]``: the place that each token comes to.
-        text: int32 ``[blocks, size]``: the number of each place's text, -1 for padding.
+        bias: ``[blocks, size, size]``: what is added to the products of two places, 0 or minus
+            infinity. One for all layers, which keep it for backward.
     """
 
     source: Tensor
     place: Tensor
-    text: Tensor
+    bias: Tensor
+
+
+def block_bias(text: Tensor, kind: torch.dtype) -> Tensor:
+    """Return ``Blocks.bias``, which keeps texts apart.
+
+    Args:
+        text: int32 ``[blocks, size]``: the number of each place's text, -1 for padding.
+        kind: The type that attention computes with.
+    """
+    differs = text[:, :, None] != text[:, None]
+    return torch.zeros(differs.shape, dtype=kind, device=text.device).masked_fill_(
+        differs, float("-inf")
+    )
 
 
 def attend_on_gpu(
@@ -73,7 +85,7 @@ def attend_on_gpu(
     if window is not None and longest <= window:
         window = None
     if value.dtype in (torch.float16, torch.bfloat16):
-        if blocks is not None and blocks.text.shape[1] <= LARGEST_BLOCK:
+        if blocks is not None and blocks.bias.shape[1] <= LARGEST_BLOCK:
             return attend_in_blocks(query, key, value, blocks, dropout, scale, causal, window)
         return _flash(query, key, value, starts, longest, dropout, scale, causal, window)
     if dropout == 0 and window is None:
@@ -97,20 +109,20 @@ def attend_in_blocks(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:  # with a mask no kernel takes fewer heads
         key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    bias = blocks.bias.to(query.dtype)
     q, k, v = (
-        spread(states, blocks.source, blocks.place).unflatten(0, blocks.text.shape).transpose(1, 2)
+        spread(states, blocks.source, blocks.place).unflatten(0, bias.shape[:2]).transpose(1, 2)
         for states in (query, key, value)
     )
-    seen = blocks.text[:, :, None] == blocks.text[:, None]
     if causal or window is not None:
-        place = torch.arange(seen.shape[1], device=seen.device)
+        place = torch.arange(bias.shape[1], device=bias.device)
         distance = place[:, None] - place
         if causal:
-            seen = seen & (distance >= 0)
+            bias = bias.masked_fill(distance < 0, float("-inf"))
         if window is not None:
-            seen = seen & (distance.abs() < window)
+            bias = bias.masked_fill(distance.abs() >= window, float("-inf"))
     output = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen[:, None], dropout_p=dropout, scale=scale
+        q, k, v, attn_mask=bias[:, None], dropout_p=dropout, scale=scale
     )
     return gather_back(output.transpose(1, 2).flatten(0, 1), blocks.place)
 

@@ -18,7 +18,7 @@ tensor takes ten times as long to make."""
 PACKED_INPUTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 """What tells attention where each text of a packed chunk starts, by transformers' names."""
 
-BLOCK_INPUTS = ("block_source", "block_place", "block_text")
+BLOCK_INPUTS = ("block_source", "block_place", "block_bias")
 """What tells it where they lie in blocks: :class:`embedtune.models.gpu_attention.Blocks`."""
 
 
@@ -85,8 +85,9 @@ def lay_in_blocks(lengths: np.ndarray, only_short: bool) -> dict[str, Tensor]:
         only_short: Lay long texts in none.
 
     Returns:
-        BLOCK_INPUTS: int64 ``[blocks x size]``, int64 ``[tokens]``, int32 ``[blocks, size]``; empty
-        where texts are too long.
+        The first two of BLOCK_INPUTS, int64, and ``block_text``, int32 ``[blocks, size]``: the
+        number of each place's text, -1 for padding. All made on the CPU, for a GPU would have to be
+        waited for. Empty where texts are too long.
     """
     size = -(-int(lengths.max()) // SMALL_BLOCK) * SMALL_BLOCK
     is_short = size <= SMALL_BLOCK or (size <= LARGEST_BLOCK and lengths.mean() <= SMALL_BLOCK / 2)
@@ -110,8 +111,8 @@ def lay_in_blocks(lengths: np.ndarray, only_short: bool) -> dict[str, Tensor]:
     place = tokens + np.repeat(first - (ends - lengths), lengths)
     source, text = np.zeros(blocks * size, np.int64), np.full(blocks * size, -1, np.int32)
     source[place], text[place] = tokens, np.repeat(np.arange(len(lengths)), lengths)
-    values = source, place, text.reshape(blocks, size)
-    return dict(zip(BLOCK_INPUTS, map(torch.from_numpy, values), strict=True))
+    laid = {"block_source": source, "block_place": place, "block_text": text.reshape(blocks, size)}
+    return {name: torch.from_numpy(values) for name, values in laid.items()}
 
 
 def _whole(values: np.ndarray) -> Tensor:
