@@ -1,13 +1,12 @@
 """The LightningDataModule: files in, batches out."""
 
-import multiprocessing
-import os
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from embedtune.checkpoints.resume import Place
+from embedtune.data import device_defaults
 from embedtune.data.collate import Collator
 from embedtune.data.opened import Files, OpenedData, Part
 from embedtune.data.records import Format
@@ -28,10 +27,6 @@ NEEDED: dict[str, tuple[Part, ...]] = {
     "predict": ("predict",),
 }
 """The parts of the data that each Trainer function reads; the first of them is required."""
-NARROW = 512
-"""Width of layers up to which a GPU is given twice the tokens at once."""
-MOST_WORKERS = 8
-"""Processes of a rank that make batches ahead, where it has as many cores."""
 LENGTHS_SAMPLE, LONGEST_TEXTS = 1000, 64
 """Examples whose texts tell how long texts are, where not all are tokenised ahead; and how many of
 these texts, the longest in characters, are."""
@@ -198,29 +193,22 @@ class EmbeddingDataModule(pl.LightningDataModule):
     @property
     def tokens_per_chunk(self) -> int:
         """Tokens that are encoded at once."""
-        if self._tokens_per_chunk is not None or self._is_on_cpu:
-            return self._tokens_per_chunk or 2048
+        if self._tokens_per_chunk is not None:
+            return self._tokens_per_chunk
         module = self.trainer.lightning_module
-        # Kernels of narrow layers end before a processor has started the next ones.
         width = layer_width(module.encoder.model)
-        tokens = 131072 if width is not None and width <= NARROW else 65536
-        return tokens // 2 if module.grad_cache else tokens
+        return device_defaults.tokens_per_chunk(self._device_type, width, module.grad_cache)
 
     @property
     def num_workers(self) -> int:
         """Processes of each rank that make batches ahead."""
         if self._num_workers is not None:
             return self._num_workers
-        # Started otherwise than by fork, each would be sent a copy of the encoder.
-        if self._is_on_cpu or multiprocessing.get_start_method() != "fork":
-            return 0
-        # A small model takes short texts faster than four make batches of them.
-        cores = len(os.sched_getaffinity(0)) // self.trainer.num_devices
-        return max(1, min(MOST_WORKERS, cores))
+        return device_defaults.num_workers(self._device_type, self.trainer.num_devices)
 
     @property
-    def _is_on_cpu(self) -> bool:
-        return self.trainer.strategy.root_device.type == "cpu"
+    def _device_type(self) -> str:
+        return self.trainer.strategy.root_device.type
 
     def longest_text(self, encoder: Encoder) -> int:
         """Return the tokens of the longest training text, cut as it is encoded.
@@ -356,5 +344,5 @@ class EmbeddingDataModule(pl.LightningDataModule):
             collate_fn=collate,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=self._device_type == "cuda",
         )

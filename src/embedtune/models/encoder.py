@@ -309,12 +309,6 @@ class Encoder(nn.Module):
         if self.packs and transformer.model_forward_params is not None:
             transformer.model_forward_params |= {*PACKED_INPUTS, *BLOCK_INPUTS}
 
-    @property
-    def _computes_with(self) -> torch.dtype:
-        if torch.is_autocast_enabled("cuda"):
-            return torch.get_autocast_dtype("cuda")
-        return cast(torch.dtype, self.model.dtype)
-
     # --- Features to embeddings ---------------------------------------------------------
 
     def forward(self, features: Features) -> Tensor:
@@ -326,7 +320,8 @@ class Encoder(nn.Module):
             # the positions, which would wait for a GPU, and makes no [tokens, tokens] of them.
             features["attention_mask"] = features["input_ids"].new_ones(1, 1, 1, 1).bool()
         if "block_text" in features:
-            features["block_bias"] = block_bias(features.pop("block_text"), self._computes_with)
+            kind = cast(torch.dtype, self.model.dtype)
+            features["block_bias"] = block_bias(features.pop("block_text"), kind)
         features = with_lengths(tower(self.model, features.get("task") or "query"), features)
         eager = self._is_compiled and not self.training
         with torch.compiler.set_stance("force_eager") if eager else nullcontext():

@@ -40,8 +40,10 @@ def block_bias(text: Tensor, kind: torch.dtype) -> Tensor:
 
     Args:
         text: int32 ``[blocks, size]``: the number of each place's text, -1 for padding.
-        kind: The type that attention computes with.
+        kind: The type that attention computes with outside autocast.
     """
+    if torch.is_autocast_enabled("cuda"):
+        kind = torch.get_autocast_dtype("cuda")
     differs = text[:, :, None] != text[:, None]
     return torch.zeros(differs.shape, dtype=kind, device=text.device).masked_fill_(
         differs, float("-inf")
