@@ -12,6 +12,7 @@ from embedtune.models.encoder import Encoder
 from embedtune.models.gpu_attention import Blocks, attend_in_blocks, block_bias
 from embedtune.models.packing import BLOCK_INPUTS, PACKED_INPUTS, lay_in_blocks
 from embedtune.models.spec import EncoderSpec
+from embedtune.models.trial import packs_exactly
 
 LENGTHS = (60, 17, 17, 16, 9, 3, 1)
 
@@ -104,9 +105,16 @@ def test_each_text_and_head_drops_others():
 
 @pytest.fixture
 def attends_in_blocks():
-    """Let texts attend in blocks on the CPU as well, through transformers' layers."""
+    """Let texts attend in blocks on the CPU as well, through transformers' layers, and no others.
+
+    Padded ones go where they always do.
+    """
 
     def attend(module, query, key, value, mask, **kwargs):
+        if kwargs.get("cu_seq_lens_q") is None:
+            return varlen_attention(module, query, key, value, mask, **kwargs)
+        if "block_bias" not in kwargs:
+            raise RuntimeError("no kernel")
         blocks = Blocks(*(kwargs[name] for name in BLOCK_INPUTS))
         states = (s[0].transpose(0, 1) for s in (query, key, value))
         causal = kwargs.get("is_causal")
@@ -135,3 +143,11 @@ def test_blocks_go_through_an_architecture(name, tiny_transformer, tmp_path, att
         assert all("block_text" in features for features in chunks)
         found = torch.cat([encoder(features) for features in chunks])[order]
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_long_texts_are_tried_too(tiny_bert, attends_in_blocks):
+    # As on a GPU whose kernels for short texts do, and those for long ones do not.
+    encoder = Encoder(EncoderSpec(str(tiny_bert))).eval()
+    encoder.packs, encoder._packed_for = True, ("cuda", torch.float16)
+    encoder.model[0].model.set_attn_implementation(VARLEN)
+    assert not packs_exactly(encoder, torch.device("cpu"), None)
