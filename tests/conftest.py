@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import gc
 import string
 from pathlib import Path
 
@@ -37,6 +38,10 @@ def pytest_addoption(parser):
     parser.addoption("--steps", type=int, default=200, help="steps of a long run")
     parser.addoption("--testsets", type=Path, help="a folder of BEIR sets to score")
     parser.addoption("--write-points", type=int, default=1, help="writes that fail; 0 for all")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported outlives all tests: no collection need look through it
 
 
 @pytest.fixture(scope="session")

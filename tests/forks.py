@@ -6,6 +6,7 @@ is a C compiler, what they write can be counted, and be let fail (``failing_at``
 
 import atexit
 import ctypes
+import gc
 import multiprocessing
 import os
 import shutil
@@ -130,6 +131,7 @@ def _run(
     environment: dict[str, str],
     output: Path,
 ) -> None:
+    gc.freeze()  # DeepSpeed collects garbage among all that was imported, again and again
     os.setsid()
     os.chdir(folder)
     os.environ.clear()

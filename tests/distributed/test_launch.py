@@ -16,6 +16,7 @@ import pytest
 from forks import Ranks, embedtune
 from sentence_transformers import SentenceTransformer
 
+from embedtune.callbacks import shared_folder
 from embedtune.cli import main
 from embedtune.losses import InfoNCE
 
@@ -273,20 +274,16 @@ def test_a_mistake_is_told_once_by_two_ranks(tiny_bert):
     assert "Traceback" not in output
 
 
-DIFFERENT = """
-import os, sys
-from embedtune.cli import main
-from embedtune.callbacks import shared_folder
-shared_folder.SECONDS = 1
-rank = os.environ["RANK"]
-given = {"data.train_path": "rows0.jsonl", "model.lr": 1e-4, "trainer.default_root_dir": "run"}
-given |= {
-    "data": {"data.train_path": f"rows{rank}.jsonl"},
-    "rate": {"model.lr": 1e-4 + int(rank)},
-    "folder": {"trainer.default_root_dir": f"run{rank}"},
-}[sys.argv[1]]
-main([*sys.argv[2:], *(f"--{name}={value}" for name, value in given.items())])
-"""
+def fit_apart(what: str, arguments: list[str]) -> None:
+    """Fit with one thing that each rank has of its own."""
+    rank, shared_folder.SECONDS = os.environ["RANK"], 1
+    given = {"data.train_path": "rows0.jsonl", "model.lr": 1e-4, "trainer.default_root_dir": "run"}
+    given |= {
+        "data": {"data.train_path": f"rows{rank}.jsonl"},
+        "rate": {"model.lr": 1e-4 + int(rank)},
+        "folder": {"trainer.default_root_dir": f"run{rank}"},
+    }[what]
+    embedtune([*arguments, *(f"--{name}={value}" for name, value in given.items())])
 
 
 @pytest.mark.parametrize(
@@ -306,20 +303,12 @@ main([*sys.argv[2:], *(f"--{name}={value}" for name, value in given.items())])
     ],
 )
 def test_ranks_that_differ_are_told_at_the_start(tiny_bert, what, expected):
-    Path("different.py").write_text(DIFFERENT)
     for number, count in ((0, 24), (1, 20)):
         lines = "".join(json.dumps(row) + "\n" for row in ROWS[:count])
         Path(f"rows{number}.jsonl").write_text(lines)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     flags = ["--model.model_name_or_path", str(tiny_bert), "--trainer.accelerator", "cpu"]
-    done = subprocess.run(
-        [*command, "different.py", what, "fit", *flags, "--trainer.devices", "2"],
-        env={**os.environ, **ONE_THREAD},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode != 0
-    assert expected in done.stderr
+    arguments = ["fit", *flags, "--trainer.devices", "2"]
+    ranks = Ranks(fit_apart, what, arguments, folder=Path.cwd(), ranks=2)
+    assert 0 not in ranks.wait()
+    assert expected in ranks.output()
     assert not [*Path().glob("run*/model"), *Path().glob("run*/.seen-*")]

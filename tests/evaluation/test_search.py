@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from forks import Ranks
+from torch import distributed
 
 from embedtune.evaluation import search as searching
 from embedtune.evaluation.search import Found, merge, search
@@ -128,10 +129,9 @@ SHARES = {  # the documents of rank 0; rank 1 has the others
 }
 
 
-def search_a_share(rank, folder):
-    distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+def search_a_share(folder):
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
     q, d = vertices(6, seed=1), vertices(50, seed=2)
     found = {}
     for name, first in SHARES.items():
@@ -143,7 +143,8 @@ def search_a_share(rank, folder):
 
 
 def test_two_ranks_find_what_one_process_finds(tmp_path):
-    multiprocessing.spawn(search_a_share, (str(tmp_path),), nprocs=2)
+    ranks = Ranks(search_a_share, tmp_path, folder=tmp_path, ranks=2)
+    assert ranks.wait() == [0, 0], ranks.output()
     q, d = vertices(6, seed=1), vertices(50, seed=2)
     expected = [search(q, d, torch.arange(50), k) for k in DEPTHS]
     assert (expected[0].scores[:, 1:] == expected[0].scores[:, :-1]).any()  # ties across ranks
