@@ -167,6 +167,7 @@ def test_two_teachers_are_concatenated(tmp_path, tiny_bert):
         ("pair", {}, {"use_mrl": True, "mrl_dims": [64], "projection_init": "none"}, "mrl_dims"),
         ("pair", {}, {"projection_init": "teacher", "use_mrl": True}, "data.teacher_path"),
         ("pair", {}, {"loss": CoSENT()}, "CoSENT takes scored data, found pair"),
+        ("pair", {}, {"loss": Matryoshka(CoSENT(), [8])}, "CoSENT takes scored data, found pair"),
         ("pair", {"teacher_path": "t"}, {}, "expected distill data"),
         ("distill", {}, {}, "data.teacher_path"),
         ("pair", {"batch_size": 0}, {}, "data.batch_size"),
@@ -177,6 +178,21 @@ def test_two_teachers_are_concatenated(tmp_path, tiny_bert):
 def test_settings_that_do_not_fit_are_an_error(tmp_path, tiny_bert, name, data, module, message):
     with pytest.raises(InputError, match=message):
         fit(tmp_path, tiny_bert, name, data, **module)
+
+
+def test_a_loss_that_does_not_take_the_data_is_refused_before_a_text_is_embedded(
+    tmp_path, tiny_bert
+):
+    module = EmbeddingModule(str(tiny_bert), loss=ListwiseKL(), use_mrl=True, mrl_dims=[8])
+    with pytest.raises(InputError, match="ListwiseKL takes scored data, found pair"):
+        trainer(tmp_path).fit(module, EmbeddingDataModule(write(tmp_path, "pair")))
+    assert module.encoder.dense is None
+
+
+def test_a_loss_chosen_for_one_format_is_not_trained_on_another(tmp_path, tiny_bert):
+    module, _ = fit(tmp_path, tiny_bert, "pair")
+    with pytest.raises(InputError, match="InfoNCE takes pair or triplet data, found scored"):
+        trainer(tmp_path).fit(module, EmbeddingDataModule(write(tmp_path, "scored")))
 
 
 def test_singleton_lists_are_refused_and_cosent_is_named(tmp_path, tiny_bert):

@@ -126,9 +126,7 @@ def cached_tables() -> list[Table]:
 
 def remove_table(table: Table) -> None:
     """Remove a table. A process that has it open keeps what it has."""
-    # Older versions have written what is said of a table beside it.
-    for path in (table.path, table.path.with_suffix(".json")):
-        path.unlink(missing_ok=True)
+    table.path.unlink(missing_ok=True)
 
 
 def _keep_within(limit: float, new: Path) -> None:

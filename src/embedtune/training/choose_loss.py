@@ -43,7 +43,7 @@ def choose_loss(
             one and none is given.
 
     Raises:
-        InputError: The loss does not take the data.
+        InputError: The loss would learn nothing from the data, or has no temperature.
     """
     row_format = data.format
     assert row_format is not None, "only predict has no format"
@@ -52,11 +52,6 @@ def choose_loss(
         loss = default_loss(row_format, temperature, of_pairs=of_pairs)
         if temperature is None and derive_temperature and row_format in WITH_ONE:
             _take_temperature(loss, derive_temperature())
-    if row_format not in loss.formats:
-        raise InputError(
-            f"model.loss: {type(loss).__name__} takes {' or '.join(sorted(loss.formats))} "
-            f"data, found {row_format} rows"
-        )
     _refuse_without_signal(loss, data)
     _settle_teacher_temperature(loss, data)
     if mrl_dims is None:
@@ -65,6 +60,24 @@ def choose_loss(
         loss.mrl_dims = loss.mrl_dims or mrl_dims
         return loss
     return Matryoshka(loss, mrl_dims)
+
+
+def refuse_other_format(loss: Loss | None, row_format: Format) -> None:
+    """Refuse a loss that does not take the data.
+
+    Args:
+        loss: What the user asked for, or what was chosen for the data of an earlier fit.
+        row_format: That of the data.
+
+    Raises:
+        InputError: It takes others.
+    """
+    inner = unwrapped(loss)
+    if inner is not None and row_format not in inner.formats:
+        raise InputError(
+            f"model.loss: {type(inner).__name__} takes {' or '.join(sorted(inner.formats))} "
+            f"data, found {row_format} rows"
+        )
 
 
 def _take_temperature(loss: Any, temperature: float) -> None:

@@ -44,7 +44,7 @@ from embedtune.training.before_fit import (
     tell_of_far_rate,
     tell_of_few_steps,
 )
-from embedtune.training.choose_loss import choose_loss
+from embedtune.training.choose_loss import choose_loss, refuse_other_format
 from embedtune.training.facts import told_by_all, training_facts
 from embedtune.training.gradient_cache import GradientCache
 from embedtune.training.loss_inputs import target_of
@@ -206,6 +206,8 @@ class EmbeddingModule(pl.LightningModule):
         self._set_prompts()
         if stage == "predict":
             return
+        if self.data.format is not None:
+            refuse_other_format(self.loss, self.data.format)
         mrl_dims = self.mrl_dims if self.use_mrl else None
         if stage == "fit" and not self._has_projection_settled:
             self._has_projection_settled = True
