@@ -2,7 +2,6 @@
 
 import logging
 import math
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import AdamW
 
-from embedtune.checkpoints.find import last_checkpoint
+from embedtune.checkpoints.find import folder_of, last_checkpoint
 from embedtune.checkpoints.read import read_facts
 from embedtune.data.batch import Batch
 from embedtune.distributed import exchange
@@ -182,9 +181,8 @@ class Finite(pl.Callback):
         if asked is not None:
             step, self._batch = asked.step, asked.batch
         message = f"step {step:,}: the {what} is {value}; {self._places(module)}"
-        folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-        folder = next(filter(None, folders), None)
-        good = None if folder is None else last_checkpoint(Path(folder))
+        folder = folder_of(trainer.checkpoint_callbacks)
+        good = None if folder is None else last_checkpoint(folder)
         if good is not None:
             message += f"; the last checkpoint is {good} (step {read_facts(good)['global_step']:,})"
         return TrainingError(f"{message}; a lower model.lr or trainer.gradient_clip_val may help")

@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from embedtune.checkpoints.find import folder_of
 from embedtune.distributed import exchange
 
 log = logging.getLogger("embedtune")
@@ -66,11 +67,10 @@ class StopOnSignal(pl.Callback):
         sys.exit(128 + number)
 
     def _save(self, trainer: pl.Trainer) -> Path | None:
-        folders = [getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks]
-        folder = next(filter(None, folders), None)
+        folder = folder_of(trainer.checkpoint_callbacks)
         if folder is None:
             return None
-        path = Path(folder) / "last.ckpt"
+        path = folder / "last.ckpt"
         trainer.save_checkpoint(path)
         return path
 

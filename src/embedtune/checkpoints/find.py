@@ -1,12 +1,20 @@
 """Find the checkpoints of a fit."""
 
 import contextlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from embedtune.checkpoints.read import read_facts
 from embedtune.checkpoints.shards import kind_of
 from embedtune.errors import InputError
 from embedtune.whole_files import FORMER
+
+
+def folder_of(callbacks: Iterable[Any]) -> Path | None:
+    """Return the folder where the first of a Trainer's checkpoint callbacks that has one saves."""
+    folders = (getattr(callback, "dirpath", None) for callback in callbacks)
+    return next(map(Path, filter(None, folders)), None)
 
 
 def last_checkpoint(folder: Path) -> Path | None:
