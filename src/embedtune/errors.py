@@ -1,6 +1,7 @@
 """What a user is told in one line, without a traceback: every other exception is a defect."""
 
 import errno
+import math
 
 OF_ALLOCATORS = ("DefaultCPUAllocator", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says of memory where it raises no class of its own."""
@@ -39,6 +40,17 @@ def require_positive(key: str, value: float) -> float:
     """
     if not value > 0:
         raise InputError(f"{key}: expected a positive number, found {value}")
+    return value
+
+
+def require_not_negative(key: str, value: float) -> float:
+    """Return ``value``.
+
+    Raises:
+        InputError: It is below 0, infinite or no number; the message names ``key``.
+    """
+    if not 0 <= value < math.inf:
+        raise InputError(f"{key}: expected a number from 0 on, found {value}")
     return value
 
 

@@ -56,17 +56,19 @@ def test_the_index_holds_the_positives_of_queries_of_several_rows(tmp_path, bloc
     index = KnownPositives(Rows(halves))
     queries = [row["query"] for row in rows]
     known = positives_by_query(rows)
-    for query, found in zip([*queries, "none"], index.of([*queries, "none"]), strict=True):
+    for query, found in zip(
+        [*queries, "none"], index.of([*queries, "none"], [None] * (len(queries) + 1)), strict=True
+    ):
         if queries.count(query) < 2:
             assert found is None
             continue
         assert found.dtype == np.int64
         assert found.tolist() == np.unique(text_hashes(known[query])).tolist()
     assert sum(queries.count(query) > 1 for query in known) > 5
-    assert index.of([]) == []
+    assert index.of([], []) == []
     # In another process, as a worker that was not forked.
-    again = pickle.loads(pickle.dumps(index))
-    found = zip(again.of(queries), index.of(queries), strict=True)
+    again, none = pickle.loads(pickle.dumps(index)), [None] * len(queries)
+    found = zip(again.of(queries, none), index.of(queries, none), strict=True)
     assert all(np.array_equal(a, b) for a, b in found if b is not None)
 
 
@@ -80,8 +82,23 @@ def test_the_index_holds_the_positives_of_queries_of_several_rows(tmp_path, bloc
 def test_where_every_query_is_in_one_row_nothing_is_kept(tmp_path, rows):
     opened = Rows([write(tmp_path / "rows.jsonl", rows)])
     for _ in range(2):
-        assert KnownPositives(opened).of(["a", "b"]) == [None, None]
+        assert KnownPositives(opened).of(["a", "b"], [None, None]) == [None, None]
     assert ExampleDataset(opened)[Key(0, 0)].known_positive_id is None
+
+
+def test_a_query_under_another_prompt_is_another(tmp_path):
+    """What answers it under one instruction may be the hard negative under another."""
+    rows = [
+        {"query": "q", "prompt": "answer: ", "pos": ["a"], "neg": ["b"]},
+        {"query": "q", "prompt": "contradict: ", "pos": ["b"], "neg": ["a"]},
+        {"query": "q", "prompt": "answer: ", "pos": ["c"], "neg": ["b"]},
+    ]
+    examples = ExampleDataset(Rows([write(tmp_path / "rows.jsonl", rows)]), neg_nums=1)
+    first, second, third = (examples[Key(0, i)] for i in range(3))
+    assert first.known_positive_id.tolist() == np.unique(text_hashes(["a", "c"])).tolist()
+    assert third.known_positive_id.tolist() == first.known_positive_id.tolist()
+    assert second.known_positive_id is None
+    assert (first.negatives, second.negatives) == (["b"], ["a"])
 
 
 def test_the_index_is_made_once(tmp_path, monkeypatch):

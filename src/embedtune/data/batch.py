@@ -27,7 +27,8 @@ class Batch(NamedTuple):
         list_index: int64 ``[m]``: which query each positive belongs to.
         scores: float32 ``[m]`` (scored).
         teacher: float32 ``[b, D]`` (distill).
-        query_id, positive_id, negative_id: int64 text hashes ``[b]``, ``[m]``, ``[b * k]``.
+        query_id: int64 ``[b]``, hashes of the queries with the prompts of their rows.
+        positive_id, negative_id: int64 text hashes ``[m]``, ``[b * k]``.
         known_positive_id: int64 ``[b, p]``, the hashes of every positive that each query has in
             its data set, 0 pads.
         tokens: Tokens of the chunks without padding, and with it.
@@ -58,6 +59,15 @@ class Batch(NamedTuple):
 def text_ids(texts: Iterable[str]) -> Tensor:
     """Return a 64-bit hash of each text, int64 ``[n]``; equal texts get equal ids on every rank."""
     return torch.from_numpy(text_hashes(texts))
+
+
+def query_hashes(queries: Iterable[str], prompts: Iterable[str | None]) -> np.ndarray:
+    """Return a hash of each query, int64 ``[n]``: under another prompt of its row it is another.
+
+    A model that follows instructions is asked another thing by the same words.
+    """
+    asked = zip(prompts, queries, strict=True)
+    return text_hashes(f"{prompt}\0{query}" if prompt else query for prompt, query in asked)
 
 
 def text_hashes(texts: Iterable[str]) -> np.ndarray:

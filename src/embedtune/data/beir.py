@@ -65,9 +65,9 @@ class RetrievalSet(NamedTuple):
 
 
 def is_beir(path: Path) -> bool:
-    """Tell whether ``path`` is a BEIR folder or a qrels file inside one."""
+    """Tell whether ``path`` is a BEIR folder or one of its qrels files."""
     if path.suffix == ".tsv":
-        return path.is_file() and (path.parent.parent / "corpus.jsonl").is_file()
+        return path.is_file()
     return (path / "corpus.jsonl").is_file()
 
 
@@ -91,9 +91,9 @@ def read_beir(path: Path, splits: Sequence[str] = ("test",)) -> RetrievalSet:
     for file in (folder / "corpus.jsonl", folder / "queries.jsonl", qrels):
         if not file.is_file():
             raise InputError(f"{file}: expected a file of a BEIR test set, found none")
-    corpus = _read_texts(folder / "corpus.jsonl")
+    corpus = _read_texts(folder / "corpus.jsonl", has_titles=True)
     queries = _read_texts(folder / "queries.jsonl")
-    judged = _read_judgements(qrels)
+    judged = _read_judgements(qrels, queries, corpus)
     _tell_missing(qrels, judged, queries, corpus)
     kept = [row for row in judged if row.query in queries]
     rows = {name: row for row, name in enumerate(corpus)}
@@ -113,9 +113,11 @@ def read_beir(path: Path, splits: Sequence[str] = ("test",)) -> RetrievalSet:
     return data
 
 
-def _read_judgements(path: Path) -> list[Judgement]:
+def _read_judgements(
+    path: Path, queries: Mapping[str, str], corpus: Mapping[str, str]
+) -> list[Judgement]:
     judged: dict[tuple[str, str], Judgement] = {}
-    for row in _read_qrels(path):
+    for row in _read_qrels(path, queries, corpus):
         before = judged.setdefault((row.query, row.document), row)
         if row.grade != before.grade:
             raise InputError(
@@ -189,8 +191,8 @@ def _choose_qrels(folder: Path, splits: Sequence[str]) -> Path:
     raise InputError(f"{folder / 'qrels'}: expected {expected}, or a choice among {found}")
 
 
-def _read_texts(path: Path) -> dict[str, str]:
-    """Read the texts of a jsonl file by their ``_id``; a title goes before its text."""
+def _read_texts(path: Path, *, has_titles: bool = False) -> dict[str, str]:
+    """Read the texts of a jsonl file by their ``_id``; a document's title goes before its text."""
     texts: dict[str, str] = {}
     lines: dict[str, int] = {}
     for line in read_lines([path]):
@@ -199,7 +201,8 @@ def _read_texts(path: Path) -> dict[str, str]:
                 has = field in line.fields
                 found = describe_value(line.fields[field]) if has else "no such field"
                 raise line.error(f"{field}: expected a string, found {found}")
-        name, title = line.fields["_id"], line.fields.get("title") or ""
+        name = line.fields["_id"]
+        title = (line.fields.get("title") or "") if has_titles else ""
         if not isinstance(title, str):
             raise line.error(f"title: expected a string, found {describe_value(title)}")
         if name in texts:
@@ -209,8 +212,10 @@ def _read_texts(path: Path) -> dict[str, str]:
     return texts
 
 
-def _read_qrels(path: Path) -> Iterator[Judgement]:
-    """Yield every row; a header is optional."""
+def _read_qrels(
+    path: Path, queries: Mapping[str, str], corpus: Mapping[str, str]
+) -> Iterator[Judgement]:
+    """Yield every row; a header, which judges nothing that is known, is optional."""
     for number, line in numbered_lines(path):
         columns = line.rstrip("\n").split("\t")
         if columns == [""]:
@@ -224,7 +229,7 @@ def _read_qrels(path: Path) -> Iterator[Judgement]:
         query, document, score = columns
         if re.fullmatch(r"[+-]?\d{1,9}(\.0*)?", score):
             yield Judgement(query, document, int(score.partition(".")[0]), number)
-        elif number > 1 or _is_number(score):  # else the header, whatever its words
+        elif number > 1 or _is_number(score) or (query in queries and document in corpus):
             raise InputError(f"{path}:{number}: expected a whole score, found {score[:60]!r}")
 
 

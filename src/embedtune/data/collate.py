@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from embedtune.data.batch import Batch, text_ids
+from embedtune.data.batch import Batch, query_hashes, text_ids
 from embedtune.data.chunks import PROBE, Text, make_chunks, tokenise
 from embedtune.data.examples import Example
 from embedtune.models.encoder import Encoder
@@ -79,7 +79,9 @@ class Collator:
             list_index=torch.tensor(lists, dtype=torch.int64),
             scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
             teacher=torch.from_numpy(np.stack(teachers)) if teachers else None,
-            query_id=text_ids(text.text for text in queries),
+            query_id=torch.from_numpy(
+                query_hashes([e.query for e in examples], [e.prompt for e in examples])
+            ),
             positive_id=text_ids(text.text for text in positives),
             negative_id=text_ids(text.text for text in negatives),
             known_positive_id=torch.nn.utils.rnn.pad_sequence(

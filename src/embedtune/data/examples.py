@@ -120,7 +120,7 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
         columns = self.rows.table[rows.tolist()]
         known: Sequence[np.ndarray | None] = [None] * len(keys)
         if self._known is not None:
-            known = self._known.of(columns["query"])
+            known = self._known.of(columns["query"], columns["prompt"])
         examples = []
         for i, (key, row) in enumerate(zip(keys, rows.tolist(), strict=True)):
             fields = {name: columns[name][i] for name in columns}

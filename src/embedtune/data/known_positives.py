@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import pyarrow as pa
 
-from embedtune.data.batch import text_hashes
+from embedtune.data.batch import query_hashes, text_hashes
 from embedtune.data.cache import cache_folder, open_table
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
@@ -15,7 +15,7 @@ from embedtune.errors import InputError
 
 log = logging.getLogger("embedtune")
 
-INDEX_VERSION = 1  # raised whenever the columns or their order change
+INDEX_VERSION = 2  # raised whenever the columns or their order change
 ROWS_PER_READ = 5_000
 
 SCHEMA = pa.schema({"query": pa.int64(), "positive": pa.int64()})
@@ -40,15 +40,15 @@ class KnownPositives:
         path = cache_folder() / f"{digest}.arrow"
         self._table, _ = open_table(path, SCHEMA, lambda: _pairs(rows))
 
-    def of(self, queries: Sequence[str]) -> list[np.ndarray | None]:
-        """Return the hashes of the positives of each query, int64 ``[p]``.
+    def of(self, queries: Sequence[str], prompts: Sequence[str | None]) -> list[np.ndarray | None]:
+        """Return the hashes of the positives of each query under its row's prompt, int64 ``[p]``.
 
         None for a query of one row, which holds all of them.
         """
         columns = (self._table.data.column(name) for name in SCHEMA.names)
         # Written as one batch, hence in one chunk; of no pairs there is none.
         arrays = [c.chunk(0).to_numpy() if len(c) else np.empty(0, np.int64) for c in columns]
-        found = _positives_of(text_hashes(queries), *arrays)
+        found = _positives_of(query_hashes(queries, prompts), *arrays)
         return [positives.copy() if len(positives) else None for positives in found]
 
 
@@ -63,8 +63,10 @@ def _positives_of(
 def _pairs(rows: Rows) -> Iterator[pa.RecordBatch]:
     """Yield the table as one batch."""
     every_row = np.arange(len(rows))
-    blocks = [text_hashes(texts.to_pylist()) for _, texts in _blocks(rows, "query", every_row)]
-    query_id = np.concatenate(blocks)
+    asked = zip(*(_blocks(rows, name, every_row) for name in ("query", "prompt")), strict=True)
+    query_id = np.concatenate(
+        [query_hashes(texts.to_pylist(), prompts.to_pylist()) for (_, texts), (_, prompts) in asked]
+    )
     ordered = np.sort(query_id)
     shared = ordered[1:][ordered[1:] == ordered[:-1]]
     members = np.flatnonzero(np.isin(query_id, shared))

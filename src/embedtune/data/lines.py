@@ -51,8 +51,8 @@ def read_lines(paths: Iterable[Path]) -> Iterator[Line]:
     for file, path in enumerate(paths):
         number = 0
         blank: int | None = None
-        plain = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
-        parse = _parse_text if plain.suffix == ".txt" else _parse_object
+        plain = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
+        parse = _parse_text if plain.suffix.lower() == ".txt" else _parse_object
         for number, text in numbered_lines(path):
             if not text.strip():
                 blank = blank or number
@@ -91,9 +91,9 @@ def unreadable(place: str, error: Exception) -> InputError:
 
 def open_text(path: Path) -> TextIO:
     """Open a plain, gzip or zstandard file as UTF-8 text (a byte-order mark is dropped)."""
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         return gzip.open(path, "rt", encoding="utf-8-sig")
-    if path.suffix == ".zst":
+    if path.suffix.lower() == ".zst":
         return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path), READ_SIZE), encoding="utf-8-sig")
     return path.open(encoding="utf-8-sig")
 
@@ -169,6 +169,8 @@ def resolve_paths(spec: str | Sequence[str], key: str) -> list[Path]:
         InputError: Nothing is there.
     """
     paths: list[Path] = []
+    if not spec:
+        raise InputError(f"{key}: expected a jsonl file or a glob, found {spec!r}")
     for pattern in [spec] if isinstance(spec, str) else spec:
         found = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))
         if not found:

@@ -11,7 +11,7 @@ from embedtune.data.examples import ExampleDataset
 from embedtune.data.lines import read_lines, resolve_paths
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
-from embedtune.data.scored_pairs import scored_pairs
+from embedtune.data.scored_pairs import PROMPT_IGNORED, scored_pairs
 from embedtune.data.teacher_store import open_teacher
 from embedtune.data.testset_batches import TextDataset
 from embedtune.data.testsets import name_sets
@@ -96,7 +96,11 @@ class OpenedData:
         paths = resolve_paths(given, f"data.{part}_path")
         is_scored = any("scores" in line.fields for line in islice(read_lines(paths), 1))
         rows = Rows(paths, None if is_scored else self.files.declared)
+        if rows.ignored_fields:
+            log.info("%s: ignored fields: %s", name, ", ".join(rows.ignored_fields))
         if rows.format == Format.SCORED:
+            if rows.has_prompts:
+                log.info("%s: %s", name, PROMPT_IGNORED)
             self.testsets[name] = TextDataset(scored_pairs(rows.records()))
             low, high = rows.score_range or (0.0, 0.0)
             if low == high:
@@ -107,10 +111,26 @@ class OpenedData:
                 return
         if self.format in (None, rows.format):
             self.datasets[name] = self._examples(part, rows)
+            self._refuse_other_teacher(part, name)
         elif rows.format != Format.SCORED:
             raise InputError(
                 f"data.{part}_path: {given[0]}: expected {self.format} rows as those of training, "
                 f"scored rows or a BEIR folder, found {rows.format} rows"
+            )
+
+    def _refuse_other_teacher(self, part: Literal["val", "test"], name: str) -> None:
+        """Refuse a teacher that cannot be that of a set."""
+        teacher, key = self.datasets[name].teacher, f"data.{part}_teacher_path"
+        if teacher is None:
+            return
+        others = [other for other in self.datasets if other.startswith(f"{part}/")]
+        if others != [name]:
+            raise InputError(f"{key}: expected one set of distill rows, found {', '.join(others)}")
+        trained = self.datasets["train"].teacher if "train" in self.datasets else None
+        if trained is not None and trained.width != teacher.width:
+            raise InputError(
+                f"{key}: expected embeddings as wide as those of data.teacher_path, "
+                f"{trained.width}, found {teacher.width}"
             )
 
     def _examples(self, part: Part, rows: Rows) -> ExampleDataset:

@@ -84,6 +84,12 @@ class Rows:
             row -= count
         raise IndexError(row)
 
+    @property
+    def longest_prompt(self) -> str | None:
+        """The longest query prompt that a row brings, by its characters."""
+        prompts = pc.unique(self.table.data.column("prompt")).drop_null().to_pylist()
+        return max(prompts, key=len, default=None)
+
     @cached_property
     def list_lengths(self) -> np.ndarray:
         """Number of positives of each row, int64 ``[rows]``."""

@@ -9,6 +9,9 @@ from embedtune.data.records import Format, Record, RecordReader
 
 log = logging.getLogger("embedtune")
 
+PROMPT_IGNORED = "prompt_for_query is ignored; a model's own query prompt is used"
+"""Said of scored rows whose correlation is measured."""
+
 
 class ScoredPairs(NamedTuple):
     """Pairs of texts and a score of each, the higher the more alike the two are."""
@@ -37,5 +40,7 @@ def read_scored(path: Path) -> ScoredPairs:
     reader = RecordReader([path], Format.SCORED)
     pairs = scored_pairs(reader)
     if set(reader.prompts) != {None}:
-        log.info("%s: prompt_for_query is ignored; a model's own query prompt is used", path)
+        log.info("%s: %s", path, PROMPT_IGNORED)
+    if min(pairs.scores) == max(pairs.scores):
+        log.warning("%s: all scores are %g: a Spearman correlation is 0", path, pairs.scores[0])
     return pairs

@@ -175,6 +175,10 @@ def _refuse_other_types(path: Path, store: np.ndarray) -> None:
     Values of one type read as another have exponents of all sizes.
     """
     sample = np.ascontiguousarray(store[:: len(store) // 1000 + 1])
+    # Every second value of bfloat16 is what a float32 consists of but for its last digits.
+    halves = sample.reshape(-1).view(np.uint16).astype(np.uint32) << 16
+    if _spread(halves.view(np.float32)) <= ORDINARY_SPREAD:
+        raise InputError(f"{path}: expected float32, found what looks like bfloat16")
     if _spread(sample) <= WIDEST_SPREAD:
         return
     for name in OTHER_TYPES:
@@ -304,4 +308,6 @@ def open_teacher(
     if paths is None:
         return None
     stores = [paths] if isinstance(paths, str) else list(paths)
+    if not stores:
+        raise InputError(f"{key}: expected the teacher's memory map, found an empty list")
     return TeacherStore(stores, len(rows), width, rows.queries_digest)

@@ -1,5 +1,6 @@
 """Test sets by path and by name: a BEIR folder, or a jsonl file of scored pairs."""
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def open_testset(path: Path, splits: Sequence[str] = ("test",)) -> RetrievalSet 
     return read_scored(path)
 
 
+def _folders(spec: str) -> list[str]:
+    """Return the BEIR folders that a glob stands for, anything else as it is."""
+    found = [] if Path(spec).exists() else sorted(glob.glob(spec, recursive=True))
+    return found if found and all(is_beir(Path(path)) for path in found) else [spec]
+
+
 def name_sets(
     spec: str | Sequence[str] | dict[str, str | list[str]] | None, key: str
 ) -> dict[str, list[str]]:
@@ -55,9 +62,11 @@ def name_sets(
         InputError: A name is taken twice, or cannot be part of a metric's name.
     """
     if isinstance(spec, dict):
-        named = [(name, [p] if isinstance(p, str) else list(p)) for name, p in spec.items()]
+        # A YAML key may be a number.
+        named = [(str(name), [p] if isinstance(p, str) else list(p)) for name, p in spec.items()]
     else:
-        paths = [spec] if isinstance(spec, str) else list(spec or ())
+        given = [spec] if isinstance(spec, str) else list(spec or ())
+        paths = [path for one in given for path in _folders(one)]
         folders = [path for path in paths if is_beir(Path(path))]
         files = [path for path in paths if path not in folders]
         groups = [[path] for path in folders] + ([files] if files else [])
@@ -68,6 +77,8 @@ def name_sets(
             raise InputError(f"{key}: expected a name for each set, found {name!r} twice")
         if not name or "/" in name:
             raise InputError(f"{key}: expected names without '/', found {name!r}")
+        if not group:
+            raise InputError(f"{key}: {name}: expected a path, found an empty list")
         if len(group) > 1 and any(is_beir(Path(path)) for path in group):
             raise InputError(f"{key}: {name}: expected one BEIR folder or files, found {group}")
         sets[name] = group

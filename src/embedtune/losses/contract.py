@@ -1,11 +1,13 @@
 """What a loss is, and what a loss of your own has to be."""
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from embedtune.data.records import Format
+from embedtune.errors import InputError
 from embedtune.losses.inputs import Embeddings, Target
 from embedtune.losses.scope import Scope
 
@@ -38,3 +40,27 @@ class Loss(nn.Module):
         Override it where widths can share work.
         """
         return [self(embeddings.cut(dim), target)["loss"] for dim in dims]
+
+
+def require_parts(loss: Loss, parts: Any) -> dict[str, Tensor]:
+    """Return what a loss has returned.
+
+    Raises:
+        InputError: It is not what a loss returns, or nothing is learnt by it.
+    """
+    total = parts.get("loss") if isinstance(parts, dict) else None
+    found = None
+    if not isinstance(parts, dict):
+        found = f"a {type(parts).__name__}"
+    elif not isinstance(total, Tensor):
+        found = f"{type(total).__name__} in it" if "loss" in parts else f"{sorted(parts)}"
+    elif total.dim():
+        found = f'"loss" of the shape {list(total.shape)}'
+    elif torch.is_grad_enabled() and not total.requires_grad:
+        found = 'a "loss" that does not depend on the embeddings'
+    if found is not None:
+        raise InputError(
+            f"model.loss: expected {type(loss).__name__}.forward to return a dict with a scalar "
+            f'tensor "loss" to be learnt from, found {found}'
+        )
+    return parts

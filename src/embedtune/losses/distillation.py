@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from embedtune.data.records import Format
+from embedtune.errors import require_not_negative
 from embedtune.losses import functional
 from embedtune.losses.contract import Loss
 from embedtune.losses.inputs import Embeddings, Target
@@ -52,8 +53,10 @@ class Distillation(Loss):
         self.mrl_dims = None if mrl_dims is None else require_widths("mrl_dims", mrl_dims)
         self.over = over
         self.scope = over
-        self.cosine_weight, self.similarity_weight = cosine_weight, similarity_weight
-        self.rank_weight, self.margin = rank_weight, margin
+        self.cosine_weight = require_not_negative("cosine_weight", cosine_weight)
+        self.similarity_weight = require_not_negative("similarity_weight", similarity_weight)
+        self.rank_weight = require_not_negative("rank_weight", rank_weight)
+        self.margin = require_not_negative("margin", margin)
 
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the weighted sum, and its terms without their weights."""

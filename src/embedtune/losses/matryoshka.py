@@ -1,5 +1,6 @@
 """Any loss at every width of one embedding's prefixes."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -31,9 +32,10 @@ class Matryoshka(Loss):
         super().__init__()
         self.loss, self.dims = loss, require_widths("dims", dims)
         self.weights = [1.0] * len(self.dims) if weights is None else list(weights)
-        if len(self.weights) != len(self.dims) or sum(self.weights) <= 0:
+        are_weights = all(0 <= weight < math.inf for weight in self.weights)
+        if len(self.weights) != len(self.dims) or not are_weights or sum(self.weights) <= 0:
             raise InputError(
-                f"weights: expected {len(self.dims)} numbers with a positive sum, "
+                f"weights: expected {len(self.dims)} numbers from 0 on with a positive sum, "
                 f"found {self.weights}"
             )
         self.scope = loss.scope

@@ -102,6 +102,7 @@ def load_sentence_transformer(
     _refuse_broken(model, model_name_or_path)
     merge_adapters(model, model_name_or_path)
     _complete(model, model_name_or_path)
+    _settle_document_prompt(model, model_name_or_path)
     remember_tokenizers(model)
     return model
 
@@ -137,6 +138,20 @@ def _complete(model: SentenceTransformer, name: str) -> None:
         log.info("%s: its tokenizer names no token to pad with: it is %r", name, padding)
 
 
+def _settle_document_prompt(model: SentenceTransformer, name: str) -> None:
+    """Let documents get the prompt that a model has for them, whatever it calls it.
+
+    ``encode_document`` would take an empty "document" prompt, which it gives to every model, over
+    one of another name.
+    """
+    if model.prompts.get("document"):
+        return
+    named = next((other for other in ("passage", "corpus") if model.prompts.get(other)), None)
+    if named is not None:
+        model.prompts["document"] = model.prompts[named]
+        log.info("%s: documents get its %r prompt", name, named)
+
+
 def _reason(error: Exception) -> str:
     """Return the first line of what an error says, with its kind where that says more."""
     said = str(error).strip().partition("\n")[0]
@@ -165,7 +180,7 @@ def cap_length(model: SentenceTransformer, max_len: int) -> int:
 
 
 def make_trainable(model: SentenceTransformer) -> None:
-    """Settle what a model leaves to its user: lengths, width and prompts."""
+    """Settle what a model leaves to its user: lengths and width."""
     for module in towers(model):
         limit, longest = positions(module), longest_input(module)
         # sentence-transformers cuts at the positions that it knows of.
@@ -178,11 +193,6 @@ def make_trainable(model: SentenceTransformer) -> None:
     if model.truncate_dim is not None:
         log.warning("trained at its full width: the model cuts to %s", model.truncate_dim)
         model.truncate_dim = None
-    # ``encode_document`` would take an empty "document" prompt over one of another name.
-    names = ("document", "passage", "corpus")
-    prompts = [model.prompts[name] for name in names if model.prompts.get(name)]
-    if prompts:
-        model.prompts["document"] = prompts[0]
 
 
 def dropout_settings(dropout: float | None, attention_dropout: float | None) -> dict[str, float]:

@@ -13,6 +13,8 @@ ProjectionInit = Literal["none", "identity", "orthogonal", "random", "pca", "tea
 
 SHRINKAGES = (0.03, 0.1, 0.3, 1.0, 3.0)
 """Of a regression towards a rotation, in mean squared lengths of a coordinate."""
+BEYOND = 0.1
+"""Length of a projection's rows beyond the encoder's width, whose other rows have length 1."""
 HELD_OUT_EVERY = 5
 """Of the examples of a regression, to choose among these."""
 
@@ -91,8 +93,8 @@ def init_projection(
 ) -> None:
     """Initialise a projection so that it keeps what the encoder knows.
 
-    Rows beyond the encoder's width keep torch's default random weights: a random projection keeps
-    the angles between embeddings in expectation (Johnson-Lindenstrauss).
+    Rows beyond the encoder's width are short and random. Where there are as many again, they are a
+    multiple of a rotation together, and every full-width cosine stays as it is.
 
     Args:
         linear: Its weight is ``[out, hidden]``; its bias is zeroed unless ``init`` is ``random`` or
@@ -123,6 +125,10 @@ def init_projection(
             assert sample is not None, "teacher needs a sample of embeddings"
             assert teacher is not None, "teacher needs the teacher's"
             weight[:], linear.bias[:] = map_to_teacher(sample, teacher)
+            return
+        beyond = weight[kept:]
+        if len(beyond):
+            nn.init.orthogonal_(beyond, gain=BEYOND * max(1.0, len(beyond) / kept) ** 0.5)
 
 
 def principal_axes(sample: Tensor) -> Tensor:

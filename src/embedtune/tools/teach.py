@@ -11,7 +11,7 @@ from typing import NamedTuple
 from embedtune.data.lines import resolve_paths
 from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherWriter
-from embedtune.errors import InputError
+from embedtune.errors import InputError, require_positive
 from embedtune.models.loading import cap_length, load_sentence_transformer
 from embedtune.whole_files import naming, part_folder
 
@@ -52,13 +52,18 @@ def teach(
         trust_remote_code: Run code that the teacher brings along.
 
     Raises:
-        InputError: The data or the model cannot be read, or ``out`` is a file.
+        InputError: The data or the model cannot be read, ``out`` is a file, or a number is below 1.
     """
     out = Path(out)
+    require_positive("batch_size", batch_size)
+    require_positive("max_len", max_len)
     if out.is_file():
         raise InputError(f"{out}: expected a folder to write to, found a file")
     rows = Rows(resolve_paths(data, "data"))
     teacher = load_sentence_transformer(model, trust_remote_code=trust_remote_code)
+    if teacher.default_prompt_name is not None and not prompt:
+        default = teacher.prompts[teacher.default_prompt_name]
+        log.info("%s: its default prompt %r is left out; prompt gives one", model, default)
     out.mkdir(parents=True, exist_ok=True)
     files = TeacherFiles(out / "texts.jsonl", out / "embeddings.f32")
     width = int(teacher.get_embedding_dimension() or 0)

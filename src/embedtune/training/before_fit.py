@@ -15,6 +15,8 @@ FAR = 10
 """Times by which a given learning rate may be off."""
 FEW_STEPS = 10
 """In fewer a schedule of the learning rate cannot rise and fall."""
+MOST_SPECIAL = 8
+"""Tokens that tokenizers add to a text, at most."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -78,7 +80,7 @@ def refuse_long_interval(trainer: Any, batches: int) -> None:
 
 
 def refuse_long_prompts(encoder: Encoder, data: EmbeddingDataModule) -> None:
-    """Refuse prompts that fill the longest input.
+    """Refuse prompts, the model's or those of rows, that fill the longest input.
 
     Raises:
         InputError: Nothing would be left of a text.
@@ -87,15 +89,19 @@ def refuse_long_prompts(encoder: Encoder, data: EmbeddingDataModule) -> None:
         ("query", "data.query_max_len", data.query_max_len),
         ("document", "data.passage_max_len", data.passage_max_len),
     )
+    own_prompt = data.datasets["train"].rows.longest_prompt
     for role, key, limit in limits:
         prompt, longest = encoder.default_prompt(role), encoder.cap(limit)
-        if prompt is None:
+        if role == "query":
+            prompt = max(prompt, own_prompt, key=lambda text: len(text or ""))
+        if prompt is None and longest > MOST_SPECIAL:
             continue
         alone = encoder.tokenize([""], role, prompt, longest)["input_ids"]
         if alone.shape[-1] >= longest:
+            filled = f"the {role} prompt {prompt!r} takes" if prompt else "begin and end a text"
             raise InputError(
-                f"{key}: expected more tokens than the {role} prompt {prompt!r} takes, found "
-                f"{longest}: nothing would be left of a text"
+                f"{key}: expected more tokens than {filled}, found {longest}: nothing would be "
+                "left of a text"
             )
 
 

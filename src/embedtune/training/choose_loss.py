@@ -4,6 +4,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
@@ -21,6 +23,8 @@ WITH_ONE = (Format.PAIR, Format.TRIPLET, Format.SCORED)
 GRADUAL = 4
 """Times the temperature that tells relevant texts from others, for pairs that are alike by degrees
 (docs/quality.md)."""
+FINEST = 0.01
+"""Share of the spread of scores that float32 may leave untold."""
 FLATTEST, STEEPEST = SPREAD / 5, SPREAD * 5
 """Within these a given teacher temperature may ask cosines of a list to spread."""
 
@@ -55,6 +59,12 @@ def choose_loss(
     _refuse_without_signal(loss, data)
     _settle_teacher_temperature(loss, data)
     if mrl_dims is None:
+        return loss
+    if isinstance(loss, Matryoshka):
+        if loss.dims != mrl_dims:
+            raise InputError(
+                f"model.loss: expected Matryoshka of model.mrl_dims {mrl_dims}, found {loss.dims}"
+            )
         return loss
     if isinstance(loss, Distillation):
         loss.mrl_dims = loss.mrl_dims or mrl_dims
@@ -120,29 +130,49 @@ def _refuse_without_signal(loss: Loss, data: EmbeddingDataModule) -> None:
     inner = unwrapped(loss)
     if isinstance(inner, ListwiseKL) and inner.over == "list":
         _refuse_singleton_lists(data)
-    if isinstance(inner, InfoNCE) and data.format == Format.PAIR and "train" in data.datasets:
+    if isinstance(inner, InfoNCE) and data.format == Format.PAIR:
         _refuse_lonely_pairs(inner, data)
     for name, examples in data.datasets.items():
-        scores = examples.rows.score_range
-        if scores is not None and scores[0] == scores[1]:
-            log.warning("%s: all scores are %g: they order nothing", name, scores[0])
+        _tell_of_scores(name, examples.rows)
 
 
-def _refuse_lonely_pairs(loss: InfoNCE, data: EmbeddingDataModule) -> None:
-    batch = data.sampler("train").global_batch_size
-    seen = data.batch_size if loss.over == "rank" else min(batch, len(data.datasets["train"]))
-    if seen < 2:
-        raise InputError(
-            f"data.batch_size: InfoNCE takes the other pairs of a batch for negatives: expected "
-            f"at least 2 pairs in a batch, found {seen}"
+def _tell_of_scores(name: str, rows: Rows) -> None:
+    """Warn of scores that order nothing, or not when they are float32."""
+    if rows.score_range is None:
+        return
+    low, high = rows.score_range
+    if low == high:
+        log.warning("%s: all scores are %g: they order nothing", name, low)
+        return
+    step = np.spacing(np.float32(max(abs(low), abs(high))))
+    if step > FINEST * (rows.score_spread or high - low):
+        log.warning(
+            "%s: scores from %.9g to %.9g: a loss sees them as float32, in steps of %.2g: "
+            "subtract what they have in common",
+            *(name, low, high, step),
         )
 
 
+def _refuse_lonely_pairs(loss: InfoNCE, data: EmbeddingDataModule) -> None:
+    for name, examples in data.datasets.items():
+        batch = data.sampler(name).global_batch_size
+        seen = data.batch_size if loss.over == "rank" else min(batch, len(examples))
+        if seen < 2:
+            raise InputError(
+                f"data.batch_size: InfoNCE takes the other pairs of a batch for negatives: "
+                f"expected at least 2 pairs in a batch, found {seen} of {name}"
+            )
+
+
 def _refuse_singleton_lists(data: EmbeddingDataModule) -> None:
-    for opened in data.datasets.values():
+    """Refuse lists of one text to train on; of others only the correlation is measured."""
+    for name, opened in list(data.datasets.items()):
         rows = opened.rows
         lengths = rows.list_lengths
-        if lengths.min() < 2:
+        if lengths.min() < 2 and name != "train" and "train" in data.datasets:
+            log.info("%s: no loss, for ListwiseKL compares the texts of a list", name)
+            del data.datasets[name]
+        elif lengths.min() < 2:
             raise InputError(
                 f"{rows.place(int(lengths.argmin()))}: expected lists of at least two texts for "
                 "ListwiseKL, found one, which would be the best of its list whatever its score; "

@@ -23,10 +23,10 @@ from embedtune.data.testset_batches import TextBatch
 from embedtune.distributed import exchange
 from embedtune.distributed.exchange import refuse_other_ranks
 from embedtune.distributed.strategies import refuse_unsupported, shards_parameters
-from embedtune.errors import InputError, require_positive
+from embedtune.errors import InputError, require_not_negative, require_positive
 from embedtune.evaluation.intervals import Interval, PerQuery
 from embedtune.evaluation.sharded import Evaluation
-from embedtune.losses.contract import Loss
+from embedtune.losses.contract import Loss, require_parts
 from embedtune.losses.inputs import Embeddings
 from embedtune.losses.scope import Shares, in_scope
 from embedtune.models import freed_memory
@@ -142,12 +142,15 @@ class EmbeddingModule(pl.LightningModule):
         self.use_mrl, self.mrl_dims = use_mrl, parse_dims(mrl_dims)
         self.projection_init, self.temperature = projection_init, temperature
         self.lr = lr if lr is None else require_positive("model.lr", lr)
-        self.derives_lr, self.weight_decay = lr is None, weight_decay
+        self.derives_lr = lr is None
+        self.weight_decay = require_not_negative("model.weight_decay", weight_decay)
         self.warmup_proportion, self.lr_schedule = warmup_proportion, lr_schedule
         if not 0 <= warmup_proportion <= 1:
             raise InputError(
                 f"model.warmup_proportion: expected a share from 0 to 1, found {warmup_proportion}"
             )
+        if temperature is not None:
+            require_positive("model.temperature", temperature)
         if loss is not None and temperature is not None:
             raise InputError(
                 "model.temperature: is that of the default loss; give it as "
@@ -284,7 +287,7 @@ class EmbeddingModule(pl.LightningModule):
         embeddings, target = in_scope(self.loss.scope, own, target_of(batch), shares)
         # Similarities divided by a temperature of 0.02 need all of float32's digits.
         with torch.autocast(self.device.type, enabled=False):
-            parts = self.loss(embeddings, target)
+            parts = require_parts(self.loss, self.loss(embeddings, target))
         return own, parts, 1.0 if self.loss.scope == "global" else shares.weight
 
     def on_fit_start(self) -> None:
