@@ -55,10 +55,8 @@ def test_the_index_holds_the_positives_of_queries_of_several_rows(tmp_path, bloc
     halves = [write(tmp_path / f"{i}.jsonl", rows[i::2]) for i in (0, 1)]
     index = KnownPositives(Rows(halves))
     queries = [row["query"] for row in rows]
-    known = positives_by_query(rows)
-    for query, found in zip(
-        [*queries, "none"], index.of([*queries, "none"], [None] * (len(queries) + 1)), strict=True
-    ):
+    known, asked = positives_by_query(rows), [*queries, "none"]
+    for query, found in zip([*queries, "none"], index.of(asked, [None] * len(asked)), strict=True):
         if queries.count(query) < 2:
             assert found is None
             continue
