@@ -6,36 +6,19 @@ from pathlib import Path
 
 import pytest
 from forks import Ranks, embedtune
+from told_losses import told
 
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
 from embedtune.losses import InfoNCE
 
 ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(24)]
-LOSSES = """
-import os, signal
-from embedtune.losses import InfoNCE
-
-
-class Told(InfoNCE):
-    def __init__(self, at: int, number: int, times: int = 1, rank: int = 0):
-        super().__init__()
-        self.left, self.number, self.times, self.rank = at, number, times, rank
-
-    def forward(self, embeddings, target):
-        if self.left == 0 and int(os.environ.get("LOCAL_RANK", 0)) == self.rank:
-            for _ in range(self.times):
-                os.kill(os.getpid(), self.number)
-        self.left -= 1
-        return super().forward(embeddings, target)
-"""
 
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    Path("told.py").write_text(LOSSES)
 
 
 def flags(model, root: str, *more: str) -> list[str]:
@@ -51,12 +34,6 @@ def flags(model, root: str, *more: str) -> list[str]:
         "log_with": "csv",
     }
     return ["fit", *(f"--{name}={value}" for name, value in given.items()), *more]
-
-
-def told(at: int, number: int, **more: int) -> list[str]:
-    values = {"at": at, "number": int(number), **more}
-    arguments = [f"--model.loss.init_args.{name}={value}" for name, value in values.items()]
-    return ["--model.loss=told.Told", *arguments]
 
 
 @pytest.mark.parametrize(

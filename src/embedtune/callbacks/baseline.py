@@ -49,6 +49,7 @@ class Baseline(pl.Callback):
         module = cast(EmbeddingModule, pl_module)
         if stage != "fit":
             return
+        module.base_metrics, module.base_per_query, self.found = {}, {}, {}  # of a fit before
         self._refuse_unknown_sets(module)
         _refuse_unknown_monitor(trainer, module)
         if not _is_validated(trainer):

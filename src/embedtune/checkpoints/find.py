@@ -20,15 +20,28 @@ def folder_of(callbacks: Iterable[Any]) -> Path | None:
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint of a fit's folder to go on from, None where there is none.
 
-    That is ``last.ckpt``; or the newest whole one, if a fit was killed before it could link it.
+    That is ``last.ckpt``, unless a later run that does not write it has saved a later step; or the
+    newest whole one, if a fit was killed before it could link it.
     """
     paths = [*Path(folder).glob("*.ckpt"), *Path(folder).glob(f"*.ckpt{FORMER}")]
-    found = sorted(paths, key=lambda path: path.lstat().st_mtime)
-    for path in (Path(folder) / "last.ckpt", *reversed(found)):
-        with contextlib.suppress(InputError):
-            kind_of(path)
-            return path
-    return None
+    found = sorted(paths, key=lambda path: path.lstat().st_mtime, reverse=True)
+    whole = [path for path in found if _is_whole(path)]
+    last = Path(folder) / "last.ckpt"
+    if last not in whole:
+        return next(iter(whole), None)
+    newer = whole[: whole.index(last)]  # a copied folder has other times
+    return next((path for path in newer if _step(path) > _step(last)), last)
+
+
+def _is_whole(path: Path) -> bool:
+    with contextlib.suppress(InputError):
+        kind_of(path)
+        return True
+    return False
+
+
+def _step(path: Path) -> int:
+    return int(read_facts(path).get("global_step", 0))
 
 
 def best_checkpoint(folder: Path) -> Path | None:

@@ -4,10 +4,14 @@ The place is a fact of its own, which each checkpoint carries. Lightning's count
 combinations mean the same place, are set from it and never read.
 """
 
+import logging
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from embedtune.errors import InputError
+
+log = logging.getLogger("embedtune")
 
 
 class Place(NamedTuple):
@@ -20,6 +24,9 @@ class Place(NamedTuple):
         batches: Batches of an epoch.
         examples: Examples of an epoch.
         global_batch: Examples of a full global batch.
+        seed: Of the order and of the negatives.
+        shuffle: Whether it is another in each epoch.
+        data: Digest of the rows.
     """
 
     epoch: int = 0
@@ -28,6 +35,9 @@ class Place(NamedTuple):
     batches: int = 0
     examples: int = 0
     global_batch: int = 0
+    seed: int = 0
+    shuffle: bool = True
+    data: str = ""
 
     def among(self, batches: int) -> "Place":
         """Return the same place where an epoch has so many batches: its end is the next's start."""
@@ -90,31 +100,68 @@ def start_epoch(trainer: Any) -> None:
         loop.reset_restart_stage()
 
 
-def refuse_another_order(saved: Place, now: Place, batch_size: int, ranks: int) -> None:
-    """Refuse to go on in the middle of an epoch whose order is another.
+def refuse_another_order(
+    saved: Place, now: Place, batch_size: int, ranks: int, accumulated: int
+) -> None:
+    """Refuse to go on in the middle of an epoch whose order or steps are others.
 
     Args:
         saved: Of the checkpoint.
         now: Of this run.
         batch_size: Examples per rank in a batch.
         ranks: Number of processes.
+        accumulated: Batches of an optimiser step.
 
     Raises:
-        InputError: The data or the global batch is another.
+        InputError: The data, their order, the global batch or a step is another.
     """
     if not saved.batch:
+        if saved.data != now.data:
+            log.info("ckpt_path: the training data are others than those of the epochs before")
         return
+    within = "ckpt_path: it was saved in the middle of an epoch: expected"
     if saved.examples != now.examples:
         raise InputError(
-            "ckpt_path: it was saved in the middle of an epoch: expected the same data, "
-            f"{saved.examples:,} examples, found {now.examples:,}"
+            f"{within} the same data, {saved.examples:,} examples, found {now.examples:,}"
+        )
+    if saved.data != now.data:
+        raise InputError(f"{within} the same data, found other rows, or others in their order")
+    if (saved.seed, saved.shuffle) != (now.seed, now.shuffle):
+        raise InputError(
+            f"{within} the order of data.seed {saved.seed} and data.shuffle {saved.shuffle}, "
+            f"found {now.seed} and {now.shuffle}"
         )
     if saved.global_batch != now.global_batch:
         raise InputError(
-            "ckpt_path: it was saved in the middle of an epoch: expected its global batch of "
-            f"{saved.global_batch}, found data.batch_size {batch_size} x {ranks} rank(s) = "
-            f"{now.global_batch}; give data.batch_size {saved.global_batch / ranks:g}"
+            f"{within} its global batch of {saved.global_batch}, found data.batch_size "
+            f"{batch_size} x {ranks} rank(s) = {now.global_batch}; give data.batch_size "
+            f"{saved.global_batch / ranks:g}"
         )
+    if saved.batch % accumulated:
+        raise InputError(
+            f"{within} trainer.accumulate_grad_batches to divide the {saved.batch} batches that "
+            f"were trained on, found {accumulated}"
+        )
+
+
+def validates_at(place: Place, trainer: Any) -> bool:
+    """Tell whether a fit validates at a place, after the batch that it follows.
+
+    Args:
+        place: Within an epoch, or at the start of one, which is the end of the one before.
+        trainer: Whose loops are set up.
+    """
+    epoch, batch = place.epoch, place.batch
+    if not batch:
+        epoch, batch = epoch - 1, place.batches
+    every, within = trainer.check_val_every_n_epoch, trainer.val_check_batch
+    if epoch < 0 or trainer._val_check_time_interval is not None:  # or nobody knows
+        return False
+    if every is None:
+        return (epoch * place.batches + batch) % within == 0
+    if (epoch + 1) % every:
+        return False
+    return batch == place.batches if within == math.inf else batch % within == 0
 
 
 def follow_move(callbacks: list[Any], states: dict[str, dict[str, Any]], folder: Path) -> None:

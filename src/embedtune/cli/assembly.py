@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.missed_validation import MissedValidation
 from embedtune.callbacks.out_of_memory import OutOfMemory
 from embedtune.callbacks.progress_bar import ProgressBar
 from embedtune.callbacks.run_report import RunReport
@@ -19,7 +20,7 @@ from embedtune.callbacks.throughput import Throughput
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
 from embedtune.callbacks.write_metrics import WriteMetrics
 from embedtune.checkpoints.write import SavesFolders, WholeFiles
-from embedtune.cli.best_checkpoint import early_stopping, keep_the_latest
+from embedtune.cli.best_checkpoint import early_stopping, keep_the_latest, with_each_validation
 from embedtune.cli.run_folder import make_loggers
 from embedtune.distributed.pick import AUTO, Picked, find_devices, pick_strategy, strategy_of
 from embedtune.distributed.strategies import named_strategy
@@ -87,6 +88,7 @@ def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Ca
         callbacks.append(ProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary(picked)
+        callbacks += [MissedValidation()]
         callbacks += [SharedFolder(), Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]
@@ -104,11 +106,17 @@ def latest_beside_best(config: Any, asked: Any) -> list[ModelCheckpoint]:
     ``last.ckpt`` would be the best one alone, but a run goes on from the latest.
 
     Args:
-        config: The configuration of the fit, instantiated; its ``save_last`` is taken over.
+        config: The configuration of the fit, instantiated; its ``save_last`` is taken over, and the
+            best of what validations measure are kept with each of them.
         asked: Its ``checkpoint`` as it was given.
     """
-    keeps = config.trainer.enable_checkpointing is not False
-    if not (keeps and config.checkpoint.monitor and config.checkpoint.save_last):
+    keeps, monitor = config.trainer.enable_checkpointing is not False, config.checkpoint.monitor
+    if not (keeps and monitor):
+        return []
+    if monitor.startswith("val/"):
+        given = with_each_validation(asked.as_dict(), str(config.checkpoint.dirpath))
+        config.checkpoint = given
+    if not config.checkpoint.save_last:
         return []
     config.checkpoint.save_last = False
     return [keep_the_latest(asked, str(config.checkpoint.dirpath))]

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from embedtune.callbacks.early_stopping import EarlyStopping
 from embedtune.errors import InputError, require_positive
 from embedtune.evaluation.metrics import TITLES
 
@@ -16,6 +17,20 @@ def keep_the_best(checkpoint: Any) -> None:
     if metric[0] == "val" and checkpoint.save_on_train_epoch_end is None:
         checkpoint.save_on_train_epoch_end = False  # but with the validation, before any export
     checkpoint.filename = checkpoint.filename or "best-{epoch}-{step}"
+
+
+def with_each_validation(asked: Any, folder: str) -> ModelCheckpoint:
+    """Return what keeps the best checkpoints of a metric that validations measure.
+
+    Asked to save as often as it likes, Lightning's callback would take what is saved between two
+    validations for as good as what the last of them has measured.
+
+    Args:
+        asked: The keys of ``checkpoint``.
+        folder: Where to save.
+    """
+    settings = {**asked, "dirpath": folder, "every_n_train_steps": None}
+    return ModelCheckpoint(**{**settings, "train_time_interval": None})
 
 
 def keep_the_latest(asked: Any, folder: str) -> ModelCheckpoint:

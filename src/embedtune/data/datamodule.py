@@ -281,6 +281,9 @@ class EmbeddingDataModule(pl.LightningDataModule):
             batches=self.batches_per_epoch,
             examples=sampler.num_examples,
             global_batch=sampler.global_batch_size,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            data=self.datasets["train"].rows.digest,
         )
 
     def collator(self, encoder: Encoder, name: str = "train") -> Collator:
@@ -331,10 +334,12 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def _loader(self, name: str) -> DataLoader:
         data = self.datasets[name]
-        if name == "train" and self._tokens is not None:
-            # Here alone: who else reads the examples may have other limits.
-            data = data.with_tokens(self._tokens.find)
         collate = self.collator(self.trainer.lightning_module.encoder, name)
+        if name == "train" and self._tokens is not None:
+            if self._tokens.key != collate.tokens_key:  # a checkpoint has brought a prompt
+                self._tokens = self._open_tokens()
+            # Here alone: who else reads the examples may have other limits.
+            data = data.with_tokens(self._tokens.find) if self._tokens is not None else data
         return self._batches(data, self.sampler(name), collate)
 
     def _batches(self, data: Any, sampler: GlobalBatchSampler, collate: Any) -> DataLoader:

@@ -34,6 +34,7 @@ class TokenTable:
     Attributes:
         table: Columns query, positives, negatives: the ids that stand for each text of the rows'
             columns of these names.
+        key: Of the collator that has made them.
     """
 
     _columns: dict[str, "_Column"] | None = None
@@ -50,10 +51,11 @@ class TokenTable:
         digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         path = cache_folder() / f"{digest}.arrow"
         self.table, _ = open_table(path, SCHEMA, lambda: _tokenised(rows, collator))
+        self.key = key
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what would be sent to another process as a copy of the whole file."""
-        return {"table": self.table}
+        return {"table": self.table, "key": self.key}
 
     @property
     def longest(self) -> int:

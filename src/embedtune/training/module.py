@@ -199,6 +199,7 @@ class EmbeddingModule(pl.LightningModule):
                 "ZeRO-3, found true"
             )
         if stage == "fit":
+            self._place, self._measured = Place(), Validation(-1, {}, {})  # of a fit before
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
             prepare_training(self.encoder)
             if self.trainer.max_steps < 0:
@@ -443,9 +444,11 @@ class EmbeddingModule(pl.LightningModule):
         trainer, path = self.trainer, Path(str(self.trainer.ckpt_path))
         saved = place_of(checkpoint)
         saved = saved.among(saved.batches)
-        refuse_another_order(saved, self.data.start, self.data.batch_size, trainer.world_size)
+        accumulated = trainer.accumulate_grad_batches
+        ranks = trainer.world_size
+        refuse_another_order(saved, self.data.start, self.data.batch_size, ranks, accumulated)
         self._place = saved.among(self.data.batches_per_epoch)
-        set_counters(checkpoint, self._place, trainer.accumulate_grad_batches)
+        set_counters(checkpoint, self._place, accumulated)
         states = checkpoint.get("callbacks", {})
         follow_move(trainer.checkpoint_callbacks, states, path.absolute().parent)
         facts = checkpoint.get("training_facts", {})

@@ -1,0 +1,133 @@
+"""What is measured, kept and ended by it does not depend on where a run was stopped."""
+
+import csv
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from told_losses import told
+
+from embedtune.checkpoints import last_checkpoint, read_facts
+from embedtune.cli import main
+from embedtune.losses import InfoNCE
+
+MONITOR = "val/sts/spearman"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("train.jsonl", [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(16)])
+    texts = [f"{'abcdefgh'[i % 8]} {i * 7 % 5} {'xyz'[i % 3]}" for i in range(24)]
+    pairs = [
+        {"query": t, "pos": [texts[(5 * i) % 24]], "scores": [i * 7 % 11]}
+        for i, t in enumerate(texts)
+    ]
+    write("sts.jsonl", pairs)
+
+
+def write(path: str, rows: list[dict]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fit(model, root: str, *more: str) -> None:
+    """Run a fit of 4 steps an epoch, 2 epochs, that keeps the best."""
+    given = {
+        "model.model_name_or_path": model,
+        "model.lr": 1e-2,
+        "data.train_path": "train.jsonl",
+        "data.val_path.sts": "sts.jsonl",
+        "data.batch_size": 4,
+        "checkpoint.monitor": MONITOR,
+        "trainer.default_root_dir": root,
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.enable_progress_bar": False,
+        "save_on_epoch_end": False,
+        "log_with": "csv",
+    }
+    temperature = (
+        []
+        if any("model.loss" in flag for flag in more)
+        else [f"--model.temperature={InfoNCE().temperature}"]
+    )
+    main(["fit", *(f"--{name}={value}" for name, value in given.items()), *temperature, *more])
+
+
+def stopped(model, root: str, at: int, *more: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        fit(model, root, *told(at, signal.SIGTERM), *more)
+    assert caught.value.code == 143
+
+
+def curve(root: str) -> list[float]:
+    """Return what was measured after steps, in its order."""
+    files = sorted(Path(root).glob("metrics*.csv"), key=lambda path: path.name == "metrics.csv")
+    found = [row[MONITOR] for file in files for row in csv.DictReader(file.open())]
+    return [float(value) for value in found if value][1:]
+
+
+def weights(root: str) -> bytes:
+    return Path(root, "model/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("at", "more"),
+    [
+        (3, ()),  # at the end of an epoch
+        (1, ("--trainer.val_check_interval=2",)),
+        (5, ("--trainer.val_check_interval=3", "--trainer.check_val_every_n_epoch=null")),
+    ],
+)
+def test_a_run_that_is_stopped_before_a_validation_makes_up_for_it(tiny_bert, at, more):
+    fit(tiny_bert, "whole", *more)
+    stopped(tiny_bert, "run", at, *more)
+    fit(tiny_bert, "run", "--ckpt_path=last", *more)
+    assert curve("run") == curve("whole")
+    assert weights("run") == weights("whole")
+
+
+def test_one_that_is_stopped_elsewhere_measures_no_more_than_the_whole(tiny_bert):
+    fit(tiny_bert, "whole")
+    stopped(tiny_bert, "run", 4)
+    fit(tiny_bert, "run", "--ckpt_path=last")
+    assert curve("run") == curve("whole")
+
+
+def test_what_is_best_is_what_was_measured(tiny_bert, caplog):
+    """However often the latest is saved."""
+    fit(tiny_bert, "run", "--checkpoint.every_n_train_steps=3", "--trainer.max_epochs=4")
+    (step, told) = re.findall(r"model of step (\d+), the best by \S+ \(([\d.]+)\)", caplog.text)[0]
+    assert int(step) % 4 == 0
+    assert float(told) == pytest.approx(max(curve("run")), abs=1e-4)
+    best, last = (
+        read_facts(next(Path("run/checkpoints").glob(f"{name}*.ckpt"))) for name in ("best", "last")
+    )
+    assert best["training_facts"]["metrics"][MONITOR] == pytest.approx(max(curve("run")))
+    assert last["global_step"] == 15
+
+
+def test_a_fit_that_was_ended_early_trains_no_more(tiny_bert, caplog):
+    patient = ("--early_stopping_patience=1", "--trainer.max_epochs=8", "--model.lr=0.05")
+    fit(tiny_bert, "run", *patient)
+    ended = read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"]
+    assert ended < 32
+    model = weights("run")
+    fit(tiny_bert, "run", *patient, "--ckpt_path=last")
+    assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == ended
+    assert "early stopping has ended this fit" in caplog.text
+    assert weights("run") == model
+    patient = ("--early_stopping_patience=9", *patient[1:])
+    fit(tiny_bert, "run", *patient, "--ckpt_path=last")
+    assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 32
+
+
+def test_the_latest_is_the_latest_whatever_it_is_called(tiny_bert):
+    named = ("--checkpoint.monitor=null", "--checkpoint.save_last=false")
+    stopped(tiny_bert, "run", 1, *named)
+    fit(tiny_bert, "run", *named, "--ckpt_path=last")
+    folder = Path("run/checkpoints")
+    assert read_facts(folder / "last.ckpt")["global_step"] == 2
+    assert read_facts(last_checkpoint(folder))["global_step"] == 8
