@@ -214,3 +214,24 @@ def test_the_best_is_the_most_of_metrics_and_the_least_of_losses(monitor, mode):
     checkpoint = SimpleNamespace(**settings)
     keep_the_best(checkpoint)
     assert checkpoint.mode == mode
+
+
+def test_another_base_model_is_not_gone_on_with(tiny_bert, tmp_path, capsys):
+    """Whose weights would fit, and whose words are others."""
+    fit(tiny_bert, "--trainer.max_epochs=1")
+    other = shutil.copytree(tiny_bert, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["e"] = vocab["e"], vocab["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    last, same = "run/checkpoints/last.ckpt", str(shutil.copytree(tiny_bert, tmp_path / "same"))
+    main(["export", last, "exported", "--model_name_or_path", same])
+    for command in (
+        lambda: fit(other, "--trainer.max_epochs=2", "--ckpt_path=last"),
+        lambda: main(["export", last, "exported", "--model_name_or_path", str(other)]),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            command()
+        assert caught.value.code == 2
+        told = capsys.readouterr().err
+        assert "model_name_or_path: expected the base model of the checkpoint, found" in told

@@ -31,6 +31,7 @@ from embedtune.models.packing import (
 from embedtune.models.pooling import set_pooling
 from embedtune.models.similarity import compared_by
 from embedtune.models.spec import ROLES, EncoderSpec, Features, Role
+from embedtune.models.tokenizer_state import tokenizers_digest
 from embedtune.models.towers import (
     capped,
     first_position,
@@ -74,6 +75,7 @@ class Encoder(nn.Module):
             attn_implementation=attn_implementation,
             config=dropout,
         )
+        self.spec = self.spec._replace(tokenizers=tokenizers_digest(self.model))
         self._refuse_dropout(dropout)
         refuse_unsupported(self.model, spec.model_name_or_path)
         make_trainable(self.model)
@@ -107,7 +109,16 @@ class Encoder(nn.Module):
     # --- Structure ----------------------------------------------------------------------
 
     def match(self, spec: EncoderSpec) -> None:
-        """Take over what ``spec`` adds to the model; prompts and a projection only once."""
+        """Take over what ``spec`` adds to the model; prompts and a projection only once.
+
+        Raises:
+            InputError: It is that of another base model.
+        """
+        if spec.tokenizers not in (None, self.spec.tokenizers):
+            raise InputError(
+                "model_name_or_path: expected the base model of the checkpoint, found "
+                f"{self.spec.model_name_or_path!r}, whose tokenizer is another"
+            )
         if spec.projection_dim is not None and self.spec.projection_dim is None:
             self.append_projection(spec.projection_dim)
         if spec.max_seq_length is not None:

@@ -19,6 +19,8 @@ class EncoderSpec(NamedTuple):
         query_prompt: Instead of the base model's own; empty for none.
         document_prompt: The same for documents.
         similarity: By sentence-transformers' names, instead of the base model's own.
+        tokenizers: Digest of the base model's own (``models.tokenizer_state``), by which another
+            base is known.
         from_run_folder: Such a folder as it is seen from the run folder of a checkpoint; None where
             there is no checkpoint, or the base is the hub's.
     """
@@ -33,6 +35,7 @@ class EncoderSpec(NamedTuple):
     similarity: str | None = None
     dropout: float | None = None
     attention_dropout: float | None = None
+    tokenizers: str | None = None
     from_run_folder: str | None = None
 
     @property
