@@ -235,3 +235,45 @@ def test_another_base_model_is_not_gone_on_with(tiny_bert, tmp_path, capsys):
         assert caught.value.code == 2
         told = capsys.readouterr().err
         assert "model_name_or_path: expected the base model of the checkpoint, found" in told
+
+
+def test_a_run_goes_on_with_the_prompt_it_was_trained_with(tiny_bert):
+    """Also where all texts were tokenised before the checkpoint brought it."""
+    prompt = "--data.query_prompt=please look for: "
+    fit(tiny_bert, prompt, "--trainer.max_epochs=1")
+    for copy in ("same", "other"):
+        shutil.copytree("run", copy)
+    go_on = ("--ckpt_path=last", "--trainer.max_epochs=2")
+    fit(tiny_bert, *go_on)
+    fit(tiny_bert, *go_on, prompt, root="same")
+    fit(tiny_bert, *go_on, "--data.query_prompt=", root="other")
+    weights = {
+        root: Path(root, "model/model.safetensors").read_bytes()
+        for root in ("run", "same", "other")
+    }
+    assert weights["run"] == weights["same"] != weights["other"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--seed_everything=1", "the order of data.seed 666 and data.shuffle True, found 1 and T"),
+        ("--data.shuffle=false", "the order of data.seed 666 and data.shuffle True, found 666 and"),
+        ("--data.train_path=other.jsonl", "the same data, found other rows, or others in their"),
+        (
+            "--trainer.accumulate_grad_batches=2",
+            "trainer.accumulate_grad_batches to divide the 3 b",
+        ),
+    ],
+)
+def test_the_middle_of_an_epoch_is_gone_on_with_in_its_order(tiny_bert, capsys, caplog, flag, said):
+    fit(tiny_bert, "--trainer.max_epochs=1", "--checkpoint.every_n_train_steps=3")
+    rows = "".join(json.dumps(row) + "\n" for row in reversed(PAIRS))
+    Path("other.jsonl").write_text(rows)
+    (within,) = Path("run/checkpoints").glob("*step=3.ckpt")
+    told = error(capsys, tiny_bert, flag, f"--ckpt_path={within}")
+    assert f"ckpt_path: it was saved in the middle of an epoch: expected {said}" in told
+    fit(tiny_bert, "--trainer.max_epochs=1", root="ended")
+    go_on = ("--ckpt_path=last", "--trainer.max_epochs=2")
+    assert fit(tiny_bert, *go_on, flag, root="ended") in (2, 4)
+    assert ("are others than those of the epochs before" in caplog.text) == ("other" in flag)

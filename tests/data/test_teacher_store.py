@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from embedtune.data import teacher_store
 from embedtune.data.teacher_store import TeacherStore, TeacherWriter, sidecar_path
@@ -90,6 +91,15 @@ def test_values_of_another_type_are_refused_by_its_name(tmp_path, kind, found, r
         TeacherStore([tmp_path / "t.f32"], rows=rows)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+@pytest.mark.parametrize("rows", [32, 3000])
+def test_so_is_bfloat16_which_reads_well_as_half_as_many(tmp_path, rows, scale):
+    values = torch.from_numpy(values_of(rows, scale=scale)).bfloat16()
+    values.view(torch.uint16).numpy().tofile(tmp_path / "t.f32")
+    with pytest.raises(InputError, match="found what looks like bfloat16"):
+        TeacherStore([tmp_path / "t.f32"], rows=rows)
+
+
 @pytest.mark.parametrize(
     "values",
     [
@@ -100,6 +110,9 @@ def test_values_of_another_type_are_refused_by_its_name(tmp_path, kind, found, r
         np.ones((4, 8), np.float32) + np.eye(4, 8, dtype=np.float32),
         np.eye(8, dtype=np.float32),
         values_of() ** 3,
+        *(values_of(2, 2, seed) for seed in range(20)),
+        torch.from_numpy(values_of()).bfloat16().float().numpy(),
+        np.round(values_of() * 8),
     ],
 )
 def test_float32_is_not_taken_for_another_type(tmp_path, values):

@@ -39,6 +39,22 @@ def test_grades_headers_and_line_ends(tmp_path):
     assert read_beir(bare).relevant == [{1: 1}]
 
 
+def test_only_what_judges_nothing_known_is_a_header(tmp_path):
+    for score in ("yes", "", "N/A"):
+        write_graded_beir(tmp_path, qrels=f"q1\td1\t{score}\nq2\td1\t1\n")
+        with pytest.raises(InputError, match=r"test\.tsv:1: expected a whole score, found"):
+            read_beir(tmp_path)
+
+
+def test_a_query_is_its_text_alone(tmp_path):
+    write_graded_beir(tmp_path)
+    queries = [json.loads(line) for line in (tmp_path / "queries.jsonl").open()]
+    plain = read_beir(tmp_path).queries
+    lines = (json.dumps(query | {"title": "other words"}) + "\n" for query in queries)
+    (tmp_path / "queries.jsonl").write_text("".join(lines))
+    assert read_beir(tmp_path).queries == plain
+
+
 def test_scores_may_be_written_as_decimals(tmp_path):
     rows = "q1\td1\t1.0\nq1\td2\t2.\nq2\td1\t-1.00\nq2\td3\t+3.000\n"
     assert read_beir(write_graded_beir(tmp_path, qrels=rows)).relevant == [{1: 1, 2: 2}, {3: 3}]
@@ -186,10 +202,14 @@ def test_which_paths_are_beir(tmp_path):
     folder = write_graded_beir(tmp_path / "set")
     assert is_beir(folder)
     assert is_beir(folder / "qrels" / "test.tsv")
-    stray = tmp_path / "stray.tsv"
-    stray.write_text("")
-    for path in (folder / "qrels" / "none.tsv", folder / "corpus.jsonl", tmp_path, stray):
+    for path in (folder / "qrels" / "none.tsv", folder / "corpus.jsonl", tmp_path):
         assert not is_beir(path)
+    stray = tmp_path / "qrels" / "stray.tsv"
+    stray.parent.mkdir()
+    stray.write_text("")
+    assert is_beir(stray)  # and what it lacks is named
+    with pytest.raises(InputError, match=r"corpus\.jsonl: expected a file of a BEIR test set"):
+        read_beir(stray)
 
 
 def test_nothing_there(tmp_path):
@@ -212,5 +232,9 @@ def test_sets_are_named_after_folders_and_files(tmp_path):
     assert name_sets(f"{beir}/qrels/dev.tsv", "k") == {"beir": [f"{beir}/qrels/dev.tsv"]}
     assert name_sets({"a": beir, "b": files}, "k") == {"a": [beir], "b": files}
     assert name_sets(None, "k") == {}
+    assert name_sets(str(tmp_path / "b*r"), "k") == {"beir": [beir]}
+    assert name_sets({2026: beir}, "k") == {"2026": [beir]}
+    with pytest.raises(InputError, match="k: dev: expected a path, found an empty list"):
+        name_sets({"dev": []}, "k")
     with pytest.raises(InputError, match="found 'beir' twice"):
         name_sets([beir, f"{beir}/qrels/dev.tsv"], "k")

@@ -23,6 +23,7 @@ from embedtune.losses import (
     functional,
     infonce,
 )
+from embedtune.losses.contract import require_parts
 from embedtune.losses.similarity import cosine_similarity
 from embedtune.training.choose_loss import default_loss
 
@@ -401,3 +402,32 @@ def test_texts_that_a_list_of_the_query_has_are_no_negatives_of_it():
 def test_lists_need_a_teacher_temperature():
     with pytest.raises(InputError, match="teacher_temperature: expected a number"):
         ListwiseKL()(*scored_batch(torch.rand(12)))
+
+
+@pytest.mark.parametrize(
+    ("returned", "found"),
+    [
+        (torch.ones((), requires_grad=True), "found a Tensor"),
+        ({"total": 1.0}, r"found \['total'\]"),
+        ({"loss": 1.0}, "found float in it"),
+        ({"loss": torch.ones(3, requires_grad=True)}, r"of the shape \[3\]"),
+        ({"loss": torch.tensor(0.5)}, "does not depend on the embeddings"),
+    ],
+)
+def test_a_loss_that_returns_something_else_is_named(returned, found):
+    class Own(Loss):
+        pass
+
+    with pytest.raises(InputError, match=rf"model\.loss: expected Own\.forward .*{found}"):
+        require_parts(Own(), returned)
+    with torch.no_grad():  # nothing is learnt
+        assert require_parts(Own(), {"loss": torch.tensor(0.5)})
+
+
+@pytest.mark.parametrize("name", ["cosine_weight", "similarity_weight", "rank_weight", "margin"])
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_weights_below_0_are_refused(name, value):
+    with pytest.raises(InputError, match=rf"{name}: expected a number from 0 on, found"):
+        Distillation(**{name: value})
+    with pytest.raises(InputError, match="weights: expected 2 numbers from 0 on"):
+        Matryoshka(InfoNCE(), [4, 8], weights=[2.0, value])

@@ -315,3 +315,21 @@ def test_a_chunk_costs_more_on_a_gpu(tiny_bert):
         encoder.pack(torch.device(device))
         chunks[device] = len(make_chunks(encoder, texts, 2048)[0])
     assert chunks == {"cuda": 1, "cpu": 2}
+
+
+@pytest.mark.parametrize("init", ["identity", "orthogonal", "pca"])
+@pytest.mark.parametrize(("width", "moved"), [(64, 1e-6), (96, 1e-6), (48, 0.02)])
+def test_a_wider_projection_leaves_the_cosines(init, width, moved):
+    sample = torch.randn(200, 32, generator=torch.Generator().manual_seed(0))
+    linear = torch.nn.Linear(32, width)
+    init_projection(linear, init, sample)
+
+    def cosines(embeddings):
+        unit = torch.nn.functional.normalize(embeddings, dim=-1)
+        return unit @ unit.T
+
+    with torch.no_grad():
+        found, expected = linear(sample), cosines(sample)
+        assert (cosines(found) - expected).abs().max() < moved
+        assert (cosines(found[:, :40]) - expected).abs().max() < 0.02
+    assert linear.weight[32:].norm(dim=1).min() > 0.05  # or they would never be trained

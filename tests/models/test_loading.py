@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
 from transformers import BertModel
 
 from embedtune.errors import InputError
@@ -97,3 +99,16 @@ def test_a_model_that_pools_nothing_is_named(tiny_bert, tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "pooling_mode": []}))
     with pytest.raises(InputError, match=r"model_name_or_path: .*expected a pooling mode"):
         load(folder)
+
+
+def test_documents_get_the_prompt_that_is_theirs_whatever_its_name(tiny_bert, tmp_path, caplog):
+    """Wherever a model is measured: the empty prompt of every model would win over it."""
+    prompted = SentenceTransformer(str(tiny_bert), device="cpu")
+    prompted.prompts = {"query": "q: ", "passage": "p: "}
+    prompted.save_pretrained(str(tmp_path / "prompted"))
+    with caplog.at_level("INFO", logger="embedtune"):
+        model = load(tmp_path / "prompted")
+    assert "documents get its 'passage' prompt" in caplog.text
+    expected = prompted.encode("text", prompt="p: ")
+    assert np.array_equal(model.encode_document("text"), expected)
+    assert not np.array_equal(model.encode_document("text"), prompted.encode("text"))

@@ -105,3 +105,40 @@ def test_a_fit_derives_the_teacher_temperature_from_its_scores(tiny_bert, caplog
     assert said in caplog.text
     (used,) = re.findall(r"ListwiseKL\(.*teacher_temperature=([\d.]+)", caplog.text)
     assert float(used) == pytest.approx(derived)
+
+
+def pairs(name: str, scores: list[float]) -> str:
+    rows = ({"query": f"a {i}", "pos": [f"b {i}"], "scores": [s]} for i, s in enumerate(scores))
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return name
+
+
+def test_sentence_pairs_may_validate_a_fit_on_lists(tiny_bert, caplog):
+    write(LISTS)
+    fit(tiny_bert, "--data.val_path.sts", pairs("sts.jsonl", [0.1, 0.9, 0.4]))
+    assert "val/sts: no loss, for ListwiseKL compares the texts of a list" in caplog.text
+    assert re.search(r"step 1: val/sts/spearman", caplog.text)
+
+
+@pytest.mark.parametrize(("offset", "is_told"), [(1e7, True), (1e3, False), (0.0, False)])
+def test_scores_that_float32_does_not_tell_apart_are_told(tiny_bert, caplog, offset, is_told):
+    write([[offset + score for score in scores] for scores in LISTS])
+    fit(tiny_bert)
+    assert ("subtract what they have in common" in caplog.text) == is_told
+
+
+@pytest.mark.parametrize("dims", ["8,16", "16,32"])
+def test_a_given_matryoshka_is_that_of_the_widths(tiny_bert, capsys, dims, caplog):
+    write(LISTS)
+    flags = ["--model.loss=Matryoshka", "--model.loss.loss=ListwiseKL", "--model.loss.dims=[8,16]"]
+    own = ["--model.loss.weights=[3,1]", "--model.use_mrl=true", f"--model.mrl_dims={dims}"]
+    run = [*("fit", "--model.model_name_or_path", str(tiny_bert)), *flags, *own]
+    run += ["--data.train_path=train.jsonl", "--trainer.max_steps=1", "--trainer.accelerator=cpu"]
+    if dims == "8,16":
+        main(run)
+        assert caplog.text.count("Matryoshka(") == 1
+        return
+    with pytest.raises(SystemExit):
+        main(run)
+    said = "model.loss: expected Matryoshka of model.mrl_dims [16, 32], found [8, 16]"
+    assert said in capsys.readouterr().err

@@ -11,6 +11,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, InputError
+from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.throughput import Throughput
 from embedtune.data.collate import Collator
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL, Matryoshka
@@ -173,6 +174,10 @@ def test_two_teachers_are_concatenated(tmp_path, tiny_bert):
         ("pair", {"batch_size": 0}, {}, "data.batch_size"),
         ("pair", {}, {"warmup_proportion": 2}, "warmup_proportion"),
         ("pair", {}, {"lr": 0.0}, "model.lr"),
+        ("pair", {}, {"weight_decay": -1.0}, "model.weight_decay: expected a number from 0 on"),
+        ("pair", {}, {"temperature": 0.0}, "model.temperature: expected a positive number"),
+        ("pair", {"query_max_len": 2}, {}, "data.query_max_len: expected more tokens than begin"),
+        ("distill", {"teacher_path": []}, {}, "data.teacher_path: .* found an empty list"),
     ],
 )
 def test_settings_that_do_not_fit_are_an_error(tmp_path, tiny_bert, name, data, module, message):
@@ -187,6 +192,43 @@ def test_a_loss_that_does_not_take_the_data_is_refused_before_a_text_is_embedded
     with pytest.raises(InputError, match="ListwiseKL takes scored data, found pair"):
         trainer(tmp_path).fit(module, EmbeddingDataModule(write(tmp_path, "pair")))
     assert module.encoder.dense is None
+
+
+def test_prompts_of_rows_that_fill_the_longest_query_are_refused(tmp_path, tiny_bert):
+    rows = [row | {"prompt": "p " * 9 * (i % 2)} for i, row in enumerate(ROWS["pair"])]
+    path = write(tmp_path, "prompted", rows)
+    data = EmbeddingDataModule(path, query_max_len=11)
+    with pytest.raises(InputError, match=r"query_max_len: expected more tokens than the query"):
+        trainer(tmp_path).fit(EmbeddingModule(str(tiny_bert)), data)
+    data = EmbeddingDataModule(path, query_max_len=16)
+    trainer(tmp_path, max_steps=1).fit(EmbeddingModule(str(tiny_bert)), data)
+
+
+def test_a_teacher_is_that_of_one_set_and_as_wide_as_the_trained(tmp_path, tiny_bert):
+    path = write(tmp_path, "distill")
+    settings = {"teacher_path": teacher(tmp_path, 24), "batch_size": 4}
+    for val_path, width, message in (
+        ({"a": path, "b": path}, 24, "expected one set of distill rows, found val/a, val/b"),
+        ({"a": path}, 16, "expected embeddings as wide as .*, 24, found 16"),
+    ):
+        store = teacher(tmp_path, width)
+        data = EmbeddingDataModule(path, val_path=val_path, val_teacher_path=store, **settings)
+        with pytest.raises(InputError, match=f"data.val_teacher_path: {message}"):
+            trainer(tmp_path).fit(EmbeddingModule(str(tiny_bert)), data)
+
+
+def test_a_second_fit_tells_nothing_of_the_first(tmp_path, tiny_bert):
+    val = write(tmp_path, "scored")
+    first = EmbeddingDataModule(write(tmp_path, "pair"), val_path=val, batch_size=4)
+    module = EmbeddingModule(str(tiny_bert))
+    running = {"callbacks": [Baseline()]}
+    trainer(tmp_path, **running).fit(module, first)
+    assert module.metrics
+    assert module.base_metrics
+    again = trainer(tmp_path, **running)
+    again.fit(module, EmbeddingDataModule(write(tmp_path, "pair"), batch_size=4))
+    assert (module.metrics, module.base_metrics, module.place.epoch) == ({}, {}, 0)
+    assert again.global_step == 3
 
 
 def test_a_loss_chosen_for_one_format_is_not_trained_on_another(tmp_path, tiny_bert):

@@ -26,6 +26,8 @@ NPY_MAGIC = b"\x93NUMPY"
 OTHER_TYPES = ("<f2", "<f8", ">f4")
 WIDEST_SPREAD, ORDINARY_SPREAD = 6.0, 4.0
 """Standard deviations of the values' exponents: that of normally distributed values is below 2."""
+FEWEST = 64
+"""Values of which a spread tells what chance would not."""
 
 
 class Description(NamedTuple):
@@ -177,7 +179,7 @@ def _refuse_other_types(path: Path, store: np.ndarray) -> None:
     sample = np.ascontiguousarray(store[:: len(store) // 1000 + 1])
     # Every second value of bfloat16 is what a float32 consists of but for its last digits.
     halves = sample.reshape(-1).view(np.uint16).astype(np.uint32) << 16
-    if _spread(halves.view(np.float32)) <= ORDINARY_SPREAD:
+    if len(halves) >= FEWEST and _spread(halves.view(np.float32)) <= ORDINARY_SPREAD:
         raise InputError(f"{path}: expected float32, found what looks like bfloat16")
     if _spread(sample) <= WIDEST_SPREAD:
         return

@@ -27,7 +27,7 @@ class ListwiseKL(Loss):
         temperature: float = 0.05,
         teacher_temperature: float | None = None,
         in_batch_negatives: bool = True,
-        other_weight: float = 4.0,
+        other_weight: float = 16.0,
     ) -> None:
         """Set the hyper-parameters.
 
@@ -41,9 +41,8 @@ class ListwiseKL(Loss):
             in_batch_negatives: Over lists, compare each also with the texts of the other lists of
                 the global batch, which the teacher gives a probability of 0; those that a list of
                 an equal query has as well are left out.
-            other_weight: How many texts one of another list stands for. A triplet's group of 16
-                counts each of 4 negatives 15/4 times; so do these, and rows gain alike as lists
-                and as triplets (docs/quality.md).
+            other_weight: How many texts one of another list stands for; by the default rows gain as
+                much as lists as they do as triplets (docs/quality.md).
         """
         super().__init__()
         if teacher_temperature is None and over == "batch":
