@@ -5,11 +5,12 @@ renamed. What a killed process left beside is swept by the next one that writes 
 """
 
 import errno
+import glob
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,8 @@ except ModuleNotFoundError:  # there are none on Windows, where nothing is swept
     fcntl = None  # type: ignore[assignment]
 
 PART = ".part"
+RANDOM = "[a-z0-9_]" * 8
+"""What ``tempfile`` makes a name its own by, as a pattern."""
 FORMER = ".former"
 """What a folder is called that is about to be replaced: two folders cannot be swapped at once."""
 
@@ -114,7 +117,7 @@ def part_folder(path: Path) -> Iterator[Path]:
     made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent, f".{path.name}.*{PART}")
+    sweep(path.parent, path.name)
     folder, lock = _make_part(path)
     try:
         yield folder
@@ -158,9 +161,29 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
-def sweep(folder: Path, pattern: str = f"*{PART}") -> None:
-    """Remove what killed processes have left in ``folder``, but not what one is writing now."""
-    for leftover in folder.glob(pattern):
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the parts that killed processes have left in ``folder``, but not what one writes now.
+
+    Args:
+        folder: It may hold files of others that end in ``.part``, as downloads do: those stay.
+        name: Of what was written; None stands for any.
+    """
+    of = "*" if name is None else glob.escape(name)
+    _sweep(path for path in folder.glob(f".{of}.{RANDOM}{PART}") if path.is_dir())
+
+
+def sweep_together(folder: Path, names: str) -> None:
+    """Remove what killed processes have left in ``folder`` at places of :func:`part_of`.
+
+    Args:
+        folder: Where nobody else writes what ends in this.
+        names: A pattern of what was written.
+    """
+    _sweep(folder.glob(names + PART))
+
+
+def _sweep(leftovers: Iterable[Path]) -> None:
+    for leftover in leftovers:
         lock = _lock(leftover)
         if lock is not None:
             remove(leftover)

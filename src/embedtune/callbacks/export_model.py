@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from embedtune.callbacks.best_model import best_keeper, tell_choice
+from embedtune.checkpoints.write import CHECKPOINTS
 from embedtune.distributed.fsdp import FSDP
 from embedtune.distributed.strategies import whole_weights
 from embedtune.distributed.zero import ZeRO
@@ -19,7 +20,7 @@ from embedtune.export.rebuild import export_checkpoint, rebuild
 from embedtune.models.spec import Features
 from embedtune.training.facts import training_facts
 from embedtune.training.module import EmbeddingModule
-from embedtune.whole_files import sweep
+from embedtune.whole_files import sweep, sweep_together
 
 log = logging.getLogger("embedtune")
 
@@ -121,8 +122,10 @@ class ExportModel(pl.Callback):
         self._ended_epoch, self._has_ended = None, False
         if trainer.is_global_zero:
             run_folder = Path(trainer.default_root_dir)
-            for folder in (run_folder, _epoch_folder(trainer, 1).parent):
-                sweep(folder)
+            checkpoints = _epoch_folder(trainer, 1).parent
+            sweep(run_folder)
+            sweep(checkpoints)
+            sweep_together(checkpoints, CHECKPOINTS)
             shutil.rmtree(run_folder / TRIAL, ignore_errors=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
