@@ -59,7 +59,8 @@ def put(part: Path, path: Path) -> None:
 def put_together(parts: Mapping[Path, Path]) -> None:
     """Let files that belong together take their places: all of them, or on an error none.
 
-    A process that is killed meanwhile leaves no file of one kind beside one of the other.
+    A process that is killed meanwhile leaves no file of one kind beside one of the other. The last
+    of them is the last to leave its place and the first to take it: it says whose the others are.
 
     Args:
         parts: Where each is written, and its place.
@@ -71,7 +72,7 @@ def put_together(parts: Mapping[Path, Path]) -> None:
     try:
         for path in held:
             path.replace(formers[path])
-        for part, path in parts.items():
+        for part, path in reversed(parts.items()):
             part.replace(path)
         for folder in {path.parent for path in formers}:
             _sync(folder)
