@@ -19,6 +19,7 @@ from embedtune.whole_files import (
     put_together,
     remove,
     sweep,
+    sweep_together,
     write_text,
     writing,
 )
@@ -195,12 +196,28 @@ def test_what_a_killed_process_left_is_swept_and_a_living_one_is_let_be(tmp_path
     assert path.read_text() == "again"
 
 
-def test_sweeping_takes_parts_alone(tmp_path):
-    for name in ("a.part", "a.ckpt", "b.txt"):
+def test_sweeping_takes_parts_that_were_made_here_alone(tmp_path):
+    """Others end their names so, too: what is downloaded, and split archives."""
+    others = [".a.txt.part", ".hidden.part", "a.part", "b.txt", "corpus.jsonl.part"]
+    for name in others:
         (tmp_path / name).touch()
-    folder_of(tmp_path / "c.part", "half")
-    sweep(tmp_path, "*.part")
-    assert names(tmp_path) == ["a.ckpt", "b.txt"]
+    folder_of(tmp_path / "folder.part", "somebody else's")
+    own = [tempfile.mkdtemp(prefix=".[a].txt.", suffix=".part", dir=tmp_path) for _ in range(2)]
+    sweep(tmp_path, "a")
+    assert all(Path(path).exists() for path in own)
+    sweep(tmp_path, "[a].txt")
+    assert names(tmp_path) == sorted([*others, "folder.part"])
+    tempfile.mkdtemp(prefix=".b.", suffix=".part", dir=tmp_path)
+    sweep(tmp_path)
+    assert names(tmp_path) == sorted([*others, "folder.part"])
+
+
+def test_so_does_sweeping_what_several_processes_write_together(tmp_path):
+    for name in ("a.ckpt", "a.ckpt.part", "corpus.jsonl.part"):
+        (tmp_path / name).touch()
+    folder_of(tmp_path / "b.ckpt.part", "half")
+    sweep_together(tmp_path, "*.ckpt")
+    assert names(tmp_path) == ["a.ckpt", "corpus.jsonl.part"]
 
 
 def test_what_is_put_has_reached_the_disk(tmp_path, monkeypatch):

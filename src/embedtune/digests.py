@@ -17,6 +17,9 @@ from embedtune.whole_files import write_text
 DIGESTS = "digests.xxh128"
 """File beside those it tells the digests of, as ``xxhsum --check`` reads it."""
 
+COMMENT = "# "
+"""How a line of it starts that ``xxhsum --check`` passes over."""
+
 Hasher = xxhash.xxh3_128
 """Takes bytes by ``update``, and tells their ``hexdigest``."""
 
@@ -27,10 +30,27 @@ def digest_of(path: Path) -> str:
         return hashlib.file_digest(file, Hasher).hexdigest()
 
 
-def write_digests(folder: Path, files: Iterable[Path]) -> None:
-    """Write the digests of some files of a folder into it, by their names in it."""
+def write_digests(folder: Path, files: Iterable[Path], others: Iterable[Path] = ()) -> None:
+    """Write the digests of some files of a folder into it, by their names in it.
+
+    Args:
+        folder: It holds all of them.
+        files: Those that must stay as they are.
+        others: Those that may be edited, which are named alone, in comments.
+    """
     lines = [f"{digest_of(path)}  {path.relative_to(folder).as_posix()}\n" for path in files]
+    lines += [f"{COMMENT}{path.relative_to(folder).as_posix()}\n" for path in others]
     write_text(folder / DIGESTS, "".join(lines))
+
+
+def written_names(folder: Path) -> set[str]:
+    """Return the names of the files that :func:`write_digests` tells of; none without any."""
+    known = folder / DIGESTS
+    if not known.is_file():
+        return set()
+    lines = known.read_text(encoding="utf-8", errors="replace").splitlines()
+    digested = {line.partition("  ")[2] for line in lines if not line.startswith(COMMENT)}
+    return {DIGESTS} | digested | {line[2:] for line in lines if line.startswith(COMMENT)}
 
 
 def refuse_damaged(folder: Path) -> None:

@@ -5,11 +5,12 @@ renamed. What a killed process left beside is swept by the next one that writes 
 """
 
 import errno
+import glob
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,8 @@ except ModuleNotFoundError:  # there are none on Windows, where nothing is swept
     fcntl = None  # type: ignore[assignment]
 
 PART = ".part"
+RANDOM = "[a-z0-9_]" * 8
+"""What ``tempfile`` makes a name its own by, as a pattern."""
 FORMER = ".former"
 """What a folder is called that is about to be replaced: two folders cannot be swapped at once."""
 
@@ -56,7 +59,8 @@ def put(part: Path, path: Path) -> None:
 def put_together(parts: Mapping[Path, Path]) -> None:
     """Let files that belong together take their places: all of them, or on an error none.
 
-    A process that is killed meanwhile leaves no file of one kind beside one of the other.
+    A process that is killed meanwhile leaves no file of one kind beside one of the other. The last
+    of them is the last to leave its place and the first to take it: it says whose the others are.
 
     Args:
         parts: Where each is written, and its place.
@@ -68,7 +72,7 @@ def put_together(parts: Mapping[Path, Path]) -> None:
     try:
         for path in held:
             path.replace(formers[path])
-        for part, path in parts.items():
+        for part, path in reversed(parts.items()):
             part.replace(path)
         for folder in {path.parent for path in formers}:
             _sync(folder)
@@ -114,7 +118,7 @@ def part_folder(path: Path) -> Iterator[Path]:
     made.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sweep(path.parent, f".{path.name}.*{PART}")
+    sweep(path.parent, path.name)
     folder, lock = _make_part(path)
     try:
         yield folder
@@ -158,9 +162,29 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
-def sweep(folder: Path, pattern: str = f"*{PART}") -> None:
-    """Remove what killed processes have left in ``folder``, but not what one is writing now."""
-    for leftover in folder.glob(pattern):
+def sweep(folder: Path, name: str | None = None) -> None:
+    """Remove the parts that killed processes have left in ``folder``, but not what one writes now.
+
+    Args:
+        folder: It may hold files of others that end in ``.part``, as downloads do: those stay.
+        name: Of what was written; None stands for any.
+    """
+    of = "*" if name is None else glob.escape(name)
+    _sweep(path for path in folder.glob(f".{of}.{RANDOM}{PART}") if path.is_dir())
+
+
+def sweep_together(folder: Path, names: str) -> None:
+    """Remove what killed processes have left in ``folder`` at places of :func:`part_of`.
+
+    Args:
+        folder: Where nobody else writes what ends in this.
+        names: A pattern of what was written.
+    """
+    _sweep(folder.glob(names + PART))
+
+
+def _sweep(leftovers: Iterable[Path]) -> None:
+    for leftover in leftovers:
         lock = _lock(leftover)
         if lock is not None:
             remove(leftover)

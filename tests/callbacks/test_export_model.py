@@ -5,12 +5,15 @@ import re
 import shutil
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, InputError
 from embedtune.callbacks import export_model
 from embedtune.checkpoints import last_checkpoint
 from embedtune.cli import main
+from embedtune.digests import DIGESTS
 from embedtune.errors import ExportError
 from embedtune.export.folder import UNVERIFIED, is_verified
 
@@ -86,6 +89,38 @@ def test_a_model_that_exports_otherwise_is_refused_before_its_first_step(
     assert "UNVERIFIED" not in message
     assert not last_checkpoint(Path("run/checkpoints"))
     assert not list(Path("run").glob("*trial*"))
+
+
+def test_a_place_that_is_anothers_is_refused_before_the_first_step(tiny_bert, capsys):
+    fit(tiny_bert, "--trainer.max_steps", "1")
+    shutil.rmtree("run/checkpoints")
+    model = Path("run/model")
+    for change, found in (
+        (lambda: (model / "notes.txt").touch(), "found notes.txt, which embedtune has not written"),
+        (lambda: (model / DIGESTS).unlink(), "found something else: it has no digests"),
+        (lambda: (shutil.rmtree(model), model.touch()), "found a file"),
+    ):
+        change()
+        with pytest.raises(SystemExit) as caught:
+            fit(tiny_bert, "--trainer.max_steps", "1")
+        assert caught.value.code == 2
+        (message,) = re.findall(r"^embedtune: error: .*$", capsys.readouterr().err, re.MULTILINE)
+        assert message.startswith("embedtune: error: run/model: expected no folder or an exported")
+        assert found in message
+        assert not last_checkpoint(Path("run/checkpoints"))
+
+
+@pytest.mark.parametrize("name", ["model", "checkpoints/epoch-1"])
+def test_a_base_that_the_run_would_replace_is_refused(tiny_bert, name):
+    """Also by a Trainer of one's own."""
+    shutil.copytree(tiny_bert, Path("run", name))
+    module = EmbeddingModule(f"run/{name}")
+    data = EmbeddingDataModule("train.jsonl", batch_size=4)
+    settings = {"accelerator": "cpu", "logger": False, "use_distributed_sampler": False}
+    trainer = pl.Trainer(**settings, default_root_dir="run", callbacks=[ExportModel()])
+    with pytest.raises(InputError, match="expected a model outside of what this run writes, found"):
+        trainer.fit(module, datamodule=data)
+    assert (Path("run", name) / "modules.json").exists()
 
 
 @pytest.mark.parametrize("flags", [(), BEST])

@@ -116,7 +116,9 @@ def test_the_command_lists_and_clears(tmp_path, cache, capsys):
 def test_what_a_kill_left_of_any_table_is_swept(tmp_path, monkeypatch):
     monkeypatch.setenv("EMBEDTUNE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "rows.jsonl").write_text('{"query": "q", "pos": ["p"]}\n')
-    (tmp_path / "cache/.another.arrow.x.part").mkdir(parents=True)
+    (tmp_path / "cache/.another.arrow.x1_y2_z3.part").mkdir(parents=True)
+    (tmp_path / "cache/corpus.part").touch()  # a download of the user's
     for _ in range(2):
         Rows([tmp_path / "rows.jsonl"])
-    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".arrow"]
+    left = sorted(path.suffix for path in (tmp_path / "cache").iterdir())
+    assert left == [".arrow", ".part"]

@@ -10,7 +10,7 @@ from sentence_transformers import SentenceTransformer
 
 from embedtune import Embedding, InputError
 from embedtune.cli import main
-from embedtune.digests import DIGESTS
+from embedtune.digests import DIGESTS, written_names
 from embedtune.export.folder import export_encoder
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import EncoderSpec
@@ -35,9 +35,11 @@ def flip_weight(folder: Path) -> Path:
 
 def test_all_weights_have_a_digest(exported):
     lines = (exported / DIGESTS).read_text().splitlines()
-    named = [line.partition("  ")[2] for line in lines]
+    named = [line.partition("  ")[2] for line in lines if not line.startswith("# ")]
     assert named == ["2_Dense/model.safetensors", "model.safetensors"]
     assert all(load_file(exported / name) for name in named)
+    files = {path.relative_to(exported).as_posix() for path in exported.rglob("*.*")}
+    assert written_names(exported) == {name for name in files if (exported / name).is_file()}
 
 
 def test_a_flipped_bit_is_told_wherever_the_folder_is_used(exported, tmp_path, monkeypatch, capsys):

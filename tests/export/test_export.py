@@ -232,15 +232,70 @@ def test_missing_weights_are_an_error(encoder, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
-def test_an_export_replaces_an_export_and_nothing_else(encoder, tmp_path):
+def test_an_export_replaces_an_export_and_nothing_else(encoder, tiny_bert, tmp_path):
     export_encoder(encoder, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_text("edited")
+    (tmp_path / "model" / UNVERIFIED).touch()
+    shutil.rmtree(tmp_path / "model" / "1_Pooling")
     export_encoder(encoder, tmp_path / "model")
+    assert not (tmp_path / "model" / UNVERIFIED).exists()
     precious = tmp_path / "precious"
     precious.mkdir()
+    export_encoder(encoder, precious)  # nothing is lost of an empty one
+    shutil.rmtree(precious)
+    precious.mkdir()
     (precious / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="found something else"):
-        export_encoder(encoder, precious)
-    assert (precious / "thesis.txt").exists()
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    (tmp_path / "file").write_text("years of work")
+    for name in ("precious", "bert"):
+        before = contents(tmp_path / name)
+        with pytest.raises(InputError, match=f"{name}: .* found something else: it has no digests"):
+            export_encoder(encoder, tmp_path / name)
+        assert contents(tmp_path / name) == before
+    with pytest.raises(InputError, match=r"file: .* found a file"):
+        export_encoder(encoder, tmp_path / "file")
+
+
+@pytest.mark.parametrize("name", ["onnx/model.onnx", "notes.txt", "link"])
+def test_what_was_added_to_an_export_is_not_lost(encoder, tmp_path, name):
+    folder = tmp_path / "model"
+    export_encoder(encoder, folder)
+    (folder / name).parent.mkdir(exist_ok=True)
+    if name == "link":
+        (folder / name).symlink_to(tmp_path)
+    else:
+        (folder / name).write_text("somebody's")
+    before = contents(folder)
+    with pytest.raises(InputError, match=f"found {name}, which embedtune has not written; move"):
+        export_encoder(encoder, folder)
+    assert contents(folder) == before
+
+
+def test_an_export_does_not_replace_its_base(tiny_bert, tmp_path, monkeypatch):
+    """Nor a folder that holds it, however either is written."""
+    base = tmp_path / "models" / "base"
+    export_encoder(Encoder(EncoderSpec(str(tiny_bert))), base)  # its own, hence replaceable
+    (tmp_path / "link").symlink_to(base)
+    monkeypatch.chdir(base.parent)
+    before = contents(base)
+    for given in ("base", str(base), "../link"):
+        encoder = Encoder(EncoderSpec(given))
+        for place in ("base", "../models/base", "../link", ".."):
+            with pytest.raises(InputError, match=r"the base model's|name of a folder"):
+                export_encoder(encoder, Path(place))
+    assert contents(base) == before
+
+
+@pytest.mark.parametrize("name", [".", "/", "", "..", "model/.."])
+def test_a_place_without_a_name_is_refused(encoder, tmp_path, monkeypatch, capsys, name):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint(tmp_path / "run" / "last.ckpt", encoder.spec, encoder)
+    with pytest.raises(SystemExit) as caught:
+        main(["export", "run/last.ckpt", name])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "expected the name of a folder to export to, found '" in said
+    assert "Traceback" not in said
 
 
 def test_longer_training_texts_lengthen_the_exported_input(tiny_bert, tmp_path):

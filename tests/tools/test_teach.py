@@ -1,5 +1,6 @@
 """A teacher store is of one run: a second one that is stopped leaves the first, or none."""
 
+import contextlib
 import errno
 import json
 from itertools import count
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from embedtune import InputError, whole_files
 from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherStore
 from embedtune.tools import teach as module
@@ -16,6 +18,8 @@ from embedtune.tools.teach import teach
 
 class Teacher:
     """Embeds a text as its number and the number of the teacher; stops before one call."""
+
+    default_prompt_name = None
 
     def __init__(self, number: int, stop: int | None = None) -> None:
         self.number, self.stop, self.calls = number, stop, count(1)
@@ -58,6 +62,51 @@ def test_a_teacher_that_is_stopped_leaves_the_former_store(tmp_path, monkeypatch
     assert owner(tmp_path / "store") == 1
     names = {path.name for path in (tmp_path / "store").iterdir()}
     assert names == {"texts.jsonl", "embeddings.f32", "embeddings.f32.json"}
+
+
+@pytest.mark.parametrize("name", ["texts.jsonl", "embeddings.f32"])
+def test_files_that_are_no_stores_are_not_replaced(tmp_path, monkeypatch, name):
+    path = tmp_path / "store" / name
+    path.parent.mkdir()
+    path.write_text("somebody's")
+    with pytest.raises(InputError, match=rf"{name}: expected nothing or a store"):
+        run(monkeypatch, Teacher(1), ["text 1"], path.parent)
+    assert path.read_text() == "somebody's"
+    assert len(list(path.parent.iterdir())) == 1
+
+
+def test_a_store_does_not_replace_what_it_is_made_of(tmp_path, monkeypatch):
+    """Not even the texts of a store, for it would be gone if they were more than those."""
+    run(monkeypatch, Teacher(1), ["text 1", "text 2"], tmp_path / "store")
+    before = (tmp_path / "store/texts.jsonl").read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    for data in ("store/texts.jsonl", "link/*.jsonl"):
+        with pytest.raises(InputError, match=r"texts.jsonl: expected another out folder than that"):
+            teach("teacher", str(tmp_path / data), tmp_path / "store")
+    assert (tmp_path / "store/texts.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize("move", range(6))
+def test_a_store_that_a_kill_left_is_made_anew(tmp_path, monkeypatch, move, is_there):
+    """Wherever the kill came while its files took their places."""
+    store, replace, moves = tmp_path / "store", Path.replace, count()
+    if is_there:
+        run(monkeypatch, Teacher(1), ["text 1", "text 2"], store)
+
+    def killed(part, path):
+        if next(moves) >= move:
+            raise SystemExit
+        return replace(part, path)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    monkeypatch.setattr(whole_files, "remove", lambda path: None)
+    with contextlib.suppress(SystemExit):
+        run(monkeypatch, Teacher(2), ["text 1", "text 2"], store)
+    monkeypatch.undo()
+    run(monkeypatch, Teacher(3), ["text 1", "text 2"], store)
+    assert owner(store) == 3
+    assert len(list(store.iterdir())) == 3
 
 
 @pytest.mark.parametrize("second", [range(8), range(7, -1, -1)])

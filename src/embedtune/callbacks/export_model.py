@@ -9,17 +9,24 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from embedtune.callbacks.best_model import best_keeper, tell_choice
+from embedtune.checkpoints.write import CHECKPOINTS
 from embedtune.distributed.fsdp import FSDP
 from embedtune.distributed.strategies import whole_weights
 from embedtune.distributed.zero import ZeRO
 from embedtune.errors import ExportError, InputError
-from embedtune.export.folder import LOOSE_TOLERANCE, TOLERANCE, export_encoder, is_verified
+from embedtune.export.folder import (
+    LOOSE_TOLERANCE,
+    TOLERANCE,
+    export_encoder,
+    is_verified,
+    refuse_to_replace,
+)
 from embedtune.export.probes import embed_probes
 from embedtune.export.rebuild import export_checkpoint, rebuild
 from embedtune.models.spec import Features
 from embedtune.training.facts import training_facts
 from embedtune.training.module import EmbeddingModule
-from embedtune.whole_files import sweep
+from embedtune.whole_files import sweep, sweep_together
 
 log = logging.getLogger("embedtune")
 
@@ -116,13 +123,33 @@ class ExportModel(pl.Callback):
         self._ended_epoch: int | None = None
         self._has_ended = False
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse what the exports would replace, which the end of a fit would tell too late.
+
+        Raises:
+            InputError: The base model lies where this run writes, or ``model`` is another's.
+        """
+        if stage != "fit":
+            return
+        base = cast(EmbeddingModule, pl_module).encoder.spec.model_name_or_path
+        places = (_model_folder(trainer), _epoch_folder(trainer, 1).parent)
+        if any(Path(base).resolve().is_relative_to(place.resolve()) for place in places):
+            raise InputError(
+                "model.model_name_or_path: expected a model outside of what this run writes, found "
+                f"{base}; give another trainer.default_root_dir than {trainer.default_root_dir}"
+            )
+        if not cast(Any, trainer).fast_dev_run:
+            refuse_to_replace(_model_folder(trainer), base)
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the fit before, and sweep what was left of it by a kill."""
         self._ended_epoch, self._has_ended = None, False
         if trainer.is_global_zero:
             run_folder = Path(trainer.default_root_dir)
-            for folder in (run_folder, _epoch_folder(trainer, 1).parent):
-                sweep(folder)
+            checkpoints = _epoch_folder(trainer, 1).parent
+            sweep(run_folder)
+            sweep(checkpoints)
+            sweep_together(checkpoints, CHECKPOINTS)
             shutil.rmtree(run_folder / TRIAL, ignore_errors=True)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -14,10 +14,10 @@ from embedtune.checkpoints.damage import (
 from embedtune.checkpoints.pickles import refuse_code_in_file
 from embedtune.checkpoints.shards import refuse_code
 from embedtune.errors import InputError
-from embedtune.whole_files import PART, naming, part_of, put, remove, sweep
+from embedtune.whole_files import naming, part_of, put, remove, sweep_together
 
-LEFTOVERS = f"*.ckpt{PART}"
-"""What a process that died while saving leaves beside the checkpoints before it."""
+CHECKPOINTS = "*.ckpt"
+"""What a process that died while saving has left a part of, beside those before it."""
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -28,7 +28,7 @@ class WholeFiles(TorchCheckpointIO):
     ) -> None:
         """Save beside, and rename."""
         path = Path(path)
-        sweep(path.parent, LEFTOVERS)
+        sweep_together(path.parent, CHECKPOINTS)
         with naming(path):
             super().save_checkpoint(checkpoint, part_of(path), storage_options)
         put(part_of(path), path)
@@ -69,7 +69,7 @@ class SavesFolders(ParallelStrategy):
         """Save beside, and rename when every rank has written its part."""
         folder = Path(self.broadcast(filepath))
         if self.is_global_zero:
-            sweep(folder.parent, LEFTOVERS)
+            sweep_together(folder.parent, CHECKPOINTS)
             remove(part_of(folder))
         self.barrier()
         super().save_checkpoint(checkpoint, part_of(folder), storage_options)

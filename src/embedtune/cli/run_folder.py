@@ -11,9 +11,10 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
+from embedtune.checkpoints.write import CHECKPOINTS
 from embedtune.errors import InputError
 from embedtune.secrets import WITHHELD, withheld_keys, withhold
-from embedtune.whole_files import sweep, write_text
+from embedtune.whole_files import sweep, sweep_together, write_text
 
 log = logging.getLogger("embedtune")
 
@@ -79,6 +80,7 @@ def keep_earlier_checkpoints(folder: Path) -> None:
     """Rename the checkpoints of an earlier run in this folder, and what was measured of them."""
     checkpoints = folder / "checkpoints"
     sweep(checkpoints)
+    sweep_together(checkpoints, CHECKPOINTS)
     _set_aside(folder / "metrics.json")
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
         aside = _set_aside(checkpoints)

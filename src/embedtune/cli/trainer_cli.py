@@ -202,20 +202,9 @@ class TrainerCLI(LightningCLI):
             raise TrainingError(said) from error
 
     def _start_afresh(self) -> None:
-        """Tell this run's files from those that an earlier one has left in its folder.
-
-        Raises:
-            InputError: The base model is what the run would replace by its own.
-        """
+        """Tell this run's files from those that an earlier one has left in its folder."""
         config = self.config_init[self.subcommand]
-        folder, base = Path(config.trainer.default_root_dir), self.model.encoder.spec
-        own = (folder / "model").resolve(), (folder / "checkpoints").resolve()
-        path = Path(base.model_name_or_path).resolve()
-        if any(path.is_relative_to(place) for place in own):
-            raise InputError(
-                "model.model_name_or_path: expected a model outside of what this run writes, found "
-                f"{base.model_name_or_path}; give another trainer.default_root_dir than {folder}"
-            )
+        folder = Path(config.trainer.default_root_dir)
         if Path(config.checkpoint.dirpath) == folder / "checkpoints":
             keep_earlier_checkpoints(folder)
 

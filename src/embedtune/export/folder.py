@@ -8,7 +8,7 @@ from sentence_transformers.base.modules import Normalize
 from torch import Tensor
 
 from embedtune.checkpoints.training_facts import TrainingFacts
-from embedtune.digests import write_digests
+from embedtune.digests import DIGESTS, write_digests, written_names
 from embedtune.errors import ExportError, InputError
 from embedtune.export.model_card import write_model_card
 from embedtune.export.probes import embed_exported, embed_probes, largest_difference
@@ -56,11 +56,11 @@ def export_encoder(
     Raises:
         ExportError: A difference is above its tolerance: what was written is kept and marked, as
             ``folder``, or beside it where that is a verified export. Or it cannot be written.
-        InputError: ``folder`` holds something else than an exported model.
+        InputError: ``folder`` is not to be replaced (:func:`refuse_to_replace`).
     """
     folder = Path(folder)
+    refuse_to_replace(folder, encoder.spec.model_name_or_path)
     bring_back(folder)
-    _refuse_foreign(folder)
     encoder = encoder.cpu().eval()
     try:
         with writing(folder) as part:
@@ -82,10 +82,33 @@ def is_verified(folder: Path) -> bool:
     return (folder / "modules.json").is_file() and not (folder / UNVERIFIED).exists()
 
 
-def _refuse_foreign(folder: Path) -> None:
-    is_replaceable = (folder / "modules.json").is_file() or (folder / UNVERIFIED).is_file()
-    if folder.exists() and not is_replaceable and (folder.is_file() or any(folder.iterdir())):
-        raise InputError(f"{folder}: expected no folder or an exported model, found something else")
+def refuse_to_replace(folder: Path, base: str) -> None:
+    """Refuse a place for an export where something would be lost.
+
+    Args:
+        folder: Where it would go: nothing may be there, or what an export of embedtune has written.
+        base: The model that was trained, which nobody may have anywhere else.
+
+    Raises:
+        InputError: It names what would be lost.
+    """
+    if folder.name in ("", ".."):
+        raise InputError(f"expected the name of a folder to export to, found {str(folder)!r}")
+    if Path(base).resolve().is_relative_to(folder.resolve()):
+        raise InputError(f"{folder}: expected another folder than the base model's, found {base}")
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder}: expected no folder or an exported model, found a file")
+    written = written_names(folder) | {UNVERIFIED}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if name not in written and (path.is_symlink() or not path.is_dir()):
+            found = f"{name}, which embedtune has not written"
+            if DIGESTS not in written:
+                found = f"something else: it has no {DIGESTS}"
+            raise InputError(
+                f"{folder}: expected no folder or an exported model, found {found}; "
+                "move it, or give another folder"
+            )
 
 
 def _write(folder: Path, encoder: Encoder, facts: TrainingFacts | None) -> None:
@@ -99,8 +122,10 @@ def _write(folder: Path, encoder: Encoder, facts: TrainingFacts | None) -> None:
         if encoder.normalizes:
             del model[-1]
     write_model_card(folder, encoder, facts)
+    weights = sorted(folder.rglob("*.safetensors"))
+    others = (path for path in sorted(folder.rglob("*")) if path.is_file())
     # Of weights alone: what people edit, such as the card, is theirs.
-    write_digests(folder, sorted(folder.rglob("*.safetensors")))
+    write_digests(folder, weights, (path for path in others if path not in weights))
 
 
 def _embed_exported(part: Path, folder: Path, trust_remote_code: bool) -> Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from embedtune.data.lines import resolve_paths
 from embedtune.data.rows import Rows
-from embedtune.data.teacher_store import TeacherWriter
+from embedtune.data.teacher_store import TeacherWriter, sidecar_path
 from embedtune.errors import InputError, require_positive
 from embedtune.models.loading import cap_length, load_sentence_transformer
 from embedtune.whole_files import naming, part_folder
@@ -52,20 +52,23 @@ def teach(
         trust_remote_code: Run code that the teacher brings along.
 
     Raises:
-        InputError: The data or the model cannot be read, ``out`` is a file, or a number is below 1.
+        InputError: The data or the model cannot be read, ``out`` is a file or holds files that no
+            store is made of, or a number is below 1.
     """
     out = Path(out)
     require_positive("batch_size", batch_size)
     require_positive("max_len", max_len)
     if out.is_file():
         raise InputError(f"{out}: expected a folder to write to, found a file")
-    rows = Rows(resolve_paths(data, "data"))
+    files = TeacherFiles(out / "texts.jsonl", out / "embeddings.f32")
+    paths = resolve_paths(data, "data")
+    _refuse_to_replace(files, paths)
+    rows = Rows(paths)
     teacher = load_sentence_transformer(model, trust_remote_code=trust_remote_code)
     if teacher.default_prompt_name is not None and not prompt:
         default = teacher.prompts[teacher.default_prompt_name]
         log.info("%s: its default prompt %r is left out; prompt gives one", model, default)
     out.mkdir(parents=True, exist_ok=True)
-    files = TeacherFiles(out / "texts.jsonl", out / "embeddings.f32")
     width = int(teacher.get_embedding_dimension() or 0)
     with ExitStack() as unfinished:
         # Stopped before its end, it leaves a former store as it was.
@@ -87,6 +90,20 @@ def teach(
         writer.close(texts.queries_digest, {part: files.texts}, model=model, prompt=prompt)
     log.info("wrote %s texts of width %s to %s", f"{len(texts):,}", width, out)
     return files
+
+
+def _refuse_to_replace(files: TeacherFiles, data: list[Path]) -> None:
+    """Refuse to write over what is read, or over files that are no store's: none describes them."""
+    read = {path.resolve() for path in data}
+    for path in files:
+        if path.resolve() in read:
+            raise InputError(f"{path}: expected another out folder than that of the data it reads")
+        description = sidecar_path(files.embeddings)
+        if path.exists() and not description.is_file():
+            raise InputError(
+                f"{path}: expected nothing or a store of embedtune teach, found a file without "
+                f"{description.name} beside it"
+            )
 
 
 def _write_texts(path: Path, rows: Rows) -> None:
