@@ -214,3 +214,11 @@ def test_the_best_is_the_most_of_metrics_and_the_least_of_losses(monitor, mode):
     checkpoint = SimpleNamespace(**settings)
     keep_the_best(checkpoint)
     assert checkpoint.mode == mode
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tiny_bert, capsys):
+    fit(tiny_bert, "--trainer.max_steps=1")
+    mrl = ("--ckpt_path=last", "--trainer.max_steps=2", "--model.use_mrl=true")
+    said = error(capsys, tiny_bert, *mrl, "--model.mrl_dims=16,8")
+    assert "ckpt_path: expected the weights of this model: encoder.model." in said
+    assert "found none; give model.model_name_or_path, model.use_mrl, model.mrl_dims" in said
