@@ -131,3 +131,21 @@ def test_the_latest_is_the_latest_whatever_it_is_called(tiny_bert):
     folder = Path("run/checkpoints")
     assert read_facts(folder / "last.ckpt")["global_step"] == 2
     assert read_facts(last_checkpoint(folder))["global_step"] == 8
+
+
+def test_the_best_is_known_whatever_its_name(tiny_bert, capsys):
+    """A metric's name makes folders; intervals of the latest are not of the best."""
+    named = "--checkpoint.filename={epoch}-{" + MONITOR + ":.3f}"
+    stopped(tiny_bert, "run", 5, named)
+    fit(tiny_bert, "run", named, "--ckpt_path=last", "--checkpoint.every_n_train_steps=3")
+    fit(tiny_bert, "whole", named)
+    assert weights("run") == weights("whole")
+    assert curve("run")[0] > curve("run")[1]
+    main(
+        [
+            "validate",
+            *("--model.model_name_or_path", str(tiny_bert), "--ckpt_path=best"),
+            *("--data.val_path.sts=sts.jsonl", "--trainer.accelerator=cpu"),
+        ]
+    )
+    assert f"{max(curve('run')):.4f}".lstrip("0") in capsys.readouterr().out

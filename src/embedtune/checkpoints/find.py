@@ -41,7 +41,24 @@ def _is_whole(path: Path) -> bool:
 
 
 def _step(path: Path) -> int:
-    return int(read_facts(path).get("global_step", 0))
+    with contextlib.suppress(InputError):
+        return int(read_facts(path).get("global_step", 0))
+    return -1
+
+
+def moved(path: str, folder: str | Path | None, now: Path) -> Path:
+    """Return where a checkpoint lies whose folder has moved; a metric's name may make more folders.
+
+    Args:
+        path: Where it was.
+        folder: The folder that it was saved in.
+        now: Where that is.
+
+    >>> moved("/old/checkpoints/val/ndcg=0.5.ckpt", "/old/checkpoints", Path("run")).as_posix()
+    'run/val/ndcg=0.5.ckpt'
+    """
+    was, saved_in = Path(path), Path(folder or "")
+    return now / (was.relative_to(saved_in) if was.is_relative_to(saved_in) else was.name)
 
 
 def best_checkpoint(folder: Path) -> Path | None:
@@ -50,7 +67,6 @@ def best_checkpoint(folder: Path) -> Path | None:
     states = {} if last is None else read_facts(last).get("callbacks", {})
     for name, state in states.items():
         if name.startswith("ModelCheckpoint") and state.get("monitor"):
-            # By its name in the folder, which may have been moved.
-            path = Path(folder) / Path(state["best_model_path"]).name
+            path = moved(state["best_model_path"], state.get("dirpath"), Path(folder))
             return path if state["best_model_path"] and path.exists() else None
     return None
