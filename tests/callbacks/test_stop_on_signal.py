@@ -4,10 +4,13 @@ import json
 import signal
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 from forks import Ranks, embedtune
 from told_losses import told
 
+from embedtune import EmbeddingDataModule, EmbeddingModule
+from embedtune.callbacks.stop_on_signal import SIGNALS, StopOnSignal
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
 from embedtune.losses import InfoNCE
@@ -102,3 +105,18 @@ def test_a_signal_to_one_rank_stops_all(tiny_bert):
     assert output.count("SIGTERM: stopped after step 3: saved") == 1
     assert "Traceback" not in output
     assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 3
+
+
+def test_the_signals_are_given_back_in_python(tiny_bert):
+    before = {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS}
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_steps=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        callbacks=[StopOnSignal()],
+    )
+    trainer.fit(EmbeddingModule(str(tiny_bert)), EmbeddingDataModule("train.jsonl"))
+    assert {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS} == before

@@ -9,6 +9,7 @@ Read first: ``export_model``. Imports from ``training``, ``export``, ``reports``
 """
 
 from embedtune.callbacks.baseline import Baseline
+from embedtune.callbacks.end_on_signal import EndOnSignal
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
 from embedtune.callbacks.out_of_memory import OutOfMemory
@@ -23,6 +24,7 @@ from embedtune.callbacks.write_metrics import WriteMetrics
 
 __all__ = [
     "Baseline",
+    "EndOnSignal",
     "ExportModel",
     "Finite",
     "OutOfMemory",

@@ -29,15 +29,17 @@ class StopOnSignal(pl.Callback):
     def __init__(self) -> None:
         """Start without a signal."""
         self._received = 0
-        self._former: dict[int, Any] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals over, but for one that somebody else handles already."""
+        """Take the signals over, but for one that somebody else handles already.
+
+        Lightning gives all of them back when a fit ends, however it ends.
+        """
+        self._received = 0
         for name in SIGNALS:
             number = getattr(signal, name, None)
             if number is None or (name == "SIGUSR1" and signal.getsignal(number) != signal.SIG_DFL):
                 continue  # SLURM's requeueing is Lightning's
-            self._former[number] = signal.getsignal(number)
             signal.signal(number, self._receive_in(os.getpid()))
 
     def _receive_in(self, process: int) -> Any:
@@ -73,9 +75,3 @@ class StopOnSignal(pl.Callback):
         path = folder / "last.ckpt"
         trainer.save_checkpoint(path)
         return path
-
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Give the signals back."""
-        for number, former in self._former.items():
-            signal.signal(number, former)
-        self._former.clear()

@@ -11,7 +11,7 @@ from torch import Tensor
 from embedtune.data.batch import Batch
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
-from embedtune.whole_files import part_of, put
+from embedtune.whole_files import part_of, put, remove
 
 log = logging.getLogger("embedtune")
 
@@ -80,6 +80,13 @@ class WriteEmbeddings(pl.Callback):
             put(part_of(path), path)
         trainer.strategy.barrier()
         log.info("wrote %s, float32 %s", path, shape)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Remove what is half written."""
+        if self._file is not None and trainer.is_global_zero:
+            remove(part_of(self.path(trainer)))
 
     @staticmethod
     def path(trainer: pl.Trainer) -> Path:

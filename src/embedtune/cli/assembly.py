@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune.callbacks.baseline import Baseline
+from embedtune.callbacks.end_on_signal import EndOnSignal
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
 from embedtune.callbacks.missed_validation import MissedValidation
@@ -94,9 +95,9 @@ def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Ca
         callbacks += [RunReport(summary, baseline)]
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
     elif command == "predict":
-        callbacks += [SharedFolder(), WriteEmbeddings()]
+        callbacks += [EndOnSignal(), SharedFolder(), WriteEmbeddings()]
     else:
-        callbacks.append(WriteMetrics())
+        callbacks += [EndOnSignal(), WriteMetrics()]
     return callbacks
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from embedtune import __version__
 from embedtune.cli.mistakes import fail, nearest, surroundings_said
 from embedtune.cli.processes import let_rank_0_speak
+from embedtune.cli.signals import ended_by_signals
 from embedtune.errors import ExportError, InputError, TrainingError
 
 OVERVIEW = """\
@@ -50,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.stdout.write(f"embedtune {__version__}\n")
     elif args[0] in TRAINER_COMMANDS or args[0] in TOOL_COMMANDS:
         sys.path.append(str(Path.cwd()))  # a loss of the user's own, named by its import path
-        _run(args)
+        with ended_by_signals():
+            _run(args)
     else:
         known = (*TRAINER_COMMANDS, *TOOL_COMMANDS)
         near = nearest(args[0], OPTIONS if args[0].startswith("-") else known)
