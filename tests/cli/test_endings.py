@@ -277,3 +277,11 @@ def test_the_middle_of_an_epoch_is_gone_on_with_in_its_order(tiny_bert, capsys, 
     go_on = ("--ckpt_path=last", "--trainer.max_epochs=2")
     assert fit(tiny_bert, *go_on, flag, root="ended") in (2, 4)
     assert ("are others than those of the epochs before" in caplog.text) == ("other" in flag)
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tiny_bert, capsys):
+    fit(tiny_bert, "--trainer.max_steps=1")
+    mrl = ("--ckpt_path=last", "--trainer.max_steps=2", "--model.use_mrl=true")
+    said = error(capsys, tiny_bert, *mrl, "--model.mrl_dims=16,8")
+    assert "ckpt_path: expected the weights of this model: encoder.model." in said
+    assert "found none; give model.model_name_or_path, model.use_mrl, model.mrl_dims" in said

@@ -6,6 +6,7 @@ combinations mean the same place, are set from it and never read.
 
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,6 +165,29 @@ def validates_at(place: Place, trainer: Any) -> bool:
     return batch == place.batches if within == math.inf else batch % within == 0
 
 
+def refuse_other_weights(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint whose weights are not those of the model.
+
+    Args:
+        saved: Weights of the checkpoint by their names.
+        own: Those of the model.
+
+    Raises:
+        InputError: It names the first weight that differs.
+    """
+    for name in {**own, **saved}:
+        needed, found = (
+            f"of shape {list(getattr(weights[name], 'shape', []))}" if name in weights else "none"
+            for weights in (own, saved)
+        )
+        if needed != found:
+            raise InputError(
+                f"ckpt_path: expected the weights of this model: {name} {needed}, found {found}; "
+                "give model.model_name_or_path, model.use_mrl, model.mrl_dims, "
+                "model.projection_init and model.loss as it was trained with"
+            )
+
+
 def follow_move(callbacks: list[Any], states: dict[str, dict[str, Any]], folder: Path) -> None:
     """Let what callbacks remember of the checkpoints that they kept be true of this run's folder.
 
@@ -191,5 +215,17 @@ def follow_move(callbacks: list[Any], states: dict[str, dict[str, Any]], folder:
             state[name] = here(state.get(name, ""))
         kept = {here(path): score for path, score in state.get("best_k_models", {}).items()}
         state["best_k_models"] = {path: score for path, score in kept.items() if path}
+        _keep_fewer(callback, state)
         if not state["best_model_path"]:
             state["best_model_score"] = None
+
+
+def _keep_fewer(callback: Any, state: dict[str, Any]) -> None:
+    """Let a state know no more checkpoints than ``callback`` keeps, and which of them is worst."""
+    count, known = callback.save_top_k, state["best_k_models"]
+    if not 0 < count <= len(known):
+        return
+    ordered = sorted(known, key=known.__getitem__, reverse=callback.mode == "max")
+    state["best_k_models"] = {path: known[path] for path in ordered[:count]}
+    state["kth_best_model_path"] = ordered[count - 1]
+    state["kth_value"] = known[ordered[count - 1]]

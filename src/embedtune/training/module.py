@@ -14,6 +14,7 @@ from embedtune.checkpoints.resume import (
     follow_move,
     place_of,
     refuse_another_order,
+    refuse_other_weights,
     set_counters,
     start_epoch,
 )
@@ -434,6 +435,9 @@ class EmbeddingModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
         self.encoder.match(EncoderSpec(**checkpoint["encoder_spec"]))
+        is_strict = self._trainer is not None and self.strict_loading
+        if is_strict and "state_dict" in checkpoint:  # shards are not here
+            refuse_other_weights(checkpoint["state_dict"], self.state_dict())
         set_temperatures(self.loss, checkpoint.get("temperatures", {}), self._derived)
         # A checkpoint may hold weights alone, and be loaded without a Trainer.
         if "loops" in checkpoint and self._trainer is not None and self.trainer.training:
