@@ -285,3 +285,9 @@ def test_a_checkpoint_of_another_model_is_one_line(tiny_bert, capsys):
     said = error(capsys, tiny_bert, *mrl, "--model.mrl_dims=16,8")
     assert "ckpt_path: expected the weights of this model: encoder.model." in said
     assert "found none; give model.model_name_or_path, model.use_mrl, model.mrl_dims" in said
+
+
+def test_no_fit_goes_on_with_weights_alone(tiny_bert, capsys):
+    fit(tiny_bert, "--trainer.max_steps=1", "--checkpoint.save_weights_only=true")
+    said = error(capsys, tiny_bert, "--trainer.max_steps=2", "--ckpt_path=last")
+    assert "ckpt_path: expected a checkpoint with the optimiser's states, found weights" in said

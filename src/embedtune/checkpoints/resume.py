@@ -51,8 +51,13 @@ def place_of(checkpoint: dict[str, Any]) -> Place:
     """Return the place that a checkpoint carries.
 
     Raises:
-        InputError: It carries none.
+        InputError: It carries none, or weights alone.
     """
+    if "callbacks" not in checkpoint:  # which lie beside the optimiser's states of any strategy
+        raise InputError(
+            "ckpt_path: expected a checkpoint with the optimiser's states, found weights alone "
+            "(checkpoint.save_weights_only); embedtune export makes a model of it to start from"
+        )
     if "place" not in checkpoint:
         raise InputError(
             "ckpt_path: expected a checkpoint that tells its place in the data, found one of an "

@@ -439,8 +439,7 @@ class EmbeddingModule(pl.LightningModule):
         if is_strict and "state_dict" in checkpoint:  # shards are not here
             refuse_other_weights(checkpoint["state_dict"], self.state_dict())
         set_temperatures(self.loss, checkpoint.get("temperatures", {}), self._derived)
-        # A checkpoint may hold weights alone, and be loaded without a Trainer.
-        if "loops" in checkpoint and self._trainer is not None and self.trainer.training:
+        if self._trainer is not None and self.trainer.training:
             self._resume(checkpoint)
 
     def _resume(self, checkpoint: dict[str, Any]) -> None:
