@@ -17,6 +17,7 @@ from embedtune import EmbeddingModule, whole_files
 from embedtune.cli import main
 from embedtune.distributed import FSDP, ZeRO
 from embedtune.distributed.strategies import NAMED
+from embedtune.models import EncoderSpec
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 OVERLAYS = sorted((CONFIGS[0].parent / "strategy").glob("*.yaml"))
@@ -454,13 +455,13 @@ def test_every_configuration_parses_and_instantiates(path, tiny_bert, capsys):
 @pytest.mark.parametrize("path", OVERLAYS, ids=lambda path: path.stem)
 def test_every_strategy_is_built(path, source, tiny_bert, capsys):
     """It is named by the refusal of a checkpoint that another strategy saved."""
-    foreign = Path("foreign.ckpt")
+    foreign, facts = Path("foreign.ckpt"), {"encoder_spec": EncoderSpec("base")._asdict()}
     if path.stem == "fsdp":
-        foreign.touch()
+        torch.save(facts, foreign)
     else:
         foreign.mkdir()
-        for name in ("meta.pt", ".metadata"):
-            (foreign / name).touch()
+        torch.save(facts, foreign / "meta.pt")
+        (foreign / ".metadata").touch()
     data = write("train.jsonl", PAIRS)
     message = failure(
         capsys,

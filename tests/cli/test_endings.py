@@ -100,6 +100,13 @@ def test_a_monitored_fit_that_ends_before_it_is_measured_leaves_its_last_model(t
     assert Path("run/model/modules.json").is_file()
 
 
+def test_a_metric_that_is_measured_and_keeps_nothing_is_told_so(tiny_bert, caplog):
+    monitored = ("--data.val_path=sts.jsonl", "--checkpoint.monitor=val/sts/spearman")
+    with caplog.at_level("INFO", logger="embedtune"):
+        fit(tiny_bert, *monitored, "--checkpoint.save_top_k=0", "--trainer.max_epochs=1")
+    assert "the last step, 4: val/sts/spearman kept no checkpoint" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("monitor", "mode", "expected"),
     [

@@ -41,7 +41,9 @@ def choice(trainer: pl.Trainer) -> Choice:
     if keeper is None:
         last = f"model/ is the model of the last step, {trainer.global_step:,}"
         if monitor:
-            return Choice(f"{last}: {monitor} was not measured", False)
+            is_measured = monitor in trainer.callback_metrics
+            why = "kept no checkpoint" if is_measured else "was not measured"
+            return Choice(f"{last}: {monitor} {why}", False)
         how = "checkpoint.monitor makes it the best by a metric of data.val_path"
         return Choice(f"{last}; {how}", False)
     saved = read_facts(Path(keeper.best_model_path))

@@ -51,15 +51,22 @@ def load_tensors(file: Path | IO[bytes]) -> Any:
     """Return what torch has saved, on the CPU; tensors of a file stay there until they are used.
 
     Raises:
-        pickle.UnpicklingError: It holds more than tensors and plain values.
+        pickle.UnpicklingError: It holds more than tensors and plain values, or is another file.
     """
     is_file = isinstance(file, Path)
+    if isinstance(file, Path) and not _begins_as_zip(file):
+        raise pickle.UnpicklingError("a file that torch has not saved")
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=is_file)
     except pickle.UnpicklingError as error:  # torch's own message tells how to run the code
         named = re.search(r"GLOBAL (\S+)", str(error))
         found = named[1] if named else "something else"
         raise pickle.UnpicklingError(f"a pickle that wants to use {found}") from error
+
+
+def _begins_as_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def load_zero(file: Path) -> Any:

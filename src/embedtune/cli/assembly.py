@@ -35,7 +35,7 @@ a step is not taken for waiting."""
 
 
 def picked_strategy(
-    config: Any, command: str, module: EmbeddingModule, checkpoint: Path | str | None
+    config: Any, command: str, module: EmbeddingModule, checkpoint: Path | None
 ) -> Picked | None:
     """Return the strategy of a run that names none; None where one is named, or Lightning's does.
 
@@ -43,14 +43,14 @@ def picked_strategy(
         config: The configuration of the command, instantiated.
         command: A fit divides what it trains; the others need what a checkpoint was saved with.
         module: What is trained.
-        checkpoint: What the run goes on from, or a name that Lightning resolves.
+        checkpoint: What the run goes on from.
     """
     asked = config.trainer
-    if asked.strategy != AUTO or not (command == "fit" or isinstance(checkpoint, Path)):
+    if asked.strategy != AUTO or (command != "fit" and checkpoint is None):
         return None
     given = ("accelerator", "devices", "num_nodes", "plugins")
     devices = find_devices({key: asked[key] for key in given})
-    if isinstance(checkpoint, Path):
+    if checkpoint is not None:
         return strategy_of(checkpoint, devices)
     precision = asked.precision or default_precision(str(asked.accelerator))
     if module.compiles:

@@ -9,13 +9,17 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from embedtune.cli.best_checkpoint import keep_the_best
 from embedtune.cli.run_folder import LoggerName
-from embedtune.errors import InputError, require_positive
+from embedtune.errors import InputError, require_not_negative, require_positive
 
 EPOCHS = 2
 """Of a fit that is given neither ``trainer.max_epochs`` nor ``max_steps``."""
 
 LONGEST_TIMEOUT = 10**6
 """Seconds, twelve days."""
+
+POSITIVE = ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval")
+NOT_NEGATIVE = ("log_every_n_steps", "min_epochs", "min_steps")
+"""Numbers of the Trainer that Lightning takes whatever they are."""
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "default_root_dir": "run",
@@ -100,9 +104,10 @@ def refuse_numbers(config: Any) -> None:
     seed = config.seed_everything
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
         raise InputError(f"seed_everything: expected a number from 0 to 2**32 - 1, found {seed}")
-    for key in ("accumulate_grad_batches", "check_val_every_n_epoch"):
-        if config.trainer[key] is not None:
-            require_positive(f"trainer.{key}", config.trainer[key])
+    for keys, require in ((POSITIVE, require_positive), (NOT_NEGATIVE, require_not_negative)):
+        for key in keys:
+            if isinstance(config.trainer[key], int | float):  # neither null nor a time
+                require(f"trainer.{key}", config.trainer[key])
     if not 0 < config.rank_timeout <= LONGEST_TIMEOUT:
         raise InputError(
             f"rank_timeout: expected seconds above 0, at most {LONGEST_TIMEOUT:,}, "

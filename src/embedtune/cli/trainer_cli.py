@@ -25,6 +25,7 @@ from embedtune.cli.log_lines import quiet_libraries
 from embedtune.cli.lost_ranks import lost_rank_said, tell_of_dead_ranks
 from embedtune.cli.mistakes import first_line, tell_of_threads
 from embedtune.cli.parser import Parser
+from embedtune.cli.paths import CHECKPOINT_NAMES, refuse_paths, requeued_checkpoint
 from embedtune.cli.processes import end_with_rank_0
 from embedtune.cli.run_folder import SaveConfig, keep_earlier_checkpoints, refuse_withheld
 from embedtune.data.datamodule import EmbeddingDataModule
@@ -34,10 +35,6 @@ from embedtune.errors import InputError, TrainingError
 from embedtune.training.module import EmbeddingModule
 
 log = logging.getLogger("embedtune")
-
-CHECKPOINT_NAMES = ("last", "best", "hpc", "registry")
-"""Values of ``ckpt_path`` that are no paths; the last two are resolved by Lightning."""
-
 
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What the Trainer raises of arguments that it does not take."""
@@ -92,19 +89,10 @@ class TrainerCLI(LightningCLI):
         """Check the paths of the run, and give the data a seed that was drawn.
 
         Raises:
-            InputError: The run folder is a file, or the checkpoint is not there.
+            InputError: A folder or a file name is none, or the checkpoint is not there.
         """
         config = self.config[self.subcommand]
-        folder, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
-        if folder.exists() and not folder.is_dir():
-            raise InputError(
-                f"trainer.default_root_dir: expected a folder, found the file {folder}"
-            )
-        if checkpoint not in (None, *CHECKPOINT_NAMES) and not Path(checkpoint).exists():
-            raise InputError(
-                f"ckpt_path: expected a checkpoint or one of {', '.join(CHECKPOINT_NAMES)}, "
-                f"found nothing at {checkpoint}"
-            )
+        refuse_paths(config)
         if not isinstance(config.seed_everything, bool):
             config.data.seed = config.seed_everything
         settle(config)
@@ -139,6 +127,8 @@ class TrainerCLI(LightningCLI):
             settings = trainer_settings(config, picked, is_fit=command == "fit")
             callbacks = callbacks_of(config, command, picked)
             trainer: Any = super().instantiate_trainer(callbacks=callbacks, **settings, **kwargs)
+        except InputError:
+            raise
         except REFUSALS as error:
             raise InputError(f"trainer: {first_line(error)}") from error
         set_timeout(trainer.strategy, config.rank_timeout)
@@ -162,21 +152,27 @@ class TrainerCLI(LightningCLI):
         """Predict without gathering in memory what is written to disk."""
         self._run("predict", **{**kwargs, "return_predictions": False})
 
-    def _find_checkpoint(self) -> Path | str | None:
-        """Return what ``ckpt_path`` comes to: a path, or a name that Lightning resolves.
+    def _find_checkpoint(self) -> Path | None:
+        """Return the path that ``ckpt_path`` comes to.
 
         Raises:
             InputError: There is no such checkpoint.
         """
         config = self.config_init[self.subcommand]
         asked, folder = config.ckpt_path, Path(config.checkpoint.dirpath)
-        if asked not in ("last", "best"):
-            return asked if asked is None or asked in CHECKPOINT_NAMES else Path(asked)
-        path = last_checkpoint(folder) if asked == "last" else best_checkpoint(folder)
-        if path is None and (self.subcommand != "fit" or asked == "best"):
-            kept = "" if asked == "last" else " that checkpoint.monitor has kept"
+        if asked is None:
+            return None
+        if asked not in CHECKPOINT_NAMES:
+            return Path(asked)
+        if asked == "hpc":  # which Lightning saves elsewhere, where SLURM requeues
+            folder = Path(config.trainer.default_root_dir)
+        find = {"last": last_checkpoint, "best": best_checkpoint, "hpc": requeued_checkpoint}
+        path = find[asked](folder)
+        if path is None and (self.subcommand != "fit" or asked != "last"):
+            kept = {"best": " that checkpoint.monitor has kept", "hpc": " of a requeued job"}
             raise InputError(
-                f"ckpt_path: {asked}: expected a checkpoint{kept} in {folder}, found none"
+                f"ckpt_path: {asked}: expected a checkpoint{kept.get(asked, '')} in {folder}, "
+                "found none"
             )
         if path is None:
             log.info("ckpt_path: last: there is no checkpoint yet")
@@ -186,7 +182,7 @@ class TrainerCLI(LightningCLI):
         path = self._checkpoint  # which ckpt_path comes to
         if path is None and command == "fit":
             self._start_afresh()
-        if isinstance(path, Path):
+        if path is not None:
             refuse_checkpoint(self.trainer.strategy, path)
             if command != "fit":
                 self.model.encoder.match(read_spec(path))

@@ -1,0 +1,88 @@
+"""The folders, file names and checkpoints that a command is given, looked at before a model is."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from embedtune.checkpoints.read import read_facts
+from embedtune.cli.mistakes import first_line
+from embedtune.errors import InputError
+
+CHECKPOINT_NAMES = ("last", "best", "hpc")
+"""Values of ``ckpt_path`` that are no paths."""
+HPC = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
+"""What Lightning calls a checkpoint that it saves before SLURM requeues a job."""
+
+
+def refuse_paths(config: Any) -> None:
+    """Refuse what leads nowhere.
+
+    Args:
+        config: That of a command.
+
+    Raises:
+        InputError: It names the key.
+    """
+    _refuse_no_folder("trainer.default_root_dir", config.trainer.default_root_dir)
+    if config.checkpoint.dirpath is not None:
+        _refuse_no_folder("checkpoint.dirpath", config.checkpoint.dirpath)
+    _refuse_filename(config.checkpoint.filename)
+    if config.ckpt_path not in (None, *CHECKPOINT_NAMES):
+        _refuse_no_checkpoint(Path(config.ckpt_path))
+
+
+def requeued_checkpoint(folder: Path) -> Path | None:
+    """Return the last of the checkpoints that were saved before SLURM requeued a job, if any."""
+    found = {path: HPC.fullmatch(path.name) for path in folder.glob("*.ckpt")}
+    numbers = {path: int(name[1]) for path, name in found.items() if name}
+    return max(numbers, key=numbers.__getitem__, default=None)
+
+
+def _refuse_no_folder(key: str, given: Any) -> None:
+    found = None
+    if given is None:
+        found = "null"
+    elif "://" in str(given):
+        found = f"the URL {given}"
+    elif Path(given).exists() and not Path(given).is_dir():
+        found = f"the file {given}"
+    if found is not None:
+        raise InputError(f"{key}: expected a folder of this machine, found {found}")
+
+
+class _AnyMetric(dict[str, float]):
+    """A number for each name that a file name may ask for."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: Any) -> float:
+        if isinstance(name, str):
+            return 0.5
+        raise KeyError(name)
+
+
+def _refuse_filename(given: str | None) -> None:
+    """Refuse what Lightning would fill in after an epoch, and raise of or follow elsewhere."""
+    expected = "checkpoint.filename: expected a file name such as {epoch}-{step}, found"
+    numbers: Any = _AnyMetric(epoch=0, step=0)
+    try:
+        filled = Path(ModelCheckpoint().format_checkpoint_name(numbers, given))
+    except Exception as error:  # whatever str.format leads to
+        raise InputError(f"{expected} {given!r}: {first_line(error)}") from error
+    if filled.is_absolute() or ".." in filled.parts:
+        raise InputError(f"{expected} the path {given!r}; checkpoint.dirpath names the folder")
+
+
+def _refuse_no_checkpoint(path: Path) -> None:
+    if not path.exists():
+        raise InputError(
+            f"ckpt_path: expected a checkpoint or one of {', '.join(CHECKPOINT_NAMES)}, "
+            f"found nothing at {path}"
+        )
+    try:
+        read_facts(path)
+    except InputError as error:
+        raise InputError(f"ckpt_path: {error}") from error
