@@ -72,7 +72,7 @@ def put_together(parts: Mapping[Path, Path]) -> None:
     try:
         for path in held:
             path.replace(formers[path])
-        for part, path in reversed(parts.items()):
+        for part, path in reversed(list(parts.items())):
             part.replace(path)
         for folder in {path.parent for path in formers}:
             _sync(folder)

@@ -9,6 +9,7 @@ Read first: ``export_model``. Imports from ``training``, ``export``, ``reports``
 """
 
 from embedtune.callbacks.baseline import Baseline
+from embedtune.callbacks.earlier_run import EarlierRun, MetricsFile
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
 from embedtune.callbacks.out_of_memory import OutOfMemory
@@ -23,8 +24,10 @@ from embedtune.callbacks.write_metrics import WriteMetrics
 
 __all__ = [
     "Baseline",
+    "EarlierRun",
     "ExportModel",
     "Finite",
+    "MetricsFile",
     "OutOfMemory",
     "ProgressBar",
     "RunReport",

@@ -52,7 +52,7 @@ class RunReport(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what the best model so far has found, and write."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or cast(Any, trainer).fast_dev_run:
             return
         module, keeper = cast(EmbeddingModule, pl_module), best_keeper(trainer)
         if keeper is None or keeper.best_model_path != self._best:
