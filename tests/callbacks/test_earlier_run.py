@@ -50,22 +50,25 @@ def steps(folder: str) -> int:
     return read_facts(last_checkpoint(Path(folder)))["global_step"]
 
 
-@pytest.mark.parametrize("reason", ["rows", "export", "checkpoint"])
-def test_a_fit_that_is_refused_leaves_the_run_folder_as_it_was(
-    tiny_bert, used, monkeypatch, capsys, reason
-):
+@pytest.mark.parametrize("reason", ["rows", "export", "checkpoint", "report"])
+def test_a_fit_that_is_refused_leaves_the_run_folder_as_it_was(tiny_bert, monkeypatch, reason):
     flags: tuple[str, ...] = ("--data.val_path=train.jsonl", "--model.lr=1")
     if reason == "rows":
         flags += ("--data.train_path=bad.jsonl",)
     elif reason == "export":
         monkeypatch.setattr(Pooling, "get_config_dict", lambda self: {"embedding_dimension": 32})
         flags += ("--model.pooling=cls",)
-    else:
+    elif reason == "checkpoint":
         flags += ("--ckpt_path=train.jsonl",)
+    else:
+        Path("run/report.html").unlink()
+        Path("run/report.html").mkdir()
+        Path("run/report.html/notes.txt").touch()
+    before = contents(Path("run"))
     with pytest.raises(SystemExit) as caught:
         fit(tiny_bert, *flags)
     assert caught.value.code == 2
-    assert contents(Path("run")) == contents(used / "run")
+    assert contents(Path("run")) == before
 
 
 def test_so_does_a_smoke_test(tiny_bert, used):

@@ -16,9 +16,10 @@ from embedtune.checkpoints.read import read_facts
 from embedtune.data.beir import RetrievalSet
 from embedtune.evaluation.intervals import Interval
 from embedtune.reports.changes import Comparison
-from embedtune.reports.report import write_report
+from embedtune.reports.report import report_path, write_report
 from embedtune.training.facts import monitored
 from embedtune.training.module import EmbeddingModule
+from embedtune.whole_files import refuse_folder
 
 log = logging.getLogger("embedtune")
 
@@ -40,6 +41,11 @@ class RunReport(pl.Callback):
         self._best = ""
         self._found: dict[str, Tensor] = {}
         self._has_ended = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a folder in the place of the report before the fit, not at its end."""
+        if stage == "fit":
+            refuse_folder(report_path(Path(trainer.default_root_dir)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the fit before."""
