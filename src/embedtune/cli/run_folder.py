@@ -41,6 +41,21 @@ class SaveConfig(SaveConfigCallback):
         write_text(path, "\n".join([*header, kept]))
 
 
+def refuse_file(key: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made, because it or one that is to hold it is a file.
+
+    Args:
+        key: What it was given under, for the message.
+        folder: It need not be there.
+
+    Raises:
+        InputError: It names the file.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{key}: expected a folder, found the file {there}")
+
+
 def refuse_withheld(config: Any) -> None:
     """Refuse a configuration of a run folder whose secrets were not given again.
 

@@ -27,7 +27,7 @@ from embedtune.cli.lost_ranks import lost_rank_said, tell_of_dead_ranks
 from embedtune.cli.mistakes import first_line, tell_of_threads
 from embedtune.cli.parser import Parser
 from embedtune.cli.processes import end_with_rank_0
-from embedtune.cli.run_folder import SaveConfig, refuse_withheld
+from embedtune.cli.run_folder import SaveConfig, refuse_file, refuse_withheld
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.distributed import exchange
 from embedtune.distributed.strategies import refuse_checkpoint, set_timeout
@@ -93,14 +93,14 @@ class TrainerCLI(LightningCLI):
         """Check the paths of the run, and give the data a seed that was drawn.
 
         Raises:
-            InputError: The run folder is a file, or the checkpoint is not there.
+            InputError: A folder that is written to is a file, or the checkpoint is not there.
         """
         config = self.config[self.subcommand]
         folder, checkpoint = Path(config.trainer.default_root_dir), config.ckpt_path
-        if folder.exists() and not folder.is_dir():
-            raise InputError(
-                f"trainer.default_root_dir: expected a folder, found the file {folder}"
-            )
+        refuse_file("trainer.default_root_dir", folder)
+        refuse_file("trainer.default_root_dir", folder / "checkpoints")
+        if config.checkpoint.dirpath is not None:
+            refuse_file("checkpoint.dirpath", Path(config.checkpoint.dirpath))
         if checkpoint not in (None, *CHECKPOINT_NAMES) and not Path(checkpoint).exists():
             raise InputError(
                 f"ckpt_path: expected a checkpoint or one of {', '.join(CHECKPOINT_NAMES)}, "
