@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from embedtune.errors import InputError
 from embedtune.whole_files import (
     FORMER,
     naming,
@@ -154,12 +155,21 @@ def test_a_folder_that_cannot_be_replaced_keeps_its_name(tmp_path, monkeypatch):
     assert not path.with_name(path.name + FORMER).exists()
 
 
-def test_a_file_takes_the_place_of_a_folder(tmp_path):
-    path = folder_of(tmp_path / "last.ckpt", "old")
+def test_a_file_does_not_take_the_place_of_a_folder(tmp_path):
+    path = folder_of(tmp_path / "config.yaml", "somebody's")
+    said = "config.yaml: expected a file or nothing, found a folder"
+    with pytest.raises(InputError, match=said):
+        write_text(path, "new")
     part_of(path).write_text("new")
-    put(part_of(path), path)
-    assert path.read_text() == "new"
-    assert names(tmp_path) == ["last.ckpt"]
+    (tmp_path / "other.part").write_text("new")
+    with pytest.raises(InputError, match=said):
+        put_together({tmp_path / "other.part": tmp_path / "other", part_of(path): path})
+    assert (path / "file").read_text() == "somebody's"
+    assert names(tmp_path) == ["config.yaml", "config.yaml.part", "other.part"]
+    (tmp_path / "last.ckpt").symlink_to(path)  # as Lightning makes, and nothing is lost of one
+    write_text(tmp_path / "last.ckpt", "new")
+    assert (tmp_path / "last.ckpt").read_text() == "new"
+    assert (path / "file").read_text() == "somebody's"
 
 
 def test_a_link_is_removed_and_not_what_it_points_to(tmp_path):

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from embedtune.errors import InputError
+
 try:
     import fcntl
 except ModuleNotFoundError:  # there are none on Windows, where nothing is swept
@@ -41,11 +43,17 @@ def part_of(path: Path) -> Path:
 
 
 def put(part: Path, path: Path) -> None:
-    """Let what was written at ``part``, a file or a folder, take the place of ``path``."""
+    """Let what was written at ``part``, a file or a folder, take the place of ``path``.
+
+    Raises:
+        InputError: A file would take that of a folder, and of all that is in it.
+    """
+    if not part.is_dir():
+        refuse_folder(path)
     _reach_disk(part)
     former = path.with_name(path.name + FORMER)
     remove(former)
-    if path.is_dir() or (part.is_dir() and path.exists()):  # files are replaced at once
+    if part.is_dir() and path.exists():  # files are replaced at once
         path.rename(former)
     try:
         part.replace(path)
@@ -63,9 +71,13 @@ def put_together(parts: Mapping[Path, Path]) -> None:
     of them is the last to leave its place and the first to take it: it says whose the others are.
 
     Args:
-        parts: Where each is written, and its place.
+        parts: Where each file is written, and its place.
+
+    Raises:
+        InputError: A file would take the place of a folder.
     """
-    for part in parts:
+    for part, path in parts.items():
+        refuse_folder(path)
         _reach_disk(part)
     formers = {path: path.with_name(path.name + FORMER) for path in parts.values()}
     held = [path for path in formers if path.exists()]
@@ -85,6 +97,16 @@ def put_together(parts: Mapping[Path, Path]) -> None:
         raise
     for former in formers.values():
         remove(former)
+
+
+def refuse_folder(path: Path) -> None:
+    """Refuse a folder where a file is to go, which would cost all that it holds.
+
+    Raises:
+        InputError: There is one.
+    """
+    if path.is_dir() and not path.is_symlink():
+        raise InputError(f"{path}: expected a file or nothing, found a folder: it is not replaced")
 
 
 def bring_back(path: Path) -> None:

@@ -318,8 +318,12 @@ def test_a_configuration_is_whole_or_the_former(tiny_bert, monkeypatch):
     fit(tiny_bert, "--trainer.max_epochs", "1")
     before = Path("run/config.yaml").read_text()
 
+    put = whole_files.put
+
     def fail(part, path):
-        raise OSError("killed")
+        if path.name == "config.yaml":
+            raise OSError("killed")
+        put(part, path)
 
     monkeypatch.setattr(whole_files, "put", fail)
     with pytest.raises(OSError, match="killed"):
@@ -556,12 +560,17 @@ def test_bad_rows_stop_the_run(capsys, tiny_bert, rows, expected):
         (["--num_max_checkpoints", "0"], "num_max_checkpoints"),
         (["--ckpt_path", "none.ckpt"], "ckpt_path: .*none.ckpt"),
         (["--trainer.default_root_dir", "t.f32"], "default_root_dir: .*t.f32"),
+        (["--trainer.default_root_dir", "t.f32/run"], "default_root_dir: .* file .*/t.f32$"),
+        (["--trainer.default_root_dir", "used"], "default_root_dir: .* file used/checkpoints$"),
+        (["--checkpoint.dirpath", "t.f32"], "checkpoint.dirpath: expected a folder, .* t.f32$"),
     ],
 )
 def test_a_mistake_in_the_settings_is_one_clear_message(capsys, tiny_bert, flags, expected):
     Path("misspelt.yaml").write_text("model: {warmup_proportoin: 0.1}")
     Path("misplaced.yaml").write_text("data: {lr: 0.1}")
     Path("t.f32").write_bytes(b"\0" * 33)
+    Path("used").mkdir()
+    Path("used/checkpoints").touch()
     data = write("train.jsonl", PAIRS)
     base = ["fit", "--model.model_name_or_path", str(tiny_bert), "--data.train_path", data]
     message = failure(capsys, *base, "--trainer.accelerator", "cpu", *flags)

@@ -391,6 +391,13 @@ def _(folder, model):
     assert "self.config_init = self.parser.instantiate_classes(self.config)" in cli
 
 
+@borrows("lightning: loggers.logger.DummyExperiment")
+def _a_logger_that_writes_nothing(tmp_path, tiny_bert):
+    writes_nothing = import_module("lightning.pytorch.loggers.logger").DummyExperiment()
+    assert writes_nothing.log_hparams({}) is None
+    assert writes_nothing.save() is None
+
+
 @borrows("lightning: SaveConfigCallback.save_config, parser, config")
 def _(folder, model):
     kind = import_module("lightning.pytorch.cli").SaveConfigCallback

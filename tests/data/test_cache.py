@@ -10,7 +10,7 @@ import pytest
 from embedtune import InputError
 from embedtune.cli import main
 from embedtune.data import Rows
-from embedtune.data.cache import cached_tables
+from embedtune.data.cache import cache_folder, cached_tables
 
 DAY = 86_400
 
@@ -111,6 +111,41 @@ def test_the_command_lists_and_clears(tmp_path, cache, capsys):
     main(["cache", "--clear", "true"])
     assert f"2 tables removed from {cache}" in capsys.readouterr().out
     assert list(cache.iterdir()) == []
+
+
+def test_tables_of_others_are_neither_listed_nor_removed(tmp_path, cache, monkeypatch, capsys):
+    cache.mkdir()
+    others = [cache / name for name in ("mine.arrow", f"{'0' * 31}.arrow", f"{'0' * 40}.arrow")]
+    for path in others:
+        path.write_bytes(b"x" * 10**6)
+        os.utime(path, (0, 0))
+    monkeypatch.setenv("EMBEDTUNE_CACHE_LIMIT", "0")
+    rows(tmp_path, "a")
+    assert len(cached_tables()) == 1
+    main(["cache", "--clear", "true"])
+    assert f"1 tables removed from {cache}" in capsys.readouterr().out
+    assert sorted(cache.iterdir()) == sorted(others)
+
+
+def test_a_cache_that_is_a_file_is_told(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EMBEDTUNE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(InputError, match="EMBEDTUNE_CACHE: expected a folder, found the file"):
+        rows(tmp_path, "a")
+    with pytest.raises(SystemExit) as caught:
+        main(["cache"])
+    assert caught.value.code == 2
+
+
+def test_the_folder_of_the_cache_may_be_written_from_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EMBEDTUNE_CACHE", "~/tables")
+    rows(tmp_path, "a")
+    assert [table.path.parent for table in cached_tables()] == [tmp_path / "home/tables"]
+    assert not Path("~").exists()
+    monkeypatch.setenv("EMBEDTUNE_CACHE", "")
+    assert cache_folder().is_absolute()
 
 
 def test_what_a_kill_left_of_any_table_is_swept(tmp_path, monkeypatch):

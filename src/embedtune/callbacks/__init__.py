@@ -1,14 +1,15 @@
 """What a fit does beside its steps, a file a callback.
 
 Comes in: the hooks of Lightning's Trainer. Goes out: metrics of the base model, a summary, speed,
-exported folders, the report, predicted embeddings, metrics of a validation; an end in time where
-ranks share no folder, a loss is no number or a signal comes. A new callback goes here, and its
-place in the order into ``cli.assembly``.
+exported folders, the report, predicted embeddings, metrics of a validation, an earlier run's files
+put aside; an end in time where ranks share no folder, a loss is no number or a signal comes. A new
+callback goes here, and its place in the order into ``cli.assembly``.
 
 Read first: ``export_model``. Imports from ``training``, ``export``, ``reports`` and all below.
 """
 
 from embedtune.callbacks.baseline import Baseline
+from embedtune.callbacks.earlier_run import EarlierRun, MetricsFile
 from embedtune.callbacks.end_on_signal import EndOnSignal
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
@@ -24,9 +25,11 @@ from embedtune.callbacks.write_metrics import WriteMetrics
 
 __all__ = [
     "Baseline",
+    "EarlierRun",
     "EndOnSignal",
     "ExportModel",
     "Finite",
+    "MetricsFile",
     "OutOfMemory",
     "ProgressBar",
     "RunReport",

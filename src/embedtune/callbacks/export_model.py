@@ -178,7 +178,8 @@ class ExportModel(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember the epoch: Lightning saves checkpoints after this hook, whatever the order."""
-        self._ended_epoch = trainer.current_epoch + 1 if self.save_on_epoch_end else None
+        is_exported = self.save_on_epoch_end and not cast(Any, trainer).fast_dev_run
+        self._ended_epoch = trainer.current_epoch + 1 if is_exported else None
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Export the epoch before."""

@@ -16,9 +16,10 @@ from embedtune.checkpoints.read import read_facts
 from embedtune.data.beir import RetrievalSet
 from embedtune.evaluation.intervals import Interval
 from embedtune.reports.changes import Comparison
-from embedtune.reports.report import write_report
+from embedtune.reports.report import report_path, write_report
 from embedtune.training.facts import monitored
 from embedtune.training.module import EmbeddingModule
+from embedtune.whole_files import refuse_folder
 
 log = logging.getLogger("embedtune")
 
@@ -41,6 +42,11 @@ class RunReport(pl.Callback):
         self._found: dict[str, Tensor] = {}
         self._has_ended = False
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a folder in the place of the report before the fit, not at its end."""
+        if stage == "fit":
+            refuse_folder(report_path(Path(trainer.default_root_dir)))
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the fit before."""
         self._has_ended = False
@@ -52,7 +58,7 @@ class RunReport(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what the best model so far has found, and write."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or cast(Any, trainer).fast_dev_run:
             return
         module, keeper = cast(EmbeddingModule, pl_module), best_keeper(trainer)
         if keeper is None or keeper.best_model_path != self._best:

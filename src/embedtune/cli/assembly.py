@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune.callbacks.baseline import Baseline
+from embedtune.callbacks.earlier_run import EarlierRun
 from embedtune.callbacks.end_on_signal import EndOnSignal
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
@@ -22,16 +23,16 @@ from embedtune.callbacks.write_embeddings import WriteEmbeddings
 from embedtune.callbacks.write_metrics import WriteMetrics
 from embedtune.checkpoints.write import SavesFolders, WholeFiles
 from embedtune.cli.best_checkpoint import early_stopping, keep_the_latest, with_each_validation
-from embedtune.cli.run_folder import make_loggers
+from embedtune.cli.run_folder import SaveConfig, make_loggers
 from embedtune.distributed.pick import AUTO, Picked, find_devices, pick_strategy, strategy_of
 from embedtune.distributed.strategies import named_strategy
 from embedtune.training.module import EmbeddingModule
 from embedtune.training.precision import default_precision
 
-ORDER: dict[type, int] = {ExportModel: 1, RunReport: 2, Throughput: 3}
+ORDER: dict[type, int] = {ExportModel: 1, EarlierRun: 2, SaveConfig: 2, RunReport: 3, Throughput: 4}
 """Callbacks that come after the others, those that save checkpoints among them: at the end of a fit
-a failing export must not cost a checkpoint. Throughput comes last, so that what the others do after
-a step is not taken for waiting."""
+a failing export must not cost a checkpoint. An earlier run's files are touched when the export was
+tried. Throughput comes last, so that what the others do after a step is not taken for waiting."""
 
 
 def picked_strategy(
@@ -94,6 +95,7 @@ def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Ca
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
+        callbacks += [EarlierRun()]
     elif command == "predict":
         callbacks += [EndOnSignal(), SharedFolder(), WriteEmbeddings()]
     else:

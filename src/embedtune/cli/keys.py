@@ -93,6 +93,8 @@ def settle(config: Any) -> None:
     if checkpoint.monitor:
         keep_the_best(checkpoint)
     checkpoint.mode = checkpoint.mode or "min"
+    if trainer.fast_dev_run:
+        checkpoint.save_last = False  # the one that Lightning would write, too
 
 
 def refuse_numbers(config: Any) -> None:

@@ -26,6 +26,7 @@ def refuse_paths(config: Any) -> None:
         InputError: It names the key.
     """
     _refuse_no_folder("trainer.default_root_dir", config.trainer.default_root_dir)
+    _refuse_file("trainer.default_root_dir", Path(config.trainer.default_root_dir, "checkpoints"))
     if config.checkpoint.dirpath is not None:
         _refuse_no_folder("checkpoint.dirpath", config.checkpoint.dirpath)
     _refuse_filename(config.checkpoint.filename)
@@ -46,10 +47,16 @@ def _refuse_no_folder(key: str, given: Any) -> None:
         found = "null"
     elif "://" in str(given):
         found = f"the URL {given}"
-    elif Path(given).exists() and not Path(given).is_dir():
-        found = f"the file {given}"
     if found is not None:
         raise InputError(f"{key}: expected a folder of this machine, found {found}")
+    _refuse_file(key, Path(given))
+
+
+def _refuse_file(key: str, folder: Path) -> None:
+    """Refuse a folder that cannot be made, because it or one that is to hold it is a file."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise InputError(f"{key}: expected a folder, found the file {there}")
 
 
 class _AnyMetric(dict[str, float]):

@@ -1,28 +1,34 @@
 """What a fit keeps in its run folder beside checkpoints: configuration and loggers."""
 
-import itertools
-import logging
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 
-from embedtune.checkpoints.write import CHECKPOINTS
+from embedtune.callbacks.earlier_run import MetricsFile
 from embedtune.errors import InputError
 from embedtune.secrets import WITHHELD, withheld_keys, withhold
-from embedtune.whole_files import sweep, sweep_together, write_text
-
-log = logging.getLogger("embedtune")
+from embedtune.whole_files import write_text
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
 
 
 class SaveConfig(SaveConfigCallback):
     """Write the configuration of a fit, but its secrets, to ``<default_root_dir>/config.yaml``."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave an earlier run's file alone: the fit may still be refused."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file."""
+        super().setup(trainer, pl_module, "fit")
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write it of a fit that had nothing left to train, too."""
+        super().setup(trainer, pl_module, "fit")
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write the file; only a fit that runs again in the same folder overwrites it."""
@@ -57,8 +63,7 @@ def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> l
     loggers: list[Logger] = []
     for name in [chosen] if isinstance(chosen, str) else chosen:
         if name == "csv":
-            keep_earlier_metrics(folder)
-            loggers.append(CSVLogger(folder, name="", version=""))
+            loggers.append(MetricsFile(folder))
         elif name == "tensorboard":
             loggers.append(TensorBoardLogger(folder, name="", version=""))
         else:
@@ -67,29 +72,3 @@ def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> l
             except ModuleNotFoundError:
                 raise InputError("log_with: wandb needs pip install 'embedtune[wandb]'") from None
     return loggers
-
-
-@rank_zero_only
-def keep_earlier_metrics(folder: Path) -> None:
-    """Rename the metrics of an earlier run in this folder, which CSVLogger would delete."""
-    _set_aside(folder / "metrics.csv")
-
-
-@rank_zero_only
-def keep_earlier_checkpoints(folder: Path) -> None:
-    """Rename the checkpoints of an earlier run in this folder, and what was measured of them."""
-    checkpoints = folder / "checkpoints"
-    sweep(checkpoints)
-    sweep_together(checkpoints, CHECKPOINTS)
-    _set_aside(folder / "metrics.json")
-    if checkpoints.is_dir() and any(checkpoints.iterdir()):
-        aside = _set_aside(checkpoints)
-        log.warning("%s: an earlier run's checkpoints are now in %s", folder, aside)
-
-
-def _set_aside(path: Path) -> Path | None:
-    """Rename a file or folder to the first of NAME-1, NAME-2, .. that is free."""
-    if not path.exists():
-        return None
-    numbered = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
-    return path.rename(next(other for other in numbered if not other.exists()))

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from embedtune.callbacks.earlier_run import earlier_checkpoints
 from embedtune.callbacks.out_of_memory import out_of_memory_said
 from embedtune.checkpoints.find import best_checkpoint, last_checkpoint
 from embedtune.checkpoints.read import read_spec
@@ -27,7 +28,7 @@ from embedtune.cli.mistakes import first_line, tell_of_threads
 from embedtune.cli.parser import Parser
 from embedtune.cli.paths import CHECKPOINT_NAMES, refuse_paths, requeued_checkpoint
 from embedtune.cli.processes import end_with_rank_0
-from embedtune.cli.run_folder import SaveConfig, keep_earlier_checkpoints, refuse_withheld
+from embedtune.cli.run_folder import SaveConfig, refuse_withheld
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.distributed import exchange
 from embedtune.distributed.strategies import refuse_checkpoint, set_timeout
@@ -168,20 +169,22 @@ class TrainerCLI(LightningCLI):
             folder = Path(config.trainer.default_root_dir)
         find = {"last": last_checkpoint, "best": best_checkpoint, "hpc": requeued_checkpoint}
         path = find[asked](folder)
-        if path is None and (self.subcommand != "fit" or asked != "last"):
+        if path is not None:
+            return path
+        earlier = ", ".join(map(str, earlier_checkpoints(folder)))
+        elsewhere = f"; those of earlier runs are in {earlier}" if earlier else ""
+        if self.subcommand != "fit" or asked != "last":
             kept = {"best": " that checkpoint.monitor has kept", "hpc": " of a requeued job"}
             raise InputError(
                 f"ckpt_path: {asked}: expected a checkpoint{kept.get(asked, '')} in {folder}, "
-                "found none"
+                f"found none{elsewhere}"
             )
-        if path is None:
-            log.info("ckpt_path: last: there is no checkpoint yet")
+        level = logging.WARNING if earlier else logging.INFO
+        log.log(level, "ckpt_path: last: there is no checkpoint yet%s", elsewhere)
         return path
 
     def _run(self, command: str, ckpt_path: str | None = None, **kwargs: Any) -> None:
         path = self._checkpoint  # which ckpt_path comes to
-        if path is None and command == "fit":
-            self._start_afresh()
         if path is not None:
             refuse_checkpoint(self.trainer.strategy, path)
             if command != "fit":
@@ -196,13 +199,6 @@ class TrainerCLI(LightningCLI):
             if said is None:
                 raise
             raise TrainingError(said) from error
-
-    def _start_afresh(self) -> None:
-        """Tell this run's files from those that an earlier one has left in its folder."""
-        config = self.config_init[self.subcommand]
-        folder = Path(config.trainer.default_root_dir)
-        if Path(config.checkpoint.dirpath) == folder / "checkpoints":
-            keep_earlier_checkpoints(folder)
 
 
 def trainer_command(argv: Sequence[str]) -> None:

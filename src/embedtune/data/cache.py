@@ -26,6 +26,8 @@ log = logging.getLogger("embedtune")
 GB = 10**9
 LIMIT = 100
 """GB that all tables may take, unless ``$EMBEDTUNE_CACHE_LIMIT`` says otherwise."""
+NAMES = f"{'[0-9a-f]' * 32}.arrow"
+"""A pattern of the names of all tables, digests: other files in their folder are others'."""
 IN_USE = 3600
 """Seconds for which a table stays after it was opened, whatever the limit."""
 
@@ -47,9 +49,16 @@ class Table(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Return where Arrow tables are kept: ``$EMBEDTUNE_CACHE``, or beside those of ``datasets``."""
+    """Return where Arrow tables are kept: ``$EMBEDTUNE_CACHE``, or beside those of ``datasets``.
+
+    Raises:
+        InputError: There is a file.
+    """
     default = Path(datasets.config.HF_DATASETS_CACHE) / "embedtune"
-    return Path(os.environ.get("EMBEDTUNE_CACHE", default))
+    folder = Path(os.environ.get("EMBEDTUNE_CACHE") or default).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"EMBEDTUNE_CACHE: expected a folder, found the file {folder}")
+    return folder
 
 
 def open_table(
@@ -118,7 +127,7 @@ def _map(path: Path) -> tuple[datasets.Dataset, Facts]:
 def cached_tables() -> list[Table]:
     """Return the tables of the cache, the one that was opened last first."""
     tables = []
-    for path in cache_folder().glob("*.arrow"):
+    for path in cache_folder().glob(NAMES):
         with contextlib.suppress(FileNotFoundError):  # another process has removed it
             tables.append(Table(path, path.stat().st_size, path.stat().st_mtime))
     return sorted(tables, key=lambda table: -table.used)

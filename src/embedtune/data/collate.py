@@ -79,9 +79,7 @@ class Collator:
             list_index=torch.tensor(lists, dtype=torch.int64),
             scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
             teacher=torch.from_numpy(np.stack(teachers)) if teachers else None,
-            query_id=torch.from_numpy(
-                query_hashes([e.query for e in examples], [e.prompt for e in examples])
-            ),
+            query_id=_query_id(examples),
             positive_id=text_ids(text.text for text in positives),
             negative_id=text_ids(text.text for text in negatives),
             known_positive_id=torch.nn.utils.rnn.pad_sequence(
@@ -149,6 +147,11 @@ class Collator:
     def document(self, text: str) -> Text:
         """Return a positive or a negative with the prompt of all documents."""
         return Text(text, "document", self.prompts["document"], self.passage_max_len)
+
+
+def _query_id(examples: Sequence[Example]) -> Tensor:
+    queries, prompts = zip(*((e.query, e.prompt) for e in examples), strict=True)
+    return torch.from_numpy(query_hashes(queries, prompts))
 
 
 def _known_positive_id(example: Example) -> Tensor:

@@ -15,7 +15,12 @@ from embedtune.models.attention import VARLEN
 from embedtune.models.dropout import use_fast_dropout
 from embedtune.models.gpu_attention import block_bias
 from embedtune.models.layers import block_classes, layers
-from embedtune.models.loading import dropout_settings, load_sentence_transformer, make_trainable
+from embedtune.models.loading import (
+    DOCUMENT_PROMPTS,
+    dropout_settings,
+    load_sentence_transformer,
+    make_trainable,
+)
 from embedtune.models.packing import (
     BLOCK_INPUTS,
     CHUNK_COST,
@@ -187,7 +192,12 @@ class Encoder(nn.Module):
         self.spec = self.spec._replace(max_seq_length=length)
 
     def set_prompt(self, role: Role, prompt: str) -> None:
-        """Make ``prompt`` the model's own for queries or documents, as exported; empty for none."""
+        """Make ``prompt`` the model's own for queries or documents, as exported; empty for none.
+
+        Whatever the model calls it: documents' may have other names beside.
+        """
+        names = DOCUMENT_PROMPTS if role == "document" else (role,)
+        self.model.prompts |= {name: prompt for name in names if name in self.model.prompts}
         self.model.prompts[role] = prompt
         self.spec = self.spec.with_prompt(role, prompt)
 

@@ -46,6 +46,10 @@ OTHER_DROPOUT = (
 """And every other dropout."""
 
 
+DOCUMENT_PROMPTS = ("document", "passage", "corpus")
+"""What ``encode_document`` calls the prompt of documents, in its order."""
+
+
 def load_sentence_transformer(
     model_name_or_path: str,
     *,
@@ -144,10 +148,8 @@ def _settle_document_prompt(model: SentenceTransformer, name: str) -> None:
     ``encode_document`` would take an empty "document" prompt, which it gives to every model, over
     one of another name.
     """
-    if model.prompts.get("document"):
-        return
-    named = next((other for other in ("passage", "corpus") if model.prompts.get(other)), None)
-    if named is not None:
+    named = next((other for other in DOCUMENT_PROMPTS if model.prompts.get(other)), "document")
+    if named != "document":
         model.prompts["document"] = model.prompts[named]
         log.info("%s: documents get its %r prompt", name, named)
 

@@ -30,6 +30,11 @@ from embedtune.secrets import withhold
 from embedtune.whole_files import write_text
 
 
+def report_path(folder: Path) -> Path:
+    """Return where the report of a run folder lies."""
+    return folder / "report.html"
+
+
 def write_report(
     folder: Path,
     *,
@@ -87,7 +92,7 @@ def write_report(
         number=number,
         quote=shlex.quote,
     )
-    path = folder / "report.html"
+    path = report_path(folder)
     write_text(path, page)
     return path
 
