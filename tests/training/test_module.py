@@ -444,3 +444,14 @@ def test_workers_give_the_batches_of_the_main_process(tmp_path, tiny_bert):
     ]
     states = [run.encoder.state_dict() for run in runs]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize(
+    ("data", "found"), [({}, "none"), ({"datamodule": pl.LightningDataModule()}, "LightningDataM")]
+)
+def test_a_module_without_its_data_module_is_refused(tiny_bert, data, found):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(accelerator="cpu", **quiet)
+    loaders = {} if data else {"train_dataloaders": [0]}
+    with pytest.raises(InputError, match=f"expected an EmbeddingDataModule .*found {found}"):
+        trainer.fit(EmbeddingModule(str(tiny_bert)), **loaders, **data)

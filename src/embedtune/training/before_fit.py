@@ -35,6 +35,20 @@ def refuse_another_precision(precision: str) -> None:
         )
 
 
+def refuse_other_data(data: Any) -> None:
+    """Refuse to train or run a module on bare data loaders, or on another's data module.
+
+    Raises:
+        InputError: ``data`` of the Trainer is no EmbeddingDataModule.
+    """
+    if not isinstance(data, EmbeddingDataModule):
+        found = "none" if data is None else type(data).__name__
+        raise InputError(
+            "Trainer: expected an EmbeddingDataModule beside the EmbeddingModule, as in "
+            f"fit(module, EmbeddingDataModule('rows.jsonl')), found {found}"
+        )
+
+
 def compare_directions(encoder: Encoder) -> None:
     """Make cosine the similarity of a model that takes another, for losses compare directions.
 

@@ -42,6 +42,7 @@ from embedtune.training.before_fit import (
     refuse_flash_in_float32,
     refuse_long_interval,
     refuse_long_prompts,
+    refuse_other_data,
     tell_of_far_rate,
     tell_of_few_steps,
 )
@@ -190,6 +191,7 @@ class EmbeddingModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Settle the loss and the projection for the data's format."""
         refuse_unsupported(self.trainer)
+        refuse_other_data(self.data)
         strategy: Any = self.trainer.strategy
         device = strategy.root_device
         refuse_another_precision(str(self.trainer.precision))
