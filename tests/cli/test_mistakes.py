@@ -145,7 +145,7 @@ def test_broken_yaml_is_one_line(capsys):
         ("trainer.val_check_interval", "0", "trainer.val_check_interval: .*found 0"),
         ("trainer.val_check_interval", "0.0", "trainer.val_check_interval: .*found 0.0"),
         ("trainer.val_check_interval", "-1", "trainer.val_check_interval: .*found -1"),
-        ("trainer.limit_val_batches", "-1", "trainer: .*-1 for limit_val_batches"),
+        ("trainer.limit_val_batches", "-1", "trainer: .*-1(.0)? for limit_val_batches"),
         ("trainer.log_every_n_steps", "-1", "trainer.log_every_n_steps: .*found -1"),
         ("trainer.min_epochs", "-1", "trainer.min_epochs: .*found -1"),
         ("ckpt_path", "hpc", "ckpt_path: hpc: .*a requeued job in run, found none"),
