@@ -34,6 +34,9 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     Path("rank_told.py").write_text(TOLD)
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 def flags(command: str, model: Path, *more: str) -> list[str]:
