@@ -264,11 +264,10 @@ def run(folder: Path, **settings: object) -> pl.Trainer:
         accelerator="cpu",
         default_root_dir=folder,
         limit_train_batches=3,
-        limit_val_batches=0,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **{"max_epochs": 1, **settings},
+        **{"max_epochs": 1, "limit_val_batches": 0, **settings},
     )
     trainer.fit(BoringModel())
     return trainer
@@ -299,6 +298,37 @@ def _(folder, model):
     states = torch.load(folder / "a.ckpt", weights_only=True)["callbacks"]
     (state,) = (s for name, s in states.items() if name.startswith("ModelCheckpoint"))
     assert {"monitor", "best_model_path"} <= set(state)
+
+
+@borrows("lightning: val_loop.run before the first step; val_check_batch, _val_check_time_interval")
+def _(folder, model):
+    ended: list[tuple[int, int]] = []
+
+    class Measured(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            assert trainer._val_check_time_interval is None
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+
+        def on_validation_end(self, trainer, pl_module):
+            ended.append((trainer.global_step, trainer.val_check_batch))
+
+    run(folder, callbacks=[Measured()], limit_val_batches=1)
+    assert ended == [(0, 3), (3, 3)]
+
+
+@borrows("lightning: callbacks.EarlyStopping.load_state_dict, wait_count, patience; should_stop")
+def _(folder, model):
+    stopping = pl.callbacks.EarlyStopping("x", patience=4)
+    stopping.load_state_dict({**stopping.state_dict(), "wait_count": 2, "patience": 3})
+    assert (stopping.wait_count, stopping.patience) == (2, 3)
+
+    class Ended(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            trainer.should_stop = True
+
+    assert run(folder, callbacks=[Ended()]).global_step == 0
 
 
 @borrows("lightning: Trainer.callbacks, the order of its hooks")
