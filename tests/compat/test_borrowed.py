@@ -314,7 +314,7 @@ def _(folder, model):
         def on_validation_end(self, trainer, pl_module):
             ended.append((trainer.global_step, trainer.val_check_batch))
 
-    run(folder, callbacks=[Measured()], limit_val_batches=1)
+    run(folder, callbacks=[Measured()], limit_val_batches=1, num_sanity_val_steps=0)
     assert ended == [(0, 3), (3, 3)]
 
 
