@@ -2,12 +2,13 @@
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -24,6 +25,11 @@ from embedtune.data.chunks import Text, make_chunks
 from embedtune.export.folder import is_verified
 from embedtune.models import Encoder
 
+ALIKE = {
+    *("distilbert", "albert", "deberta", "deberta-v2", "opt-left", "llama-left", "qwen2", "llama"),
+    *("mistral-window", "static", "words", "bow", "dense-dense", "fp16", "no-padding-left"),
+}
+"""Models that go the way of another one: with the slow tests alone."""
 LONGEST, SHORT = 64, 24
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 LETTERS = string.ascii_lowercase + string.digits
@@ -53,6 +59,12 @@ Build = Callable[[Path], None]
 
 
 # --- What a model is made of -----------------------------------------------------------------
+
+
+def named(models: Iterable[str]) -> list[Any]:
+    """Return the names of models as parameters of a test."""
+    slow = pytest.mark.slow
+    return [pytest.param(name, marks=slow) if name in ALIKE else name for name in models]
 
 
 def tokenizer(**settings: Any) -> BertTokenizer:

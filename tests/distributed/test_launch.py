@@ -200,6 +200,7 @@ def len_of(found: re.Match) -> int:
     return found.end() - found.start()
 
 
+@pytest.mark.slow
 def test_one_command_trains_on_two_and_exports_offline(tiny_bert):
     code, output = finish(start(fit(tiny_bert, "own", *on_two("zero2"))))
     assert code == 0, output
@@ -266,6 +267,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_once_by_two_ranks(tiny_bert):
     Path("train.jsonl").write_text('{"query": "q", "pos": ["p"]}\n{"query": "q", "pos": "p"}\n')
     code, output = finish(start(fit(tiny_bert, "run", *on_two("ddp"))))

@@ -380,6 +380,7 @@ sys.stdout.write(str(peak() - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_rank_hinge_of_256_texts_makes_no_table_of_pairs_of_pairs():
     """m = 32,640 pairs: their m x m table in float32 would be 4.3 GB."""

@@ -47,6 +47,7 @@ def files(folder):
 # --- The whole harvest ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_another_process_harvests_the_same_bytes_in_silence(harvested, tmp_path):
     code = """
 import inspect, sys, sysconfig, warnings

@@ -1,7 +1,7 @@
 """Encoders whose tokens see both ways."""
 
 import pytest
-from zoo_models import DECODER, SIZES, check, decoder, encoder
+from zoo_models import DECODER, SIZES, check, decoder, encoder, named
 
 OFFSET = {**SIZES, "max_position_embeddings": 66}
 """Of models that number positions from after the padding on."""
@@ -45,6 +45,6 @@ PADDED = {"mpnet", "deberta", "deberta-v2", "deberta-v3", "t5", "longformer", "r
 """Models that are not encoded without padding: attention is not all that mixes their tokens."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", named(MODELS))
 def test_an_encoder_is_trained_and_exported_as_what_it_is(name, tmp_path):
     check(MODELS[name], tmp_path, packs=name not in PADDED)

@@ -1,7 +1,7 @@
 """Language models whose tokens see those before them, and models with a decoder."""
 
 import pytest
-from zoo_models import SIZES, check, decoder, encoder, left_tokenizer
+from zoo_models import SIZES, check, decoder, encoder, left_tokenizer, named
 
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
 BART = {
@@ -51,6 +51,6 @@ PADDED = {"bart", "xlnet", "gemma2", "phi3-longrope"}
 """Models that are not encoded without padding: attention is not all that mixes their tokens."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", named(MODELS))
 def test_a_language_model_is_trained_and_exported_as_what_it_is(name, tmp_path):
     check(MODELS[name], tmp_path, packs=name not in PADDED)

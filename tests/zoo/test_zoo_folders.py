@@ -19,6 +19,7 @@ from zoo_models import (
     decoder_tokenizer,
     edit,
     left_tokenizer,
+    named,
     save,
     small_bert,
     tokenizer,
@@ -167,6 +168,6 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("build", MODELS.values(), ids=MODELS)
-def test_a_folder_is_trained_and_exported_as_what_it_is(build, tmp_path):
-    check(build, tmp_path, packs=True)
+@pytest.mark.parametrize("name", named(MODELS))
+def test_a_folder_is_trained_and_exported_as_what_it_is(name, tmp_path):
+    check(MODELS[name], tmp_path, packs=True)

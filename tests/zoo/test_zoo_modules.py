@@ -28,6 +28,7 @@ from zoo_models import (
     check,
     configured,
     enlarge,
+    named,
     save,
     small_bert,
     tokenizer,
@@ -171,6 +172,6 @@ PADDED = {
 """Models that are not encoded without padding: attention is not all that mixes their tokens."""
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", named(MODELS))
 def test_a_model_of_other_modules_is_trained_and_exported_as_what_it_is(name, tmp_path):
     check(MODELS[name], tmp_path, packs=name not in PADDED)
