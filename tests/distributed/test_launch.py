@@ -224,6 +224,7 @@ def test_torchrun_trains_what_one_command_does(tiny_bert):
     assert np.array_equal(embed("torchrun/model"), embed("own/model"))
 
 
+@pytest.mark.slow
 def test_the_readmes_torchrun_example_runs(tiny_bert):
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     Path("train.jsonl").write_text(re.search(r"<<'ROWS'\n(.*?)ROWS", readme, re.DOTALL)[1])
