@@ -104,9 +104,9 @@ def test_a_fit_ends_at_once_before_its_first_step(
 
 
 def test_a_rank_ends_without_waiting_for_the_others(tiny_bert):
-    two = ("--trainer.devices=2", "--model.loss=rank_told.Told", "--rank_timeout=120")
+    two = ("--trainer.devices=2", "--model.loss=rank_told.Told", "--rank_timeout=600")
     arguments = flags("validate", tiny_bert, *two)
     ranks = Ranks(embedtune, arguments, folder=Path.cwd(), ranks=2)
-    other, told = ranks.wait(60)
+    other, told = ranks.wait(180)
     assert (told, other) == (143, 1), ranks.output()
     assert "SIGTERM: ended before it was done" in ranks.output()
