@@ -298,3 +298,13 @@ def test_no_fit_goes_on_with_weights_alone(tiny_bert, capsys):
     fit(tiny_bert, "--trainer.max_steps=1", "--checkpoint.save_weights_only=true")
     said = error(capsys, tiny_bert, "--trainer.max_steps=2", "--ckpt_path=last")
     assert "ckpt_path: expected a checkpoint with the optimiser's states, found weights" in said
+
+
+@pytest.mark.parametrize("shared", ["look for: ", None])
+def test_texts_are_tokenised_once(tiny_bert, caplog, shared):
+    """Also where the rows bring the prompt that becomes the model's own."""
+    rows = [row | {"prompt": shared} for row in PAIRS]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level("INFO", "embedtune"):
+        fit(tiny_bert, "--trainer.max_epochs=1", f"--data.passage_max_len={29 if shared else 30}")
+    assert caplog.text.count("tokenising") == 1

@@ -180,8 +180,11 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     @property
     def prompts(self) -> dict[Role, str | None]:
-        """Prompts that were asked for, by role; None where the rows or the model say it."""
-        return dict(self._prompts)
+        """Prompts by role: asked for, or shared by all training rows; None is the model's own."""
+        prompts = dict(self._prompts)
+        if prompts["query"] is None and "train" in self.datasets:
+            prompts["query"] = self.datasets["train"].rows.prompt
+        return prompts
 
     @property
     def query_max_len(self) -> int:

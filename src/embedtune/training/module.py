@@ -248,10 +248,7 @@ class EmbeddingModule(pl.LightningModule):
 
     def _set_prompts(self) -> None:
         """Make the prompts of the data the model's own: the base was measured with its own."""
-        given = self.data.prompts
-        if "train" in self.data.datasets and given["query"] is None:
-            given["query"] = self.data.datasets["train"].rows.prompt
-        for role, prompt in given.items():
+        for role, prompt in self.data.prompts.items():
             if prompt is not None:
                 self.encoder.set_prompt(role, prompt)
 
@@ -449,8 +446,7 @@ class EmbeddingModule(pl.LightningModule):
         trainer, path = self.trainer, Path(str(self.trainer.ckpt_path))
         saved = place_of(checkpoint)
         saved = saved.among(saved.batches)
-        accumulated = trainer.accumulate_grad_batches
-        ranks = trainer.world_size
+        ranks, accumulated = trainer.world_size, trainer.accumulate_grad_batches
         refuse_another_order(saved, self.data.start, self.data.batch_size, ranks, accumulated)
         self._place = saved.among(self.data.batches_per_epoch)
         set_counters(checkpoint, self._place, accumulated)
