@@ -37,7 +37,7 @@ def pytest_addoption(parser):
     parser.addoption("--mutations", type=int, default=132, help="files that are broken")
     parser.addoption("--steps", type=int, default=200, help="steps of a long run")
     parser.addoption("--testsets", type=Path, help="a folder of BEIR sets to score")
-    parser.addoption("--write-points", type=int, default=1, help="writes that fail; 0 for all")
+    parser.addoption("--write-points", default="1", help="how many fail, 0 for all, or FROM-TO")
 
 
 def pytest_collection_finish():
