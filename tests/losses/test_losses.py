@@ -412,6 +412,7 @@ def test_lists_need_a_teacher_temperature():
         ({"loss": 1.0}, "found float in it"),
         ({"loss": torch.ones(3, requires_grad=True)}, r"of the shape \[3\]"),
         ({"loss": torch.tensor(0.5)}, "does not depend on the embeddings"),
+        ({"loss": torch.ones((), requires_grad=True), "lr": 1.0}, 'a part called "lr"'),
     ],
 )
 def test_a_loss_that_returns_something_else_is_named(returned, found):

@@ -6,6 +6,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -137,10 +138,22 @@ def _parse_text(path: Path, number: int, text: str) -> dict[str, Any]:
     return {"query": text.rstrip("\r\n")}
 
 
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object's fields; JSON itself would keep the last of a name."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        ((name, _),) = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"found the field {json.dumps(name)} twice in one object")
+    return fields
+
+
+_parse = json.JSONDecoder(object_pairs_hook=_object_of).decode
+
+
 def _parse_object(path: Path, number: int, text: str) -> dict[str, Any]:
     place = f"{path}:{number}"
     try:
-        fields = json.loads(text)
+        fields = _parse(text)
         if SURROGATE.search(text):
             json.dumps(fields, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -151,7 +164,7 @@ def _parse_object(path: Path, number: int, text: str) -> dict[str, Any]:
         raise InputError(f"{place}: expected Unicode text, found half a pair, {found}") from None
     except RecursionError:
         raise InputError(f"{place}: expected a row, found JSON nested too deep") from None
-    except ValueError as error:  # an integer of thousands of digits
+    except ValueError as error:  # such a field, or an integer of thousands of digits
         raise InputError(f"{place}: invalid JSON: {error}") from None
     if not isinstance(fields, dict):
         raise InputError(f"{place}: expected a JSON object, found {describe_value(fields)}")

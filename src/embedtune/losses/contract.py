@@ -58,6 +58,8 @@ def require_parts(loss: Loss, parts: Any) -> dict[str, Tensor]:
         found = f'"loss" of the shape {list(total.shape)}'
     elif torch.is_grad_enabled() and not total.requires_grad:
         found = 'a "loss" that does not depend on the embeddings'
+    elif "lr" in parts:  # that part of the log is the learning rate's
+        found = 'a part called "lr"'
     if found is not None:
         raise InputError(
             f"model.loss: expected {type(loss).__name__}.forward to return a dict with a scalar "
