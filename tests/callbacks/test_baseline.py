@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.evaluation import (
 from sentence_transformers.sentence_transformer.modules import Pooling
 from testset_files import DOCUMENTS, lines, write_plain_beir
 
+from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
 from embedtune.data.beir import read_beir
 from embedtune.data.scored_pairs import read_scored
@@ -213,7 +214,7 @@ def test_the_model_is_the_best_checkpoint_and_says_so(tiny_bert, data, caplog, m
 
     # A fit that goes on from the best does what this one did.
     again = fit(tiny_bert, data, *flags, "--ckpt_path", "best")
-    assert curve(again, metric) == trained[best + 1 :]
+    assert curve(again, metric) == curve(rows, metric)
 
 
 def test_the_best_checkpoint_is_found_by_its_name(tiny_bert, data, capsys):
@@ -293,8 +294,13 @@ def test_resuming_keeps_the_base_for_comparison(tiny_bert, data, caplog):
     with caplog.at_level(logging.INFO, logger="embedtune"):
         rows = fit(tiny_bert, data, "--ckpt_path", "last")
     base = reference(tiny_bert, data, None)["docs/ndcg@10"]
-    (value,) = curve(rows, "val/docs/ndcg@10")  # only what this run has trained
+    first, _, value = curve(rows, "val/docs/ndcg@10")
+    assert first == pytest.approx(base)
     assert f"step 8: val/docs/ndcg@10 {value:.4f} ({value - base:+.4f})" in caplog.text
+    first, _, value = curve(rows, "val/pairs/loss")  # measured before the first step alone
+    assert f"step 8: val/pairs/loss {value:.4f} ({value - first:+.4f})" in caplog.text
+    kept = read_facts(last_checkpoint(Path("run/checkpoints")))["training_facts"]["base_metrics"]
+    assert kept["val/pairs/loss"] == pytest.approx(first)
 
 
 def test_a_limit_of_batches_holds_for_the_base_too(tiny_bert, data):

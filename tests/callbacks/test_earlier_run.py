@@ -9,6 +9,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
+from embedtune.reports.curves import read_rows
 
 PAIRS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(8)]
 WORK = "work"
@@ -112,3 +113,33 @@ def test_who_goes_on_where_nothing_is_hears_where_something_is(tiny_bert, caplog
     told = [record for record in caplog.records if "ckpt_path: last" in record.getMessage()]
     assert [record.levelname for record in told] == ["WARNING"]
     assert told[0].getMessage() == f"ckpt_path: last: there is no checkpoint yet{where}"
+
+
+def test_who_goes_on_in_a_run_has_all_of_its_metrics_in_one_file(tiny_bert, used):
+    """Without what was logged after the checkpoint, of steps that are then trained anew."""
+    logged = ("--trainer.log_every_n_steps=3", "--checkpoint.every_n_train_steps=1")
+    fit(tiny_bert, "--trainer.max_epochs=2", *logged)
+    shutil.copytree("run/checkpoints", "kept")
+    fit(tiny_bert, "--trainer.max_epochs=8", *logged, "--ckpt_path=last")
+    whole = read_rows(Path("run/metrics.csv"))
+    assert [row.step for row in whole if "train/loss" in row.values] == [2, 5, 8, 11, 14]
+    shutil.rmtree("run/checkpoints")
+    Path("kept").rename("run/checkpoints")
+    fit(tiny_bert, "--trainer.max_epochs=6", *logged, "--ckpt_path=last")
+    again = read_rows(Path("run/metrics.csv"))
+    assert [row.step for row in again if "train/loss" in row.values] == [2, 5, 8, 11]
+    assert [row for row in again if row.step < 4] == [row for row in whole if row.step < 4]
+
+
+@pytest.mark.parametrize("epochs", [10, 12])
+def test_who_goes_on_from_elsewhere_takes_nothing_of_the_run_that_is_here(tiny_bert, used, epochs):
+    """Also where nothing is left to train."""
+    fit(tiny_bert, "--trainer.max_epochs=10", "--trainer.default_root_dir=other")
+    ends = f"--trainer.max_epochs={epochs}"
+    fit(tiny_bert, ends, "--ckpt_path=other/checkpoints/last.ckpt")
+    assert contents(Path("run/checkpoints-1")) == contents(used / "run/checkpoints")
+    assert Path("run/model/modules.json").exists()
+    if epochs > 10:
+        assert steps("run/checkpoints") == 24
+        assert {row.step for row in read_rows(Path("run/metrics.csv"))} == {20, 21, 22, 23}
+        assert Path("run/metrics-1.csv").read_bytes() == (used / "run/metrics.csv").read_bytes()

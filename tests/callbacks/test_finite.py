@@ -102,6 +102,23 @@ def test_as_many_steps_as_asked_are_left_out(tiny_bert, caplog, capsys, what):
     assert "step 4: the gradient is" in capsys.readouterr().err
 
 
+def test_each_fit_counts_its_own(tiny_bert, monkeypatch):
+    monkeypatch.syspath_prepend(Path.cwd())
+    counting = finite.Finite(skip_nonfinite=1)
+    for _ in range(2):
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            max_steps=2,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            callbacks=[counting],
+        )
+        module = EmbeddingModule(str(tiny_bert), loss=import_module("breaking").Breaking(at=1))
+        trainer.fit(module, EmbeddingDataModule("train.jsonl", batch_size=4))
+        assert trainer.global_step == 2
+
+
 def test_a_scaler_leaves_no_more_losses_out_than_asked(tiny_bert, caplog, monkeypatch):
     """It would skip every step whose loss is no number, to the end of the fit."""
     monkeypatch.syspath_prepend(Path.cwd())

@@ -7,7 +7,8 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 from forks import Ranks, embedtune
-from told_losses import told
+from lightning.pytorch.callbacks import ModelCheckpoint
+from told_losses import Told, told
 
 from embedtune import EmbeddingDataModule, EmbeddingModule
 from embedtune.callbacks.stop_on_signal import SIGNALS, StopOnSignal
@@ -60,6 +61,39 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on(tiny_bert, caplog, n
     main(flags(tiny_bert, "whole", same))
     stopped, whole = (Path(root, "model/model.safetensors") for root in ("run", "whole"))
     assert stopped.read_bytes() == whole.read_bytes()
+
+
+def test_before_the_time_of_a_slurm_job_ends_it_is_the_same(tiny_bert, caplog, monkeypatch):
+    """Lightning would save within the signal, in the middle of the step."""
+    names = ("JOB_ID", "NTASKS", "NTASKS_PER_NODE", "NNODES")
+    given = {f"SLURM_{name}": "1" for name in names} | {"SLURM_JOB_NAME": "fit"}
+    for name, value in (given | {"SLURM_PROCID": "0", "SLURM_LOCALID": "0"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as caught:
+        main(flags(tiny_bert, "run", *told(4, signal.SIGUSR1)))
+    assert caught.value.code == 138
+    assert "SIGUSR1: stopped after step 5: saved run/checkpoints/last.ckpt" in caplog.text
+    assert not list(Path().rglob("hpc*"))
+    main(flags(tiny_bert, "run", "--ckpt_path=last"))
+    assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 12
+
+
+def test_what_last_is_a_link_to_is_not_written_over(tiny_bert):
+    """Where nobody brings our way of writing checkpoints."""
+    data = EmbeddingDataModule("train.jsonl", batch_size=4)
+    module = EmbeddingModule(str(tiny_bert), loss=Told(4, signal.SIGTERM))
+    keeper = ModelCheckpoint("kept", save_last="link", every_n_train_steps=3)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        callbacks=[keeper, StopOnSignal()],
+    )
+    with pytest.raises(SystemExit):
+        trainer.fit(module, data)
+    kept = {path.name: read_facts(path)["global_step"] for path in Path("kept").iterdir()}
+    assert kept == {"epoch=0-step=3.ckpt": 3, "last.ckpt": 5}
 
 
 @pytest.mark.parametrize("at", [5, 11])

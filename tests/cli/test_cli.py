@@ -231,7 +231,7 @@ def test_so_do_rates_and_decay(tiny_bert):
         for name in ("metrics-1.csv", "metrics.csv")
     )
     assert earlier == pytest.approx([1e-3] * 2)
-    assert later == pytest.approx([1e-4] * 2)
+    assert later == pytest.approx([1e-3] * 2 + [1e-4] * 2)
     (optimizer,) = torch.load("run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"]
     assert [group["weight_decay"] for group in optimizer["param_groups"]] == [0.5, 0.0]
     assert {state["step"].item() for state in optimizer["state"].values()} == {4}

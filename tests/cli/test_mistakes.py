@@ -148,7 +148,7 @@ def test_broken_yaml_is_one_line(capsys):
         ("trainer.limit_val_batches", "-1", "trainer: .*-1(.0)? for limit_val_batches"),
         ("trainer.log_every_n_steps", "-1", "trainer.log_every_n_steps: .*found -1"),
         ("trainer.min_epochs", "-1", "trainer.min_epochs: .*found -1"),
-        ("ckpt_path", "hpc", "ckpt_path: hpc: .*a requeued job in run, found none"),
+        ("ckpt_path", "best", "ckpt_path: best: .*checkpoint.monitor has kept in .*, found none"),
         ("ckpt_path", "registry", "ckpt_path: .*found nothing at registry"),
         ("ckpt_path", "rows.jsonl", "ckpt_path: rows.jsonl: .*that torch has not saved"),
         ("ckpt_path", ".", r"ckpt_path: \.: .*foreign folder"),

@@ -247,6 +247,17 @@ def _(folder, model):
     assert trainer.fit_loop._should_accumulate() in (True, False)
 
 
+@borrows("lightning: _accelerator_connector.cluster_environment, SLURMEnvironment.auto_requeue")
+def _(folder, model):
+    trainer = run(folder)
+    assert hasattr(trainer._accelerator_connector, "cluster_environment")
+    assert takes(
+        import_module("lightning.pytorch.plugins.environments").SLURMEnvironment, "auto_requeue"
+    )
+    connector = import_module("lightning.pytorch.trainer.connectors.signal_connector")
+    assert "environment.auto_requeue" in source_of(connector)
+
+
 @borrows("lightning: StrategyRegistry.available_strategies")
 def _(folder, model):
     registry = import_module("lightning.pytorch.strategies").StrategyRegistry

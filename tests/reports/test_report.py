@@ -112,29 +112,6 @@ def test_steps_are_counted_when_they_are_done_and_the_base_model_is_step_0(tmp_p
     }
 
 
-def test_of_an_earlier_run_the_steps_before_a_later_one_count(tmp_path):
-    write_csv(tmp_path / "metrics-1.csv", *steps(0, 10, 1.0))
-    write_csv(tmp_path / "metrics-2.csv", *steps(3, 9, 2.0))
-    write_csv(tmp_path / "metrics-10.csv", *steps(5, 9, 3.0))
-    write_csv(tmp_path / "metrics-11.csv", *steps(7, 9, 4.0))
-    write_csv(tmp_path / "metrics.csv", *steps(6, 8, 5.0))
-    expected = {1: 1.0, 2: 1.0, 3: 1.0, 4: 2.0, 5: 2.0, 6: 3.0, 7: 5.0, 8: 5.0}
-    assert read_curves(tmp_path)["train/loss"] == expected
-    assert list(read_curves(tmp_path)["train/loss"]) == sorted(expected)
-
-
-def test_a_run_from_scratch_leaves_nothing_of_an_earlier_one(tmp_path):
-    write_csv(tmp_path / "metrics-1.csv", {"step": 0, "val/a/ndcg@10": 0.1}, *steps(0, 9, 1.0))
-    write_csv(tmp_path / "metrics.csv", *steps(0, 2, 2.0))
-    assert read_curves(tmp_path) == {"train/loss": {1: 2.0, 2: 2.0}}
-
-
-def test_a_run_that_logged_nothing_takes_nothing_away(tmp_path):
-    write_csv(tmp_path / "metrics-1.csv", *steps(0, 2, 1.0))
-    (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n")
-    assert read_curves(tmp_path) == {"train/loss": {1: 1.0, 2: 1.0}}
-
-
 def test_a_line_that_was_cut_off_is_left_out(tmp_path):
     (tmp_path / "metrics.csv").write_text("epoch,step,train/loss\n0,0,1.5\n0,1,1.2")
     assert read_curves(tmp_path) == {"train/loss": {1: 1.5}}

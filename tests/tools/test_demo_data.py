@@ -134,11 +134,21 @@ def test_a_file_in_the_way_is_named(tmp_path):
             harvest(out)
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "dev/corpus.jsonl", "README.md"])
+def test_others_data_are_not_written_over(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("my own")
+    with pytest.raises(InputError, match="expected a folder without other data, found"):
+        harvest(tmp_path)
+    assert files(tmp_path) == {name: b"my own"}
+
+
 def test_what_is_written_is_whole_or_the_former(tmp_path, monkeypatch, pairs):
     monkeypatch.setattr(demo_data, "collect_pairs", lambda found: pairs)
     harvest(tmp_path)
     before = files(tmp_path)
-    assert len(before) == 8
+    assert len(before) == 9
 
     def fail(part, path):
         raise OSError("killed")

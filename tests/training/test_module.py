@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 
@@ -229,6 +230,59 @@ def test_a_second_fit_tells_nothing_of_the_first(tmp_path, tiny_bert):
     again.fit(module, EmbeddingDataModule(write(tmp_path, "pair"), batch_size=4))
     assert (module.metrics, module.base_metrics, module.place.epoch) == ({}, {}, 0)
     assert again.global_step == 3
+
+
+def test_a_second_fit_on_other_rows_is_settled_for_those(tmp_path, tiny_bert):
+    """Longest input and the spread of scores are theirs."""
+    model = SentenceTransformer(str(tiny_bert), device="cpu")
+    model.max_seq_length = 16
+    model.save_pretrained(str(tmp_path / "short"))
+    module = EmbeddingModule(str(tmp_path / "short"))
+    found = []
+    for scale, words in ((1, 2), (10, 40)):
+        rows = [
+            {**row, "scores": [scale * 0.8, scale * 0.1], "query": f"{row['query']} " * words}
+            for row in ROWS["scored"]
+        ]
+        data = EmbeddingDataModule(write(tmp_path, f"rows{words}", rows), batch_size=4)
+        trainer(tmp_path).fit(module, data)
+        found.append((module.encoder.max_seq_length, module.loss.teacher_temperature))
+    (first, cool), (second, hot) = found
+    assert (first, second) == (16, 64)
+    assert module.encoder.spec.max_seq_length == 64
+    assert hot == pytest.approx(10 * cool)
+
+
+def test_a_validation_before_it_changes_nothing_of_a_fit(tmp_path, tiny_bert):
+    settings = {"val_path": write(tmp_path, "pair"), "batch_size": 4}
+    data = EmbeddingDataModule(write(tmp_path, "pair"), **settings)
+    fits = [EmbeddingModule(str(tiny_bert)) for _ in range(2)]
+    trainer(tmp_path).validate(fits[0], data)
+    assert (fits[0].loss, fits[0].lr) == (None, None)
+    for module in fits:
+        trainer(tmp_path).fit(module, EmbeddingDataModule(write(tmp_path, "pair"), **settings))
+    assert fits[0].loss.temperature == fits[1].loss.temperature != InfoNCE().temperature
+    trainer(tmp_path).validate(fits[0], data)
+    assert fits[0].loss.temperature == fits[1].loss.temperature
+
+
+def test_accumulation_that_changes_is_refused(tmp_path, tiny_bert):
+    changing = {"callbacks": [GradientAccumulationScheduler({0: 2, 1: 4})]}
+    with pytest.raises(InputError, match=r"expected trainer\.accumulate_grad_batches"):
+        fit(tmp_path, tiny_bert, "pair", trainer_kwargs=changing)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (Distillation(mrl_dims=[8]), r"expected mrl_dims \[16, 32\] as model.mrl_dims"),
+        (Matryoshka(Distillation(), [16, 32]), "leave Matryoshka out"),
+    ],
+)
+def test_widths_of_distillation_are_its_own(tmp_path, tiny_bert, loss, message):
+    data, mrl = {"teacher_path": teacher(tmp_path, 32)}, {"use_mrl": True, "mrl_dims": [16, 32]}
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path, tiny_bert, "distill", data, loss=loss, **mrl)
 
 
 def test_a_loss_chosen_for_one_format_is_not_trained_on_another(tmp_path, tiny_bert):

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from embedtune.checkpoints.find import last_checkpoint
 from embedtune.checkpoints.write import CHECKPOINTS
+from embedtune.reports.curves import read_rows
+from embedtune.training.module import EmbeddingModule
 from embedtune.whole_files import sweep, sweep_together
 
 log = logging.getLogger("embedtune")
@@ -53,36 +55,76 @@ class MetricsFile(CSVLogger):
             self._held.append((metrics, step))
 
     @rank_zero_only
-    def start(self) -> None:
-        """Rename the file of an earlier run, and write the rows held back."""
+    def start(self, step: int) -> None:
+        """Rename the file of an earlier run, and write the rows held back.
+
+        Args:
+            step: Steps of that run which this one goes on from; what it tells of them comes first.
+        """
         if self._held is None:
             return
-        _set_aside(Path(self.save_dir) / "metrics.csv")
+        earlier = _set_aside(Path(self.save_dir) / "metrics.csv")
         held, self._held = self._held, None
-        for metrics, step in held:
-            self.log_metrics(metrics, step)
+        for row in read_rows(earlier) if earlier and step else ():
+            if row.step < step:
+                self.log_metrics(row.values, row.step)
+        self.save()  # before a kill could leave less than there was
+        for metrics, at in held:
+            self.log_metrics(metrics, at)
 
 
 class EarlierRun(pl.Callback):
-    """Rename the metrics of an earlier run in this folder and, of a new run, its checkpoints.
+    """Rename the metrics of an earlier run in this folder and, of another run, its checkpoints.
 
     It must come after the callbacks that may refuse a fit.
     """
 
+    def __init__(self) -> None:
+        """Have renamed nothing yet."""
+        self._has_begun = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the fit before."""
+        self._has_begun = False
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Rename what is there."""
+        self._has_begun = True
         if cast(Any, trainer).fast_dev_run:
             return
+        step = cast(EmbeddingModule, pl_module).place.step if goes_on_here(trainer) else 0
         for logger in trainer.loggers:
             if isinstance(logger, MetricsFile):
-                logger.start()
-        if trainer.ckpt_path is None and trainer.is_global_zero:
-            callbacks = cast(list[Any], trainer.checkpoint_callbacks)
-            _keep_earlier(
-                Path(trainer.default_root_dir),
-                {Path(callback.dirpath).resolve() for callback in callbacks if callback.dirpath},
-            )
+                logger.start(step)
+        self._keep_earlier(trainer)
         trainer.strategy.barrier()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Rename it for a fit that had nothing left to train, too."""
+        if not self._has_begun:
+            self._keep_earlier(trainer)
+
+    def _keep_earlier(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero and not goes_on_here(trainer):
+            _keep_earlier(Path(trainer.default_root_dir), set(_places(trainer)))
+
+
+def goes_on_here(trainer: pl.Trainer) -> bool:
+    """Tell whether a fit goes on from a checkpoint of the run whose folders it writes to."""
+    if trainer.ckpt_path is None:
+        return False
+    path, places = Path(trainer.ckpt_path).resolve(), _places(trainer)
+    deepest = max(places.values(), default=0)  # a metric's name makes folders
+    own = {Path(trainer.default_root_dir, NAME).resolve(), *places}
+    return not own.isdisjoint(path.parents[: deepest + 1])
+
+
+def _places(trainer: pl.Trainer) -> dict[Path, int]:
+    """Return the folders where a fit saves checkpoints, and how many its file names make in it."""
+    keepers = [callback for callback in cast(Any, trainer).checkpoint_callbacks if callback.dirpath]
+    return {
+        Path(keeper.dirpath).resolve(): (keeper.filename or "").count("/") for keeper in keepers
+    }
 
 
 def earlier_checkpoints(folder: Path) -> list[Path]:

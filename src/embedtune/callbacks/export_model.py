@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from embedtune.callbacks.best_model import best_keeper, tell_choice
+from embedtune.callbacks.earlier_run import goes_on_here
 from embedtune.checkpoints.write import CHECKPOINTS
 from embedtune.distributed.fsdp import FSDP
 from embedtune.distributed.strategies import whole_weights
@@ -162,16 +163,16 @@ class ExportModel(pl.Callback):
         if trainer.ckpt_path is None and not cast(Any, trainer).fast_dev_run:
             try_export(trainer, module)
         self._ended_epoch = self._missing_epoch(trainer, module)
-        self._delete_older(trainer, module.place.epoch)
+        if goes_on_here(trainer):
+            self._delete_older(trainer, module.place.epoch)
 
     def _missing_epoch(self, trainer: pl.Trainer, module: EmbeddingModule) -> int | None:
         """Return the epoch at whose end this run goes on, from 1 on, if it has no whole folder."""
-        if trainer.ckpt_path is None or not self.save_on_epoch_end:
+        if not self.save_on_epoch_end or not goes_on_here(trainer):
             return None
-        run_folder, place = Path(trainer.default_root_dir).resolve(), module.place
-        is_own = Path(trainer.ckpt_path).resolve().is_relative_to(run_folder)
+        place = module.place
         ended = place.epoch + (place.batch == place.batches)
-        if not is_own or not ended or place.batch not in (0, place.batches):
+        if not ended or place.batch not in (0, place.batches):
             return None
         is_there = is_verified(_epoch_folder(trainer, ended))
         return None if trainer.strategy.broadcast(is_there) else ended
@@ -243,7 +244,8 @@ class ExportModel(pl.Callback):
                 _export_saved(trainer, module, last, _epoch_folder(trainer, missing))
             except (ExportError, InputError) as error:
                 log.error("epoch %d is not exported: %s", missing, error)
-        self._delete_older(trainer, module.place.epoch)
+        if goes_on_here(trainer):
+            self._delete_older(trainer, module.place.epoch)
         path = last if keeper is None else Path(keeper.best_model_path)
         _export_saved(trainer, module, path, _model_folder(trainer))
         if trainer.is_global_zero:

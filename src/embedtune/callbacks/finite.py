@@ -56,9 +56,12 @@ class Finite(pl.Callback):
         """
         if skip_nonfinite < 0:
             raise InputError(f"skip_nonfinite: expected 0 or more, found {skip_nonfinite}")
-        self.skip_nonfinite, self._skipped = skip_nonfinite, 0
+        self.skip_nonfinite = skip_nonfinite
+        self._forget()
+
+    def _forget(self) -> None:
+        self._skipped, self._is_first = 0, True
         self._batch: Batch | None = None
-        self._is_first = True
         self._loss: Tensor | None = None
         self._asked: Asked | None = None
 
@@ -66,6 +69,10 @@ class Finite(pl.Callback):
         """Refuse what DeepSpeed cannot do."""
         if self.skip_nonfinite and isinstance(trainer.strategy, ZeRO):
             raise InputError("skip_nonfinite: expected 0 under ZeRO, which leaves no step out")
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the fit before."""
+        self._forget()
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int

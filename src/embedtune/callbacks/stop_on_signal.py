@@ -6,10 +6,11 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from embedtune.checkpoints.find import folder_of
 from embedtune.distributed import exchange
@@ -30,8 +31,14 @@ class StopOnSignal(pl.Callback):
         """Start without a signal."""
         self._received = 0
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keep Lightning from saving within a signal of SLURM, in the middle of a step."""
+        environment = cast(Any, trainer)._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals over, but for one that somebody else handles already.
+        """Take the signals over, but for a SIGUSR1 that somebody else handles already.
 
         Lightning gives all of them back when a fit ends, however it ends.
         """
@@ -39,7 +46,7 @@ class StopOnSignal(pl.Callback):
         for name in SIGNALS:
             number = getattr(signal, name, None)
             if number is None or (name == "SIGUSR1" and signal.getsignal(number) != signal.SIG_DFL):
-                continue  # SLURM's requeueing is Lightning's
+                continue
             signal.signal(number, self._receive_in(os.getpid()))
 
     def _receive_in(self, process: int) -> Any:
@@ -73,5 +80,7 @@ class StopOnSignal(pl.Callback):
         if folder is None:
             return None
         path = folder / "last.ckpt"
+        if trainer.is_global_zero and path.is_symlink():
+            path.unlink()  # torch's writer would follow it, to the best checkpoint
         trainer.save_checkpoint(path)
         return path

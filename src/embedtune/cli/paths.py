@@ -1,6 +1,5 @@
 """The folders, file names and checkpoints that a command is given, looked at before a model is."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,8 @@ from embedtune.checkpoints.read import read_facts
 from embedtune.cli.mistakes import first_line
 from embedtune.errors import InputError
 
-CHECKPOINT_NAMES = ("last", "best", "hpc")
+CHECKPOINT_NAMES = ("last", "best")
 """Values of ``ckpt_path`` that are no paths."""
-HPC = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
-"""What Lightning calls a checkpoint that it saves before SLURM requeues a job."""
 
 
 def refuse_paths(config: Any) -> None:
@@ -32,13 +29,6 @@ def refuse_paths(config: Any) -> None:
     _refuse_filename(config.checkpoint.filename)
     if config.ckpt_path not in (None, *CHECKPOINT_NAMES):
         _refuse_no_checkpoint(Path(config.ckpt_path))
-
-
-def requeued_checkpoint(folder: Path) -> Path | None:
-    """Return the last of the checkpoints that were saved before SLURM requeued a job, if any."""
-    found = {path: HPC.fullmatch(path.name) for path in folder.glob("*.ckpt")}
-    numbers = {path: int(name[1]) for path, name in found.items() if name}
-    return max(numbers, key=numbers.__getitem__, default=None)
 
 
 def _refuse_no_folder(key: str, given: Any) -> None:

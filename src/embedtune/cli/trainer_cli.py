@@ -26,7 +26,7 @@ from embedtune.cli.log_lines import quiet_libraries
 from embedtune.cli.lost_ranks import lost_rank_said, tell_of_dead_ranks
 from embedtune.cli.mistakes import first_line, tell_of_threads
 from embedtune.cli.parser import Parser
-from embedtune.cli.paths import CHECKPOINT_NAMES, refuse_paths, requeued_checkpoint
+from embedtune.cli.paths import CHECKPOINT_NAMES, refuse_paths
 from embedtune.cli.processes import end_with_rank_0
 from embedtune.cli.run_folder import SaveConfig, refuse_withheld
 from embedtune.data.datamodule import EmbeddingDataModule
@@ -165,18 +165,15 @@ class TrainerCLI(LightningCLI):
             return None
         if asked not in CHECKPOINT_NAMES:
             return Path(asked)
-        if asked == "hpc":  # which Lightning saves elsewhere, where SLURM requeues
-            folder = Path(config.trainer.default_root_dir)
-        find = {"last": last_checkpoint, "best": best_checkpoint, "hpc": requeued_checkpoint}
-        path = find[asked](folder)
+        path = {"last": last_checkpoint, "best": best_checkpoint}[asked](folder)
         if path is not None:
             return path
         earlier = ", ".join(map(str, earlier_checkpoints(folder)))
         elsewhere = f"; those of earlier runs are in {earlier}" if earlier else ""
         if self.subcommand != "fit" or asked != "last":
-            kept = {"best": " that checkpoint.monitor has kept", "hpc": " of a requeued job"}
+            kept = " that checkpoint.monitor has kept" if asked == "best" else ""
             raise InputError(
-                f"ckpt_path: {asked}: expected a checkpoint{kept.get(asked, '')} in {folder}, "
+                f"ckpt_path: {asked}: expected a checkpoint{kept} in {folder}, "
                 f"found none{elsewhere}"
             )
         level = logging.WARNING if earlier else logging.INFO

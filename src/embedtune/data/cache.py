@@ -80,6 +80,8 @@ def open_table(
     """
     sweep(path.parent)  # none of the others' leftovers has a name that is written again
     is_there = path.exists()
+    if is_there:
+        _touch(path)  # so that no other process makes room of it while it is read
     if is_there and not _is_whole(path):
         log.warning("%s: is damaged, and made anew", path)
     elif is_there:
@@ -113,9 +115,13 @@ def _is_whole(path: Path) -> bool:
         return file.read() == hasher.digest()
 
 
-def _map(path: Path) -> tuple[datasets.Dataset, Facts]:
+def _touch(path: Path) -> None:
+    """Mark a table as used now."""
     with contextlib.suppress(OSError):  # a cache of somebody else's
         os.utime(path)
+
+
+def _map(path: Path) -> tuple[datasets.Dataset, Facts]:
     with path.open("rb") as file:
         file.seek(-DIGEST_BYTES - LENGTH_BYTES, os.SEEK_END)
         end = file.tell()

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -94,8 +93,10 @@ class OpenedData:
             self.testsets[name] = TextDataset(read_beir(Path(given[0]), SPLITS[part]))
             return
         paths = resolve_paths(given, f"data.{part}_path")
-        is_scored = any("scores" in line.fields for line in islice(read_lines(paths), 1))
-        rows = Rows(paths, None if is_scored else self.files.declared)
+        declared = self.files.declared
+        fields = next((line.fields for line in read_lines(paths)), {})
+        is_triplet = declared == Format.TRIPLET and "neg" in fields
+        rows = Rows(paths, None if "scores" in fields and not is_triplet else declared)
         if rows.ignored_fields:
             log.info("%s: ignored fields: %s", name, ", ".join(rows.ignored_fields))
         if rows.format == Format.SCORED:

@@ -189,7 +189,7 @@ class Encoder(nn.Module):
             known, raised = longest_input(module), capped(module, length)
             if known is not None and raised > known:
                 cast(Any, module).max_seq_length = raised
-        self.spec = self.spec._replace(max_seq_length=length)
+        self.spec = self.spec._replace(max_seq_length=max(length, self.spec.max_seq_length or 0))
 
     def set_prompt(self, role: Role, prompt: str) -> None:
         """Make ``prompt`` the model's own for queries or documents, as exported; empty for none.

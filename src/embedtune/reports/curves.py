@@ -1,11 +1,10 @@
 """What a run folder's metrics.csv tells, sorted by set, metric and width."""
 
 import csv
-import math
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from embedtune.evaluation.metrics import TITLES
 
@@ -15,27 +14,33 @@ ALL_WIDTHS = 0
 ByWidth = Mapping[str, Mapping[int, Any]]  # values or curves by metric and width
 
 
-def read_curves(folder: Path) -> dict[str, dict[int, float]]:
-    """Return the columns of a run folder's ``metrics.csv``: values by how many steps were done.
+class Row(NamedTuple):
+    """A row of ``metrics.csv``: what was logged at a step, which Lightning counts from 0."""
 
-    Of an earlier run's ``metrics-N.csv`` the steps count that lie before the first of every later
-    run: they led to where that one went on.
-    """
-    earlier = sorted(folder.glob("metrics-*.csv"), key=lambda p: int(p.stem.partition("-")[2]))
-    rows: list[dict[str, str]] = []
-    for path in (*earlier, folder / "metrics.csv"):
-        lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
-        # A run that was killed may leave a part of a line.
-        new = list(csv.DictReader(line for line in lines if line.endswith("\n")))
-        first = min((int(row["step"]) for row in new), default=math.inf)
-        rows = [row for row in rows if int(row["step"]) < first] + new
+    step: int
+    values: dict[str, float]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a ``metrics.csv``, of one that is not there none."""
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
+    # A run that was killed may leave a part of a line.
+    rows = csv.DictReader(line for line in lines if line.endswith("\n"))
+    return [
+        Row(int(row.pop("step")), {name: float(value) for name, value in row.items() if value})
+        for row in rows
+    ]
+
+
+def read_curves(folder: Path) -> dict[str, dict[int, float]]:
+    """Return the columns of a run folder's ``metrics.csv``: values by how many steps were done."""
     curves: dict[str, dict[int, float]] = {}
-    for row in rows:
-        # Lightning counts a step before it is done. The base model's row has no epoch.
-        done = int(row.pop("step")) + bool(row.pop("epoch"))
-        for name, value in row.items():
-            if value:
-                curves.setdefault(name, {})[done] = float(value)
+    for row in read_rows(folder / "metrics.csv"):
+        # A step is counted before it is done. The base model's row has no epoch.
+        done = row.step + ("epoch" in row.values)
+        for name, value in row.values.items():
+            if name != "epoch":
+                curves.setdefault(name, {})[done] = value
     return curves
 
 

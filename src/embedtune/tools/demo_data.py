@@ -21,6 +21,7 @@ MAX_DOCUMENT_CHARACTERS = 400  # about 90 tokens
 TEST_PAIRS, DEV_PAIRS = 250, 200
 CORPUS_DOCUMENTS = 1000  # two cores encode them in half a minute
 DEV_DOCUMENTS = 500  # encoded before the first step and after each epoch
+NOTE, NOTED = "README.md", "Pairs from docstrings, as `embedtune demo-data` writes them anew.\n"
 MAX_HELD_OUT_MODULE = 40  # a larger module always trains, so that none dominates a small split
 
 
@@ -49,14 +50,16 @@ def harvest(out: Path) -> DemoCounts:
     all splits for ``test``.
 
     Raises:
-        InputError: ``out`` is a file, or lies below one.
+        InputError: ``out`` is a file, lies below one, or holds others' files of these names.
     """
     out = Path(out)
+    _refuse_others(out)
     try:
         for name in ("dev", "test"):
             (out / name / "qrels").mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise InputError(f"{out}: expected a folder to write to, found a file") from None
+    write_text(out / NOTE, NOTED)
     splits = split_pairs(list(collect_pairs(docstrings())))
     for name in ("train", "dev"):
         rows = ({"query": pair.query, "pos": [pair.document]} for pair in splits[name])
@@ -66,6 +69,16 @@ def harvest(out: Path) -> DemoCounts:
     corpus = _write_beir(out, "test", splits["test"], others, CORPUS_DOCUMENTS)
     train, dev, test = (len(splits[name]) for name in ("train", "dev", "test"))
     return DemoCounts(train=train, dev=dev, test=test, corpus=corpus)
+
+
+def _refuse_others(out: Path) -> None:
+    """Refuse to write over files that are no earlier demo data, which a note tells."""
+    note = out / NOTE
+    if note.is_file() and note.read_text("utf-8") == NOTED:
+        return
+    for name in ("train.jsonl", "dev.jsonl", "dev", "test", NOTE):
+        if (out / name).exists():
+            raise InputError(f"{out}: expected a folder without other data, found {out / name}")
 
 
 def _write_beir(

@@ -1,7 +1,10 @@
 """What is settled or refused before a fit, because it would fail or mislead later."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
+
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
@@ -32,6 +35,21 @@ def refuse_another_precision(precision: str) -> None:
         raise InputError(
             f"trainer.precision: expected {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, in "
             f"which weights stay float32, found {precision}"
+        )
+
+
+def refuse_changing_accumulation(callbacks: Sequence[Any]) -> None:
+    """Refuse numbers of accumulated batches that change from epoch to epoch.
+
+    Steps are counted with one: for the schedule, and for the place that a checkpoint tells.
+
+    Raises:
+        InputError: A callback changes them.
+    """
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise InputError(
+            "trainer.callbacks: expected trainer.accumulate_grad_batches, found "
+            "GradientAccumulationScheduler"
         )
 
 

@@ -67,7 +67,11 @@ def choose_loss(
             )
         return loss
     if isinstance(loss, Distillation):
-        loss.mrl_dims = loss.mrl_dims or mrl_dims
+        if loss.mrl_dims not in (None, mrl_dims):
+            raise InputError(
+                f"model.loss: expected mrl_dims {mrl_dims} as model.mrl_dims, found {loss.mrl_dims}"
+            )
+        loss.mrl_dims = mrl_dims
         return loss
     return Matryoshka(loss, mrl_dims)
 
@@ -83,6 +87,10 @@ def refuse_other_format(loss: Loss | None, row_format: Format) -> None:
         InputError: It takes others.
     """
     inner = unwrapped(loss)
+    if isinstance(inner, Distillation) and inner is not loss:
+        raise InputError(
+            "model.loss: Distillation takes its widths itself, as mrl_dims: leave Matryoshka out"
+        )
     if inner is not None and row_format not in inner.formats:
         raise InputError(
             f"model.loss: {type(inner).__name__} takes {' or '.join(sorted(inner.formats))} "

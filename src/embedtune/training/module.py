@@ -39,6 +39,7 @@ from embedtune.training.accumulation import StepMeans, batches_of_step, loss_fac
 from embedtune.training.before_fit import (
     compare_directions,
     refuse_another_precision,
+    refuse_changing_accumulation,
     refuse_flash_in_float32,
     refuse_long_interval,
     refuse_long_prompts,
@@ -63,6 +64,7 @@ from embedtune.training.start_projection import sample_embeddings, start_project
 from embedtune.training.temperature import (
     EXAMPLES,
     derive_temperature,
+    forget_teacher_temperature,
     set_temperatures,
     temperatures_of,
 )
@@ -159,6 +161,7 @@ class EmbeddingModule(pl.LightningModule):
                 "model.loss.init_args.temperature beside model.loss"
             )
         self.loss = loss
+        self._given: tuple[Loss | None, float | None] | None = None
         self._has_projection_settled = self._has_loss_settled = False
         self._derived: set[str] = set()  # temperatures
         self._schedule: LambdaLR | None = None
@@ -203,6 +206,7 @@ class EmbeddingModule(pl.LightningModule):
             )
         if stage == "fit":
             self._place, self._measured = Place(), Validation(-1, {}, {})  # of a fit before
+            refuse_changing_accumulation(cast(Any, self.trainer).callbacks)
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
             prepare_training(self.encoder)
             if self.trainer.max_steps < 0:
@@ -216,22 +220,30 @@ class EmbeddingModule(pl.LightningModule):
         if self.data.format is not None:
             refuse_other_format(self.loss, self.data.format)
         mrl_dims = self.mrl_dims if self.use_mrl else None
-        if stage == "fit" and not self._has_projection_settled:
-            self._has_projection_settled = True
-            start_projection(
-                self.encoder, self.projection_init, mrl_dims, self.data, device, strategy.broadcast
-            )
+        if stage == "fit":
+            if not self._has_projection_settled:
+                self._has_projection_settled = True
+                start_projection(
+                    self.encoder,
+                    *(self.projection_init, mrl_dims, self.data, device, strategy.broadcast),
+                )
             self.encoder.raise_max_seq_length(self.data.longest_text(self.encoder))
             compare_directions(self.encoder)
             refuse_long_prompts(self.encoder, self.data)
             self.num_parameters = self.encoder.num_parameters
-        if not self._has_loss_settled and self.data.format is not None:
-            self._has_loss_settled = True
+        if self.data.format is not None:
             self._settle_loss(mrl_dims, is_fit=stage == "fit")
 
     def _settle_loss(self, mrl_dims: list[int] | None, *, is_fit: bool) -> None:
-        """Choose the loss, its temperatures and the learning rate, where they are not given."""
-        given = set(temperatures_of(self.loss)) | ({"temperature"} if self.temperature else set())
+        """Choose the loss, its temperatures and the learning rate, where they are not given.
+
+        Once for all fits, but for the temperature of a teacher, which is that of the data.
+        """
+        self._has_loss_settled |= is_fit
+        self._given = None if self._has_loss_settled else (self.loss, self.lr)
+        given = set(temperatures_of(self.loss)) - self._derived
+        given |= {"temperature"} if self.temperature else set()
+        forget_teacher_temperature(self.loss, self._derived)
         strategy: Any = self.trainer.strategy
 
         def derived() -> float:
@@ -245,6 +257,11 @@ class EmbeddingModule(pl.LightningModule):
         self.lr = usual if self.lr is None else self.lr
         if is_fit:
             tell_of_far_rate(self.lr, usual)
+
+    def teardown(self, stage: str) -> None:
+        """Forget the loss that was chosen to evaluate alone: a fit derives more from its data."""
+        if self._given is not None:
+            (self.loss, self.lr), self._given, self._derived = self._given, None, set()
 
     def _set_prompts(self) -> None:
         """Make the prompts of the data the model's own: the base was measured with its own."""
@@ -453,6 +470,13 @@ class EmbeddingModule(pl.LightningModule):
         states = checkpoint.get("callbacks", {})
         follow_move(trainer.checkpoint_callbacks, states, path.absolute().parent)
         facts = checkpoint.get("training_facts", {})
+        # Those of test sets were measured anew; losses need the projection as it started.
+        losses = tuple(
+            f"{name}/" for name in self.data.evaluated("val") if name in self.data.datasets
+        )
+        known_base = facts.get("base_metrics", {}).items()
+        kept = {name: value for name, value in known_base if name.startswith(losses)}
+        self.base_metrics = {**kept, **self.base_metrics}
         # These weights are not measured anew before they are trained on.
         known = {name: tuple(ends) for name, ends in (facts.get("intervals") or {}).items()}
         self._measured = Validation(self._place.step, facts.get("metrics", {}), known)

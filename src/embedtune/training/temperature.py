@@ -1,7 +1,7 @@
 """The temperature of a loss that is given none."""
 
 from collections.abc import Collection
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,6 +45,12 @@ def temperatures_of(loss: Loss | None) -> dict[str, float]:
     if isinstance(inner, ListwiseKL) and inner.teacher_temperature is not None:
         found["teacher_temperature"] = inner.teacher_temperature
     return found
+
+
+def forget_teacher_temperature(loss: Loss | None, derived: Collection[str]) -> None:
+    """Let that of lists be derived anew, for the scores of other data."""
+    if "teacher_temperature" in derived:
+        cast(Any, unwrapped(loss)).teacher_temperature = None
 
 
 def set_temperatures(
