@@ -176,9 +176,8 @@ def embed(folder: Path, **settings: Any) -> torch.Tensor:
 
 def embed_in_chunks(encoder: Encoder) -> torch.Tensor:
     """Embed them as a batch of training does."""
-    limit = encoder.max_seq_length or 512
     wanted = [
-        Text(text, role, encoder.default_prompt(role), limit)
+        Text(text, role, encoder.default_prompt(role), encoder.longest(role))
         for role in ("query", "document")
         for text in TEXTS
     ]

@@ -2,6 +2,7 @@
 
 import errno
 import math
+from typing import Any, get_args
 
 OF_ALLOCATORS = ("DefaultCPUAllocator", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """What torch says of memory where it raises no class of its own."""
@@ -36,9 +37,9 @@ def require_positive(key: str, value: float) -> float:
     """Return ``value``.
 
     Raises:
-        InputError: It is not above 0; the message names ``key``.
+        InputError: It is not above 0, or infinite; the message names ``key``.
     """
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise InputError(f"{key}: expected a positive number, found {value}")
     return value
 
@@ -52,6 +53,17 @@ def require_not_negative(key: str, value: float) -> float:
     if not 0 <= value < math.inf:
         raise InputError(f"{key}: expected a number from 0 on, found {value}")
     return value
+
+
+def require_choice(key: str, value: Any, kind: Any) -> None:
+    """Refuse what is none of the values of a ``Literal``, which Python alone does not.
+
+    Raises:
+        InputError: It names ``key``.
+    """
+    choices = get_args(kind)
+    if value not in choices:
+        raise InputError(f"{key}: expected one of {', '.join(choices)}, found {value!r}")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -19,6 +19,7 @@ from sentence_transformers import SentenceTransformer
 from embedtune.callbacks import shared_folder
 from embedtune.cli import main
 from embedtune.losses import InfoNCE
+from embedtune.reports.curves import read_rows
 
 STRATEGIES = Path(__file__).parents[2] / "configs" / "strategy"
 ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(24)]
@@ -107,8 +108,9 @@ def finish(process: subprocess.Popen, seconds: float = 240) -> tuple[int, str]:
 
 
 def steps_of(root: str) -> int:
-    """Return how many steps the latest run in a folder has trained."""
-    return len(Path(root, "metrics.csv").read_text().splitlines()) - 1
+    """Return how many steps a run has trained since it went on: at a speed of their own."""
+    earlier, rows = (read_rows(Path(root, name)) for name in ("metrics-1.csv", "metrics.csv"))
+    return sum(row not in earlier for row in rows)
 
 
 def embed(folder: str) -> np.ndarray:

@@ -326,7 +326,7 @@ def test_wrong_hyper_parameters_are_refused():
     "with_widths", [Distillation, lambda dims: Matryoshka(Distillation(), dims)]
 )
 def test_widths_that_an_embedding_does_not_have_are_refused(with_widths, dims, found):
-    with pytest.raises(InputError, match=rf"dims: expected widths .*{found}"):
+    with pytest.raises(InputError, match=rf"dims: expected different widths .*{found}"):
         with_widths(dims)(Embeddings(torch.randn(4, 16)), Target(teacher=torch.randn(4, 16)))
 
 
@@ -413,6 +413,8 @@ def test_lists_need_a_teacher_temperature():
         ({"loss": torch.ones(3, requires_grad=True)}, r"of the shape \[3\]"),
         ({"loss": torch.tensor(0.5)}, "does not depend on the embeddings"),
         ({"loss": torch.ones((), requires_grad=True), "lr": 1.0}, 'a part called "lr"'),
+        ({"loss": torch.ones((), requires_grad=True), "a": torch.ones(2)}, '"a", which is no scal'),
+        ({"loss": torch.ones((), requires_grad=True), "b": "2"}, '"b", which is no scalar'),
     ],
 )
 def test_a_loss_that_returns_something_else_is_named(returned, found):

@@ -53,7 +53,7 @@ def test_a_prompt_is_prepended(tiny_bert):
 
 def test_max_len_truncates_and_is_capped_by_the_positions(tiny_bert):
     encoder = Encoder(EncoderSpec(str(tiny_bert)))
-    assert (encoder.max_positions, encoder.cap(10), encoder.cap(1000)) == (64, 10, 64)
+    assert (encoder.cap(10, "document"), encoder.cap(1000, "document")) == (10, 64)
     features = encoder.tokenize(["word " * 100], "document", None, 10)
     assert features["input_ids"].shape == (1, 10)
 

@@ -10,7 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, StaticEm
 from embedtune.models.encoder import Encoder
 from embedtune.models.loading import cap_length
 from embedtune.models.spec import EncoderSpec
-from embedtune.models.towers import UNLIMITED, route
+from embedtune.models.towers import route
 
 TEXT = "a " * 100
 
@@ -22,8 +22,9 @@ def bert(folder, positions: int, limit: int) -> list:
     return [zoo_models.transformer(config, folder, tokens), Pooling(16)]
 
 
-def tokens(encoder: Encoder, role: str, max_len: int = UNLIMITED) -> int:
-    return encoder.tokenize([TEXT], role, None, max_len)["input_ids"].shape[-1]
+def tokens(encoder: Encoder, role: str, max_len: int | None = None) -> int:
+    longest = encoder.longest(role) if max_len is None else encoder.cap(max_len, role)
+    return encoder.tokenize([TEXT], role, None, longest)["input_ids"].shape[-1]
 
 
 @pytest.fixture
@@ -34,9 +35,10 @@ def encoder(tmp_path) -> Encoder:
 
 
 def test_a_tower_cuts_at_its_own_limit(encoder):
-    assert (encoder.max_positions, encoder.cap(1000), encoder.cap(9)) == (40, 40, 9)
+    assert (encoder.cap(1000, "query"), encoder.cap(9, "query")) == (20, 9)
+    assert (encoder.longest_inputs, encoder.max_seq_length) == ([8, 12], 12)
     assert (tokens(encoder, "query"), tokens(encoder, "document")) == (8, 12)
-    assert tokens(encoder, "document", 10) == 10
+    assert (tokens(encoder, "query", 16), tokens(encoder, "document", 10)) == (16, 10)
     assert cap_length(encoder.model, 1000) == 20  # of a text without a role
 
 
@@ -56,7 +58,8 @@ def test_a_static_tower_has_none(tmp_path):
     router = Router.for_query_document([static], bert(tmp_path / "d", 40, 12))
     zoo_models.save([router], tmp_path / "model")
     encoder = Encoder(EncoderSpec(str(tmp_path / "model")))
-    assert (encoder.max_positions, encoder.max_seq_length, encoder.cap(1000)) == (None, None, 1000)
+    assert (encoder.longest_inputs, encoder.max_seq_length) == ([None, 12], None)
+    assert (encoder.cap(1000, "query"), encoder.cap(1000, "document")) == (1000, 40)
     encoder.raise_max_seq_length(1000)
     assert (tokens(encoder, "query"), tokens(encoder, "document")) == (100, 40)
 

@@ -31,11 +31,12 @@ class Watch(pl.Callback):
     """Keep the gradient and the logged loss of each step."""
 
     def __init__(self):
-        self.gradients, self.losses = [], []
+        self.gradients, self.losses, self.rates = [], [], []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
         found = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
         self.gradients.append(torch.cat(found).clone())
+        self.rates.append(optimizer.param_groups[0]["lr"])
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         if len(self.losses) < len(self.gradients):
@@ -107,6 +108,7 @@ def test_a_limit_ends_a_step_too(tmp_path, tiny_bert):
 def test_another_number_in_each_epoch(tmp_path, tiny_bert):
     schedule = GradientAccumulationScheduler({0: 2, 1: 4})
     found = fit(tmp_path, tiny_bert, 3, schedule, max_epochs=2)
+    assert found.rates[-1] < found.rates[0] / 10, "it falls over the 6 steps"
     by_two, by_four = (fit(tmp_path, tiny_bert, size, max_epochs=2) for size in (6, 12))
     assert len(found.gradients) == 4 + 2
     for i, expected in enumerate([*by_two.gradients[:4], *by_four.gradients[2:]]):

@@ -7,11 +7,10 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 
-from embedtune import EmbeddingDataModule, EmbeddingModule, InputError
+from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, InputError
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.throughput import Throughput
 from embedtune.data.collate import Collator
@@ -266,12 +265,6 @@ def test_a_validation_before_it_changes_nothing_of_a_fit(tmp_path, tiny_bert):
     assert fits[0].loss.temperature == fits[1].loss.temperature
 
 
-def test_accumulation_that_changes_is_refused(tmp_path, tiny_bert):
-    changing = {"callbacks": [GradientAccumulationScheduler({0: 2, 1: 4})]}
-    with pytest.raises(InputError, match=r"expected trainer\.accumulate_grad_batches"):
-        fit(tmp_path, tiny_bert, "pair", trainer_kwargs=changing)
-
-
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
@@ -348,6 +341,77 @@ def test_a_router_s_texts_are_not_tokenised_ahead(tiny_bert, tmp_path):
     SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path))
     assert Collator(Encoder(EncoderSpec(str(tmp_path))), 8, 8, 64).tokens_key is None
     assert Collator(Encoder(EncoderSpec(str(tiny_bert))), 8, 8, 64).tokens_key is not None
+
+
+def test_towers_take_texts_as_long_as_asked(tiny_bert, tmp_path):
+    """And the export takes them, too."""
+    routes = [list(SentenceTransformer(str(tiny_bert), device="cpu")) for _ in range(2)]
+    for modules, length in zip(routes, (16, 24), strict=True):
+        modules[0].max_seq_length = length
+    router = Router.for_query_document(query_modules=routes[0], document_modules=routes[1])
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path / "towers"))
+    rows = [{**row, "query": row["query"] + " word" * 40} for row in ROWS["pair"]]
+    data = EmbeddingDataModule(write(tmp_path, "long", rows), query_max_len=32, batch_size=4)
+    module = EmbeddingModule(str(tmp_path / "towers"))
+    running = trainer(tmp_path, callbacks=[ExportModel(save_on_epoch_end=False)])
+    running.fit(module, data)
+    assert module.own_longest_inputs == [16, 24]
+    assert module.encoder.longest_inputs == [32, 32]
+    exported = Encoder(EncoderSpec(str(tmp_path / "model")))
+    assert exported.longest_inputs == [32, 32]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_schedule": "bogus"}, "model.lr_schedule: expected one of cosine, linear"),
+        ({"lr": float("inf")}, "model.lr: expected a positive number, found inf"),
+        ({"use_mrl": True, "projection_init": "bogus"}, "model.projection_init: expected one of"),
+        ({"mrl_dims": [8.7, 16]}, r"model.mrl_dims: expected different widths .* \[8.7, 16\]"),
+        ({"mrl_dims": "8,8,16"}, "model.mrl_dims: expected different widths"),
+        ({"mrl_dims": 8}, "model.mrl_dims: expected different widths"),
+        ({"warmup_proportion": 1.0}, "model.warmup_proportion: expected less than half"),
+    ],
+)
+def test_python_s_settings_are_checked_as_well(tmp_path, tiny_bert, settings, message):
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path, tiny_bert, "pair", trainer_kwargs={"max_steps": 1}, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": -1}, "data.seed: expected a number from 0 on, found -1"),
+        ({"format": "bogus"}, "data.format: expected auto, pair, .*found 'bogus'"),
+    ],
+)
+def test_those_of_data_are_checked_as_well(settings, message):
+    with pytest.raises(InputError, match=message):
+        EmbeddingDataModule("train.jsonl", **settings)
+
+
+def test_a_last_batch_of_one_pair_is_told(tmp_path, tiny_bert, caplog):
+    fit(tmp_path, tiny_bert, "pair", {"batch_size": 11}, trainer_kwargs={"max_steps": 1})
+    assert "the last batch of an epoch is one pair" in caplog.text
+
+
+@pytest.mark.parametrize("has_train", [True, False])
+@pytest.mark.parametrize("order", [("pairs", "lists"), ("lists", "pairs")])
+def test_scored_sets_have_a_loss_where_lists_are_trained(tmp_path, tiny_bert, order, has_train):
+    """Whatever their order, and whether the rows that are trained on are known."""
+    paths = {"pairs": write(tmp_path, "pair"), "lists": write(tmp_path, "scored")}
+    sets = {name: paths[name] for name in order}
+    data = EmbeddingDataModule(paths["pairs"] if has_train else None, val_path=sets)
+    running = trainer(tmp_path)
+    running.validate(EmbeddingModule(str(tiny_bert)), data, verbose=False)
+    assert set(running.callback_metrics) == {"val/pairs/loss", "val/lists/spearman"}
+
+
+def test_a_module_that_was_trained_on_pairs_measures_scored_sets(tmp_path, tiny_bert):
+    module, _ = fit(tmp_path, tiny_bert, "pair")
+    running = trainer(tmp_path)
+    running.validate(module, EmbeddingDataModule(val_path=write(tmp_path, "scored")), verbose=False)
+    assert set(running.callback_metrics) == {"val/scored/spearman"}
 
 
 def test_the_encoder_trains_with_dropout(tmp_path, tiny_bert):

@@ -98,12 +98,15 @@ def _prompts(module: EmbeddingModule) -> str:
 def _longest_input(module: EmbeddingModule) -> str:
     """Tell how many tokens of a text count, in training and as exported."""
     encoder, data = module.encoder, module.data
-    line = f"queries {encoder.cap(data.query_max_len)} tokens"
+    line = f"queries {encoder.cap(data.query_max_len, 'query')} tokens"
     if data.format != Format.DISTILL:
-        line += f", documents {encoder.cap(data.passage_max_len)}"
-    exported, own = encoder.max_seq_length, module.own_max_seq_length
+        line += f", documents {encoder.cap(data.passage_max_len, 'document')}"
+    exported, own = (
+        " and ".join(dict.fromkeys(str(length or "unlimited") for length in lengths))
+        for lengths in (encoder.longest_inputs, module.own_longest_inputs)
+    )
     if exported == own:
-        return f"{line}; exported with the model's own {exported or 'unlimited'}"
+        return f"{line}; exported with the model's own {exported}"
     return f"{line}; exported with {exported}, as the longest text has, above the model's own {own}"
 
 

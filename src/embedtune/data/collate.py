@@ -42,8 +42,8 @@ class Collator:
         """
         self.encoder = encoder
         self.prompts = prompts or {role: encoder.default_prompt(role) for role in ROLES}
-        self.query_max_len = encoder.cap(query_max_len)
-        self.passage_max_len = encoder.cap(passage_max_len)
+        self.query_max_len = encoder.cap(query_max_len, "query")
+        self.passage_max_len = encoder.cap(passage_max_len, "document")
         self.tokens_per_chunk = tokens_per_chunk
 
     def __call__(self, examples: Sequence[Example]) -> Batch:

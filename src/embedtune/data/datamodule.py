@@ -14,7 +14,7 @@ from embedtune.data.rows import Rows
 from embedtune.data.sampler import Cursor, GlobalBatchSampler
 from embedtune.data.testset_batches import TEXTS_PER_BATCH, TextCollator
 from embedtune.data.token_table import TokenTable
-from embedtune.errors import InputError, require_positive
+from embedtune.errors import InputError, require_not_negative, require_positive
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import Role
 from embedtune.models.towers import layer_width
@@ -112,6 +112,9 @@ class EmbeddingDataModule(pl.LightningDataModule):
         paths = {"train": train_path, "val": val_path, "test": test_path, "predict": predict_path}
         self.paths: dict[str, Any] = paths
         teachers = {"train": teacher_path, "val": val_teacher_path, "test": test_teacher_path}
+        require_not_negative("data.seed", seed)
+        if format not in ("auto", *Format):
+            raise InputError(f"data.format: expected auto, {', '.join(Format)}, found {format!r}")
         declared = None if format == "auto" else Format(format)
         files = Files(paths, teachers, declared, teacher_embedding_dim, neg_nums, seed)
         self.batch_size, self.neg_nums = batch_size, neg_nums
@@ -137,7 +140,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
     def _open_all(self) -> None:
         needed = self._needed()
         for part in needed:
-            self._opened.open(part, has_loss=self.trainer.lightning_module.loss is not None)
+            self._opened.open(part, self.trainer.lightning_module.loss_formats)
         for examples in self.datasets.values():
             self._refuse_two_prompts(examples.rows)
         # Anew in each run, whose model may be another.
@@ -293,7 +296,7 @@ class EmbeddingDataModule(pl.LightningDataModule):
         """Return what makes batches of a data set for ``encoder``."""
         query_max_len = self.query_max_len
         if name == "predict" and self._query_max_len is None:
-            query_max_len = encoder.max_seq_length or query_max_len
+            query_max_len = encoder.longest("query")
         prompts: dict[Role, str | None] = {
             role: encoder.default_prompt(role) if prompt is None else prompt or None
             for role, prompt in self.prompts.items()

@@ -1,14 +1,15 @@
 """Open the files of a data module: what is trained on, and what is measured."""
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from embedtune.data.beir import is_beir, read_beir
 from embedtune.data.examples import ExampleDataset
 from embedtune.data.lines import read_lines, resolve_paths
-from embedtune.data.records import Format
+from embedtune.data.records import Format, detect_format
 from embedtune.data.rows import Rows
 from embedtune.data.scored_pairs import PROMPT_IGNORED, scored_pairs
 from embedtune.data.teacher_store import open_teacher
@@ -43,6 +44,17 @@ class Files(NamedTuple):
     seed: int
 
 
+def _first_format(paths: Sequence[Path]) -> Format | None:
+    """Return the format of the first row of files, if there is one."""
+    return next(map(detect_format, read_lines(paths)), None)
+
+
+def _format_without_scores(sets: Iterable[list[str]], key: str) -> Format | None:
+    """Return the format of the first rows without scores: scored ones validate any training."""
+    rows = (resolve_paths(given, key) for given in sets if not is_beir(Path(given[0])))
+    return next((found for found in map(_first_format, rows) if found != Format.SCORED), None)
+
+
 class OpenedData:
     """The data sets of a run, opened once each.
 
@@ -64,29 +76,45 @@ class OpenedData:
         formats = (data.rows.format for part, data in self.datasets.items() if part != "predict")
         return next(formats, None)
 
-    def open(self, part: Part, *, has_loss: bool) -> None:
+    def open(self, part: Part, loss_formats: frozenset[Format] | None = None) -> None:
         """Open a part, unless it is open.
 
         Args:
             part: Its files are given.
-            has_loss: Whether scored rows have a loss to be validated, of whatever length.
+            loss_formats: Those that a loss takes which is asked for, None without one.
 
         Raises:
             InputError: A file is not there, cannot be read, or does not fit the others.
         """
         key = f"data.{part}_path"
         if part == "val" or part == "test":
-            for name, paths in name_sets(self.files.paths[part], key).items():
+            sets = name_sets(self.files.paths[part], key)
+            trained = self._trained_format() or _format_without_scores(sets.values(), key)
+            for name, paths in sets.items():
                 if not {f"{part}/{name}"} & {*self.datasets, *self.testsets}:
-                    self._open_evaluated(part, f"{part}/{name}", paths, has_loss)
+                    self._open_evaluated(part, f"{part}/{name}", paths, trained, loss_formats)
         elif part not in self.datasets:
             # Queries alone are what predict takes from rows of any format.
             declared = Format.DISTILL if part == "predict" else self.files.declared
             rows = Rows(resolve_paths(self.files.paths[part], key), declared)
             self.datasets[part] = self._examples(part, rows)
 
+    def _trained_format(self) -> Format | None:
+        """Return the format that is trained on, where that is known without reading all rows."""
+        path, declared = self.files.paths["train"], self.files.declared
+        if self.format is not None or declared is not None or not path:
+            return self.format or declared
+        with contextlib.suppress(InputError):  # a model may be measured where its rows are not
+            return _first_format(resolve_paths(path, "data.train_path"))
+        return None
+
     def _open_evaluated(
-        self, part: Literal["val", "test"], name: str, given: list[str], has_loss: bool
+        self,
+        part: Literal["val", "test"],
+        name: str,
+        given: list[str],
+        trained: Format | None,
+        loss_formats: frozenset[Format] | None,
     ) -> None:
         """Open one set of ``val_path`` or ``test_path`` for what can be measured on it."""
         if is_beir(Path(given[0])):
@@ -107,15 +135,15 @@ class OpenedData:
             if low == high:
                 log.warning("%s: all scores are %g: a Spearman correlation is 0", name, low)
             # Sentence pairs have no default loss; nobody asked for one to be validated.
-            has_loss |= "train" in self.datasets
-            if not has_loss and rows.list_lengths.min() < 2:
+            has_default = trained == Format.SCORED or rows.list_lengths.min() >= 2
+            if not (has_default if loss_formats is None else Format.SCORED in loss_formats):
                 return
-        if self.format in (None, rows.format):
+        if trained in (None, rows.format):
             self.datasets[name] = self._examples(part, rows)
             self._refuse_other_teacher(part, name)
         elif rows.format != Format.SCORED:
             raise InputError(
-                f"data.{part}_path: {given[0]}: expected {self.format} rows as those of training, "
+                f"data.{part}_path: {given[0]}: expected {trained} rows as those of training, "
                 f"scored rows or a BEIR folder, found {rows.format} rows"
             )
 

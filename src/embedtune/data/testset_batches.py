@@ -11,8 +11,7 @@ from embedtune.data.chunks import Text, make_chunks
 from embedtune.data.sampler import Key
 from embedtune.data.scored_pairs import ScoredPairs
 from embedtune.models.encoder import Encoder
-from embedtune.models.spec import Features, Role
-from embedtune.models.towers import UNLIMITED
+from embedtune.models.spec import ROLES, Features, Role
 
 TEXTS_PER_BATCH = 256
 """Texts of a test set that a rank encodes between two batches' exchanges."""
@@ -76,10 +75,13 @@ class TextCollator:
     def __call__(self, texts: Sequence[tuple[Key, Role, str]]) -> TextBatch:
         """Return the batch of ``texts``."""
         encoder = self.encoder
-        max_len = encoder.max_seq_length or encoder.cap(UNLIMITED)
+        longest = {role: encoder.longest(role) for role in ROLES}
         chunks, rows = make_chunks(
             encoder,
-            [Text(text, role, encoder.default_prompt(role), max_len) for _, role, text in texts],
+            [
+                Text(text, role, encoder.default_prompt(role), longest[role])
+                for _, role, text in texts
+            ],
             self.tokens_per_chunk,
         )
         counted = [key.example for key, *_ in texts if not key.spare]

@@ -4,7 +4,7 @@ Comes in: tensors of this rank; the name of a strategy. Goes out: tensors of all
 gradient; a Lightning strategy that gives the weights of one process. A new strategy goes here: a
 class, and its name in ``strategies.NAMED``.
 
-Read first: ``exchange`` (what ranks tell each other in a step), ``strategies`` (names), then ``fsdp``
+Read first: ``exchange`` (what ranks tell each other), ``strategies`` (names), then ``fsdp``
 or ``zero``. Imports from ``checkpoints``.
 """
 

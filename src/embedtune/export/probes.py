@@ -15,7 +15,7 @@ from embedtune.data.chunks import Text, make_chunks
 from embedtune.models.encoder import Encoder
 from embedtune.models.loading import load_sentence_transformer
 from embedtune.models.spec import ROLES, Features, Role
-from embedtune.models.towers import UNLIMITED, tower
+from embedtune.models.towers import tower
 from embedtune.models.words import known_words
 
 PROBES = (
@@ -69,13 +69,14 @@ def embed_probes(encoder: Encoder, forward: Callable[[list[Features]], Tensor]) 
         encoder: Tells how texts are tokenised; its weights are not touched.
         forward: Embeds chunks of token features, one text each, ``[n, width]``.
     """
-    max_len = encoder.max_seq_length or UNLIMITED
     chunks = [
         chunk
         for role in ROLES
         for text in probes_of(encoder.model, role)
         for chunk in make_chunks(
-            encoder, [Text(text, role, encoder.default_prompt(role), max_len)], tokens_per_chunk=1
+            encoder,
+            [Text(text, role, encoder.default_prompt(role), encoder.longest(role))],
+            tokens_per_chunk=1,
         )[0]
     ]
     embeddings = forward(chunks).float().cpu()

@@ -42,6 +42,10 @@ class Loss(nn.Module):
         return [self(embeddings.cut(dim), target)["loss"] for dim in dims]
 
 
+def _is_scalar(value: Any) -> bool:
+    return not value.dim() if isinstance(value, Tensor) else isinstance(value, int | float)
+
+
 def require_parts(loss: Loss, parts: Any) -> dict[str, Tensor]:
     """Return what a loss has returned.
 
@@ -60,6 +64,9 @@ def require_parts(loss: Loss, parts: Any) -> dict[str, Tensor]:
         found = 'a "loss" that does not depend on the embeddings'
     elif "lr" in parts:  # that part of the log is the learning rate's
         found = 'a part called "lr"'
+    else:
+        others = [name for name, value in parts.items() if not _is_scalar(value)]
+        found = f'"{others[0]}", which is no scalar' if others else None
     if found is not None:
         raise InputError(
             f"model.loss: expected {type(loss).__name__}.forward to return a dict with a scalar "

@@ -1,18 +1,18 @@
 """Pull a student's embeddings to a teacher's."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from embedtune.data.records import Format
-from embedtune.errors import require_not_negative
+from embedtune.errors import require_choice, require_not_negative
 from embedtune.losses import functional
 from embedtune.losses.contract import Loss
 from embedtune.losses.inputs import Embeddings, Target
 from embedtune.losses.rank_hinge import pair_order, rank_hinge
+from embedtune.losses.scope import Over
 from embedtune.losses.similarity import cosine_similarity, nested_cosine_similarities
 from embedtune.losses.widths import refuse_wider, require_widths
 
@@ -35,7 +35,7 @@ class Distillation(Loss):
         similarity_weight: float = 200.0,
         rank_weight: float = 20.0,
         margin: float = 0.015,
-        over: Literal["rank", "global"] = "rank",
+        over: Over = "rank",
     ) -> None:
         """Set the hyper-parameters.
 
@@ -50,6 +50,7 @@ class Distillation(Loss):
                 tell apart, and a hinge that costs the square of the number of ranks.
         """
         super().__init__()
+        require_choice("over", over, Over)
         self.mrl_dims = None if mrl_dims is None else require_widths("mrl_dims", mrl_dims)
         self.over = over
         self.scope = over

@@ -1,18 +1,18 @@
 """InfoNCE: the own positive against negatives."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from embedtune.data.records import Format
-from embedtune.errors import require_positive
+from embedtune.errors import require_choice, require_positive
 from embedtune.losses import functional
 from embedtune.losses.contract import Loss
 from embedtune.losses.inputs import Embeddings, Target
-from embedtune.losses.scope import Scope
+from embedtune.losses.scope import Over, Scope
 from embedtune.losses.similarity import inverse_prefix_norms, nested_cosine_similarities
 
 BLOCK_ELEMENTS = 2**24  # that a block of queries may take in similarities and what follows them
@@ -36,7 +36,7 @@ class InfoNCE(Loss):
         temperature: float = 0.05,
         in_batch_positives: bool = False,
         multi_positive: bool = False,
-        over: Literal["rank", "global"] = "global",
+        over: Over = "global",
     ) -> None:
         """Set the hyper-parameters.
 
@@ -50,6 +50,7 @@ class InfoNCE(Loss):
                 their gradient, or of each ``rank`` alone.
         """
         super().__init__()
+        require_choice("over", over, Over)
         self.over = over
         self.scope: Scope = "documents" if over == "global" else "rank"
         self.temperature = require_positive("temperature", temperature)

@@ -16,6 +16,8 @@ Scope = Literal["rank", "documents", "global"]
 process would; ``documents``: this rank's queries and every rank's documents; ``rank``: this rank's
 alone. A loss of the last two is a mean over queries.
 """
+Over = Literal["rank", "global"]
+"""Which of these a user may choose."""
 
 
 class Shares(NamedTuple):

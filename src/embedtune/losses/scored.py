@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from embedtune.data.records import Format
-from embedtune.errors import InputError, require_positive
+from embedtune.errors import InputError, require_choice, require_positive
 from embedtune.losses import functional
 from embedtune.losses.contract import Loss
 from embedtune.losses.inputs import Embeddings, Target
 from embedtune.losses.similarity import cosine_similarity, pairwise_cosine
 
+OverLists = Literal["list", "batch"]
 SPREAD = 0.15
 """Standard deviation of a list's cosines that a derived teacher temperature asks for."""
 
@@ -23,7 +24,7 @@ class ListwiseKL(Loss):
 
     def __init__(
         self,
-        over: Literal["list", "batch"] = "list",
+        over: OverLists = "list",
         temperature: float = 0.05,
         teacher_temperature: float | None = None,
         in_batch_negatives: bool = True,
@@ -45,6 +46,7 @@ class ListwiseKL(Loss):
                 much as lists as they do as triplets (docs/quality.md).
         """
         super().__init__()
+        require_choice("over", over, OverLists)
         if teacher_temperature is None and over == "batch":
             teacher_temperature = temperature
         if teacher_temperature is not None:

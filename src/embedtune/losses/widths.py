@@ -9,10 +9,11 @@ def require_widths(name: str, dims: Sequence[int]) -> list[int]:
     """Return ``dims`` as a list.
 
     Raises:
-        InputError: There are none, or one is not positive; ``name`` is the argument's.
+        InputError: There are none, one is not positive, or is there twice; ``name`` is the
+            argument's.
     """
-    if not dims or min(dims) < 1:
-        raise InputError(f"{name}: expected widths of at least 1, found {list(dims)}")
+    if not dims or min(dims) < 1 or len(set(dims)) < len(dims):
+        raise InputError(f"{name}: expected different widths of at least 1, found {list(dims)}")
     return list(dims)
 
 

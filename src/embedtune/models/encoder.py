@@ -1,6 +1,6 @@
 """A sentence-transformers model as a trainable encoder with an optional Matryoshka projection."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -38,11 +38,11 @@ from embedtune.models.similarity import compared_by
 from embedtune.models.spec import ROLES, EncoderSpec, Features, Role
 from embedtune.models.tokenizer_state import tokenizers_digest
 from embedtune.models.towers import (
+    UNLIMITED,
     capped,
     first_position,
     has_routes,
     longest_input,
-    positions,
     tower,
     towers,
     transformers_of,
@@ -167,21 +167,22 @@ class Encoder(nn.Module):
     @property
     def max_seq_length(self) -> int | None:
         """Longest input in tokens that ``encode`` takes before it truncates; None is unlimited."""
-        return self._largest(longest_input)
+        known = [length for length in self.longest_inputs if length is not None]
+        return max(known) if len(known) == len(self.longest_inputs) else None
 
     @property
-    def max_positions(self) -> int | None:
-        """Longest input in tokens that the position embeddings allow; None is unlimited."""
-        return self._largest(positions)
+    def longest_inputs(self) -> list[int | None]:
+        """The same of each tower: behind a Router queries and documents may have their own."""
+        return [longest_input(module) for module in towers(self.model)]
 
-    def _largest(self, limit: Callable[[nn.Module], int | None]) -> int | None:
-        limits = [limit(module) for module in towers(self.model)]
-        known = [length for length in limits if length is not None]
-        return max(known) if len(known) == len(limits) else None
+    def longest(self, role: Role) -> int:
+        """Return the tokens of a text of a role that ``encode`` takes."""
+        own = longest_input(tower(self.model, role))
+        return self.cap(UNLIMITED if own is None else own, role)
 
-    def cap(self, max_len: int) -> int:
-        """Return ``max_len``, or as many tokens as there are positions if they are fewer."""
-        return max(capped(module, max_len) for module in towers(self.model))
+    def cap(self, max_len: int, role: Role) -> int:
+        """Return ``max_len``, or as many tokens as a role has positions if they are fewer."""
+        return capped(tower(self.model, role), max_len)
 
     def raise_max_seq_length(self, length: int) -> None:
         """Let ``encode`` take inputs as long as those trained on; never shortens."""
@@ -267,9 +268,6 @@ class Encoder(nn.Module):
             max_len: Longest input in tokens, prompt and special tokens included.
         """
         module = tower(self.model, role)
-        longest = longest_input(module)
-        if self.routes and longest is not None:  # the other tower may take longer texts
-            max_len = min(max_len, longest)
         features = self.model.preprocess(list(texts), prompt=prompt, max_length=max_len, task=role)
         if self.routes:
             features["task"] = role

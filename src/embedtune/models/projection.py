@@ -26,15 +26,16 @@ def parse_dims(dims: Sequence[int] | str, key: str = "model.mrl_dims") -> list[i
     [64, 128]
 
     Raises:
-        InputError: Not a list of positive numbers.
+        InputError: Not a list of different positive numbers.
     """
     parts = dims.split(",") if isinstance(dims, str) else dims
     try:
         widths = [int(part) for part in parts]
-    except ValueError:
-        widths = []
-    if not widths or min(widths) < 1:
-        raise InputError(f"{key}: expected widths such as 64,128,256, found {dims!r}")
+        is_whole = isinstance(dims, str) or widths == list(dims)
+    except (ValueError, TypeError):
+        widths, is_whole = [], False
+    if not is_whole or not widths or min(widths) < 1 or len(set(widths)) < len(widths):
+        raise InputError(f"{key}: expected different widths such as 64,128,256, found {dims!r}")
     return widths
 
 

@@ -90,7 +90,7 @@ def _embed_alone_and_padded(encoder: "Encoder", role: Role) -> tuple[Tensor, Ten
     words = known_words(module)
     texts = [words[0], " ".join(words)] if words else [SHORT, LONGER]
     # Beyond that it is the longer text, not padding, that an embedding depends on.
-    longest = min(encoder.cap(LONGEST_TRIAL), unscaled(module))
+    longest = min(encoder.cap(LONGEST_TRIAL, role), unscaled(module))
     try:
         alone, padded = (
             encoder.tokenize(given, role, None, longest) for given in (texts[:1], texts)

@@ -1,10 +1,20 @@
 """What each of the batches of an optimiser step weighs."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
 from embedtune.data.sampler import GlobalBatchSampler
+
+
+def accumulated_in(trainer: Any, epoch: int) -> int:
+    """Return the batches of an optimiser step in an epoch, which a callback may change."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):
+            return callback.get_accumulate_grad_batches(epoch)
+    return trainer.accumulate_grad_batches
 
 
 def batches_of_step(batch: int, accumulated: int, batches: int) -> range:

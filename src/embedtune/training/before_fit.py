@@ -1,10 +1,7 @@
 """What is settled or refused before a fit, because it would fail or mislead later."""
 
 import logging
-from collections.abc import Sequence
 from typing import Any
-
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
@@ -35,21 +32,6 @@ def refuse_another_precision(precision: str) -> None:
         raise InputError(
             f"trainer.precision: expected {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, in "
             f"which weights stay float32, found {precision}"
-        )
-
-
-def refuse_changing_accumulation(callbacks: Sequence[Any]) -> None:
-    """Refuse numbers of accumulated batches that change from epoch to epoch.
-
-    Steps are counted with one: for the schedule, and for the place that a checkpoint tells.
-
-    Raises:
-        InputError: A callback changes them.
-    """
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
-        raise InputError(
-            "trainer.callbacks: expected trainer.accumulate_grad_batches, found "
-            "GradientAccumulationScheduler"
         )
 
 
@@ -123,7 +105,7 @@ def refuse_long_prompts(encoder: Encoder, data: EmbeddingDataModule) -> None:
     )
     own_prompt = data.datasets["train"].rows.longest_prompt
     for role, key, limit in limits:
-        prompt, longest = encoder.default_prompt(role), encoder.cap(limit)
+        prompt, longest = encoder.default_prompt(role), encoder.cap(limit, role)
         if role == "query":
             prompt = max(prompt, own_prompt, key=lambda text: len(text or ""))
         if prompt is None and longest > MOST_SPECIAL:

@@ -61,7 +61,7 @@ def choose_loss(
     if mrl_dims is None:
         return loss
     if isinstance(loss, Matryoshka):
-        if loss.dims != mrl_dims:
+        if sorted(loss.dims) != sorted(mrl_dims):
             raise InputError(
                 f"model.loss: expected Matryoshka of model.mrl_dims {mrl_dims}, found {loss.dims}"
             )
@@ -165,6 +165,8 @@ def _refuse_lonely_pairs(loss: InfoNCE, data: EmbeddingDataModule) -> None:
     for name, examples in data.datasets.items():
         batch = data.sampler(name).global_batch_size
         seen = data.batch_size if loss.over == "rank" else min(batch, len(examples))
+        if name == "train" and len(examples) % batch == 1:
+            log.warning("the last batch of an epoch is one pair, of which InfoNCE learns nothing")
         if seen < 2:
             raise InputError(
                 f"data.batch_size: InfoNCE takes the other pairs of a batch for negatives: "

@@ -75,8 +75,10 @@ def data_facts(data: Any, encoder: Encoder) -> dict[str, Any]:
         "negatives": data.neg_nums if rows.format == Format.TRIPLET else None,
         "teacher_width": None if train.teacher is None else train.teacher.width,
         "query_prompt": rows.prompt,
-        "query_max_len": encoder.cap(data.query_max_len),
-        "passage_max_len": encoder.cap(data.passage_max_len) if has_documents else None,
+        "query_max_len": encoder.cap(data.query_max_len, "query"),
+        "passage_max_len": (
+            encoder.cap(data.passage_max_len, "document") if has_documents else None
+        ),
     }
 
 

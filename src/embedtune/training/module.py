@@ -1,8 +1,9 @@
 """The LightningModule: encoder, projection and loss."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +20,7 @@ from embedtune.checkpoints.resume import (
     start_epoch,
 )
 from embedtune.data.batch import Batch
+from embedtune.data.records import Format
 from embedtune.data.sampler import step_seed
 from embedtune.data.testset_batches import TextBatch
 from embedtune.distributed import exchange
@@ -29,17 +31,22 @@ from embedtune.evaluation.intervals import Interval, PerQuery
 from embedtune.evaluation.sharded import Evaluation
 from embedtune.losses.contract import Loss, require_parts
 from embedtune.losses.inputs import Embeddings
+from embedtune.losses.matryoshka import unwrapped
 from embedtune.losses.scope import Shares, in_scope
 from embedtune.models import freed_memory
 from embedtune.models.encoder import Encoder
 from embedtune.models.projection import ProjectionInit, parse_dims
 from embedtune.models.spec import EncoderSpec, Features, PoolingMode
 from embedtune.models.trial import prepare_training
-from embedtune.training.accumulation import StepMeans, batches_of_step, loss_factor
+from embedtune.training.accumulation import (
+    StepMeans,
+    accumulated_in,
+    batches_of_step,
+    loss_factor,
+)
 from embedtune.training.before_fit import (
     compare_directions,
     refuse_another_precision,
-    refuse_changing_accumulation,
     refuse_flash_in_float32,
     refuse_long_interval,
     refuse_long_prompts,
@@ -52,9 +59,11 @@ from embedtune.training.facts import told_by_all, training_facts
 from embedtune.training.gradient_cache import GradientCache
 from embedtune.training.loss_inputs import target_of
 from embedtune.training.optimizer import (
+    Schedule,
     build_optimizer,
     build_schedule,
     count_steps,
+    refuse_schedule,
     restore_settings,
     settings_of,
     usual_lr,
@@ -68,6 +77,8 @@ from embedtune.training.temperature import (
     set_temperatures,
     temperatures_of,
 )
+
+log = logging.getLogger("embedtune")
 
 
 class Validation(NamedTuple):
@@ -103,7 +114,7 @@ class EmbeddingModule(pl.LightningModule):
         lr: float | None = None,
         weight_decay: float = 0.01,
         warmup_proportion: float = 0.1,
-        lr_schedule: Literal["cosine", "linear", "constant"] = "cosine",
+        lr_schedule: Schedule = "cosine",
     ) -> None:
         """Load the encoder.
 
@@ -148,11 +159,8 @@ class EmbeddingModule(pl.LightningModule):
         self.lr = lr if lr is None else require_positive("model.lr", lr)
         self.derives_lr = lr is None
         self.weight_decay = require_not_negative("model.weight_decay", weight_decay)
+        refuse_schedule(lr_schedule, warmup_proportion)
         self.warmup_proportion, self.lr_schedule = warmup_proportion, lr_schedule
-        if not 0 <= warmup_proportion <= 1:
-            raise InputError(
-                f"model.warmup_proportion: expected a share from 0 to 1, found {warmup_proportion}"
-            )
         if temperature is not None:
             require_positive("model.temperature", temperature)
         if loss is not None and temperature is not None:
@@ -162,7 +170,7 @@ class EmbeddingModule(pl.LightningModule):
             )
         self.loss = loss
         self._given: tuple[Loss | None, float | None] | None = None
-        self._has_projection_settled = self._has_loss_settled = False
+        self._has_settled = False
         self._derived: set[str] = set()  # temperatures
         self._schedule: LambdaLR | None = None
         self._settings: list[dict[str, Any]] = []
@@ -171,8 +179,7 @@ class EmbeddingModule(pl.LightningModule):
         self.base_per_query: dict[str, PerQuery] = {}
         self._measured = Validation(-1, {}, {})
         self._place, self._step_means = Place(), StepMeans()
-        self.compiles = compile
-        self.grad_cache, self._cache = grad_cache, GradientCache()
+        self.compiles, self.grad_cache, self._cache = compile, grad_cache, GradientCache()
         spec = EncoderSpec(
             model_name_or_path,
             pooling,
@@ -181,10 +188,16 @@ class EmbeddingModule(pl.LightningModule):
             attention_dropout=attention_dropout,
         )
         self.encoder = Encoder(spec, attn_implementation)
-        self.own_max_seq_length = self.encoder.max_seq_length
+        self.own_longest_inputs = self.encoder.longest_inputs
         self.num_parameters = self.encoder.num_parameters
 
     # --- What depends on the data -------------------------------------------------------
+
+    @property
+    def loss_formats(self) -> frozenset[Format] | None:
+        """Formats of data that the loss takes, None as long as it is to be chosen for the data."""
+        inner = unwrapped(self.loss)
+        return None if inner is None else inner.formats
 
     @property
     def data(self) -> Any:
@@ -206,7 +219,6 @@ class EmbeddingModule(pl.LightningModule):
             )
         if stage == "fit":
             self._place, self._measured = Place(), Validation(-1, {}, {})  # of a fit before
-            refuse_changing_accumulation(cast(Any, self.trainer).callbacks)
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
             prepare_training(self.encoder)
             if self.trainer.max_steps < 0:
@@ -221,8 +233,8 @@ class EmbeddingModule(pl.LightningModule):
             refuse_other_format(self.loss, self.data.format)
         mrl_dims = self.mrl_dims if self.use_mrl else None
         if stage == "fit":
-            if not self._has_projection_settled:
-                self._has_projection_settled = True
+            if not self._has_settled:
+                self._has_settled = True
                 start_projection(
                     self.encoder,
                     *(self.projection_init, mrl_dims, self.data, device, strategy.broadcast),
@@ -239,8 +251,7 @@ class EmbeddingModule(pl.LightningModule):
 
         Once for all fits, but for the temperature of a teacher, which is that of the data.
         """
-        self._has_loss_settled |= is_fit
-        self._given = None if self._has_loss_settled else (self.loss, self.lr)
+        self._given = None if self._has_settled else (self.loss, self.lr)
         given = set(temperatures_of(self.loss)) - self._derived
         given |= {"temperature"} if self.temperature else set()
         forget_teacher_temperature(self.loss, self._derived)
@@ -253,6 +264,9 @@ class EmbeddingModule(pl.LightningModule):
         derive = derived if is_fit else None
         self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data, derive)
         self._derived = set(temperatures_of(self.loss)) - given
+        if self._given is not None and self._derived and not self.trainer.ckpt_path:
+            found = ", ".join(f"{k} {v:.3g}" for k, v in temperatures_of(self.loss).items())
+            log.info("losses have %s: a fit derives others, model.temperature gives one", found)
         usual = usual_lr(self.encoder, self.data.format)
         self.lr = usual if self.lr is None else self.lr
         if is_fit:
@@ -261,6 +275,7 @@ class EmbeddingModule(pl.LightningModule):
     def teardown(self, stage: str) -> None:
         """Forget the loss that was chosen to evaluate alone: a fit derives more from its data."""
         if self._given is not None:
+            forget_teacher_temperature(self.loss, self._derived)
             (self.loss, self.lr), self._given, self._derived = self._given, None, set()
 
     def _set_prompts(self) -> None:
@@ -463,9 +478,10 @@ class EmbeddingModule(pl.LightningModule):
         trainer, path = self.trainer, Path(str(self.trainer.ckpt_path))
         saved = place_of(checkpoint)
         saved = saved.among(saved.batches)
-        ranks, accumulated = trainer.world_size, trainer.accumulate_grad_batches
-        refuse_another_order(saved, self.data.start, self.data.batch_size, ranks, accumulated)
         self._place = saved.among(self.data.batches_per_epoch)
+        ranks, accumulated = trainer.world_size, accumulated_in(trainer, self._place.epoch)
+        refuse_another_order(saved, self.data.start, self.data.batch_size, ranks, accumulated)
+        trainer.accumulate_grad_batches = accumulated
         set_counters(checkpoint, self._place, accumulated)
         states = checkpoint.get("callbacks", {})
         follow_move(trainer.checkpoint_callbacks, states, path.absolute().parent)

@@ -1,7 +1,7 @@
 """Parameter groups, the number of steps and the learning-rate schedule."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -10,10 +10,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from embedtune.data.records import Format
-from embedtune.errors import InputError
+from embedtune.errors import InputError, require_choice
 from embedtune.models.encoder import Encoder
 from embedtune.models.towers import USUAL_WIDTH, layer_width
+from embedtune.training.accumulation import accumulated_in
 
+Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 """Our schedule names, and those of ``transformers.get_scheduler``."""
 
@@ -67,6 +69,19 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
     return optimizer
 
 
+def refuse_schedule(name: str, warmup_proportion: float) -> None:
+    """Refuse a course of the learning rate that is none.
+
+    Raises:
+        InputError: It names the key.
+    """
+    require_choice("model.lr_schedule", name, Schedule)
+    if not 0 <= warmup_proportion <= 1:
+        raise InputError(
+            f"model.warmup_proportion: expected a share from 0 to 1, found {warmup_proportion}"
+        )
+
+
 def count_steps(trainer: Any, batches_per_epoch: int, schedule: str) -> int:
     """Return the optimiser steps of a whole fit; of one epoch where it has no end.
 
@@ -76,9 +91,12 @@ def count_steps(trainer: Any, batches_per_epoch: int, schedule: str) -> int:
     Raises:
         InputError: The fit has no end, and a schedule that needs one.
     """
-    per_epoch = math.ceil(batches_per_epoch / trainer.accumulate_grad_batches)
     epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-    by_epochs = per_epoch * epochs if epochs >= 0 else math.inf
+    per_epoch = [
+        math.ceil(batches_per_epoch / accumulated_in(trainer, epoch))
+        for epoch in range(max(1, epochs))
+    ]
+    by_epochs = sum(per_epoch[:epochs]) if epochs >= 0 else math.inf
     by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     steps = min(by_epochs, by_steps)
     if steps == math.inf and schedule != "constant":
@@ -86,7 +104,7 @@ def count_steps(trainer: Any, batches_per_epoch: int, schedule: str) -> int:
             f"model.lr_schedule: {schedule} falls to zero at the last step: expected "
             "trainer.max_epochs or max_steps to tell which that is, or constant"
         )
-    return max(1, int(per_epoch if steps == math.inf else steps))
+    return max(1, int(per_epoch[0] if steps == math.inf else steps))
 
 
 def build_schedule(
@@ -99,11 +117,20 @@ def build_schedule(
         name: ``cosine`` or ``linear`` fall to zero at ``num_steps``, ``constant`` stays.
         num_steps: Optimiser steps of the whole run.
         warmup_proportion: Share of the steps that warm up.
+
+    Raises:
+        InputError: No step would have a rate.
     """
+    warmup = round(num_steps * warmup_proportion)
+    if warmup and num_steps == 1:
+        raise InputError(
+            "model.warmup_proportion: expected less than half of the fit's only step, which would "
+            f"have a rate of 0, found {warmup_proportion}"
+        )
     return get_scheduler(
         SCHEDULES[name],
         optimizer,
-        num_warmup_steps=round(num_steps * warmup_proportion),
+        num_warmup_steps=warmup,
         num_training_steps=num_steps,
     )
 

@@ -12,6 +12,7 @@ from embedtune.data.batch import Batch
 from embedtune.data.collate import Collator
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.data.records import Format
+from embedtune.errors import require_choice
 from embedtune.models.encoder import Encoder
 from embedtune.models.projection import ProjectionInit, init_projection, projection_dim
 
@@ -50,6 +51,7 @@ def start_projection(
     if init is None:
         has_enough = teacher_dim is not None and len(data.datasets["train"]) >= enough
         init = "teacher" if has_enough else "pca"
+    require_choice("model.projection_init", init, ProjectionInit)
     width = projection_dim(encoder, init, mrl_dims, teacher_dim)
     if width is None:
         if is_given:
