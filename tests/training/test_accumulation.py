@@ -108,7 +108,7 @@ def test_a_limit_ends_a_step_too(tmp_path, tiny_bert):
 def test_another_number_in_each_epoch(tmp_path, tiny_bert):
     schedule = GradientAccumulationScheduler({0: 2, 1: 4})
     found = fit(tmp_path, tiny_bert, 3, schedule, max_epochs=2)
-    assert found.rates[-1] < found.rates[0] / 10, "it falls over the 6 steps"
+    assert found.rates[-1] < max(found.rates) / 5, "it falls over the 6 steps"
     by_two, by_four = (fit(tmp_path, tiny_bert, size, max_epochs=2) for size in (6, 12))
     assert len(found.gradients) == 4 + 2
     for i, expected in enumerate([*by_two.gradients[:4], *by_four.gradients[2:]]):
