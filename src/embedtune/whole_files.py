@@ -241,6 +241,44 @@ def _lock(path: Path) -> int | None:
     return descriptor
 
 
+_held: dict[Path, int] = {}
+"""Folders that this process holds, and their descriptors."""
+
+
+def hold(folder: Path) -> bool:
+    """Take a folder for this process, until it gives it back or ends; False if another has it."""
+    key = folder.resolve()
+    if fcntl is None or key in _held:
+        return True
+    descriptor = os.open(key, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return False
+    except OSError:  # a file system without locks
+        pass
+    _held[key] = descriptor
+    return True
+
+
+def release(folder: Path) -> None:
+    """Give a folder back, if this process holds it."""
+    descriptor = _held.pop(folder.resolve(), None)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def _hold_nothing() -> None:
+    """Close what a parent holds: a loader's worker may outlive it for seconds."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_hold_nothing)
+
+
 def _reach_disk(path: Path) -> None:
     """Wait until a file, or all that a folder holds, would survive a loss of power."""
     for folder, _, files in os.walk(path):

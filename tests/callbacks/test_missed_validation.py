@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -122,6 +123,32 @@ def test_a_fit_that_was_ended_early_trains_no_more(tiny_bert, caplog):
     patient = ("--early_stopping_patience=9", *patient[1:])
     fit(tiny_bert, "run", *patient, "--ckpt_path=last")
     assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 32
+
+
+def test_what_was_measured_of_another_set_counts_no_more(tiny_bert, caplog):
+    """Neither for the best nor for patience."""
+    once = ("--trainer.max_epochs=2", "--early_stopping_patience=1", "--model.lr=0.05")
+    fit(tiny_bert, "run", *once)
+    known = max(curve("run"))
+    rows = Path("sts.jsonl").read_text().splitlines(keepends=True)
+    Path("sts.jsonl").write_text("".join(rows[:9]))
+    more = ("--trainer.max_epochs=3", "--early_stopping_patience=3", "--model.lr=0.05")
+    fit(tiny_bert, "run", *more, "--ckpt_path=last")
+    assert "ckpt_path: val/sts: other data than before" in caplog.text
+    (*_, (step, told)) = re.findall(
+        r"model of step (\d+), the best by \S+ \(([\d.-]+)\)", caplog.text
+    )
+    before = read_facts(last_checkpoint(Path("run/checkpoints")))["training_facts"]
+    assert int(step) >= 8
+    assert float(told) == pytest.approx(max(curve("run")[2:]), abs=1e-4) != known
+    assert before["base_metrics"][MONITOR] != known
+
+
+def test_another_base_model_to_compare_with_is_told(tiny_bert, caplog):
+    fit(tiny_bert, "run", "--trainer.max_epochs=1")
+    shutil.copytree(tiny_bert, "another")
+    fit("another", "run", "--ckpt_path=last")
+    assert f"it was trained from {tiny_bert}: what compares" in caplog.text
 
 
 def test_the_latest_is_the_latest_whatever_it_is_called(tiny_bert):

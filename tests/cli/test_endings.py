@@ -2,17 +2,21 @@
 
 import csv
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from forks import Ranks
 
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
 from embedtune.cli.best_checkpoint import keep_the_best
+from embedtune.whole_files import hold
 
 PAIRS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(8)]
 SCORED = [{"query": f"a {i}", "pos": [f"b {i}"], "scores": [i / 4]} for i in range(5)]
@@ -80,6 +84,43 @@ def test_a_fit_may_have_a_time_alone_with_a_constant_rate(tiny_bert, capsys):
     assert "model.lr_schedule: cosine falls to zero at the last step" in said
     assert fit(tiny_bert, *flags, "--model.lr_schedule=constant") > 0
     assert Path("run/model/modules.json").is_file()
+
+
+def take(folder: Path) -> None:
+    """Hold a folder, as a fit does, and leave a child behind that lives on."""
+    assert hold(folder)
+    if os.fork() == 0:
+        time.sleep(60)
+    (folder / "taken").touch()
+    time.sleep(60)
+
+
+def test_a_run_folder_is_of_one_fit_at_a_time(tiny_bert, tmp_path, capsys):
+    """A fit that is killed gives it back at once, though its loaders live for a while."""
+    Path("run").mkdir()
+    other = Ranks(take, Path("run").resolve(), folder=tmp_path)
+    while not Path("run/taken").exists():
+        time.sleep(0.05)
+    assert "expected one fit in a folder, found another in run" in error(capsys, tiny_bert)
+    assert os.listdir("run") == ["taken"]
+    assert fit(tiny_bert, "--trainer.max_steps=1", root="own") == 1
+    assert other.kill()
+    other.wait()
+    assert fit(tiny_bert, "--trainer.max_steps=1") == 1
+    assert fit(tiny_bert, "--trainer.max_steps=1") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (("--trainer.limit_val_batches=0",), "would never be measured, by trainer.limit_val"),
+        (("--trainer.check_val_every_n_epoch=3",), "by trainer.check_val_every_n_epoch 3 of 2"),
+        (("--trainer.enable_checkpointing=false",), "trainer.enable_checkpointing false"),
+    ],
+)
+def test_a_best_that_nobody_would_find_is_refused(tiny_bert, capsys, flags, found):
+    monitored = ("--data.val_path=sts.jsonl", "--checkpoint.monitor=val/sts/spearman")
+    assert found in error(capsys, tiny_bert, *monitored, *flags)
 
 
 def test_overfitting_is_on_the_same_batches(tiny_bert):
@@ -282,7 +323,7 @@ def test_the_middle_of_an_epoch_is_gone_on_with_in_its_order(tiny_bert, capsys, 
     assert f"ckpt_path: it was saved in the middle of an epoch: expected {said}" in told
     fit(tiny_bert, "--trainer.max_epochs=1", root="ended")
     go_on = ("--ckpt_path=last", "--trainer.max_epochs=2")
-    assert fit(tiny_bert, *go_on, flag, root="ended") in (2, 4)
+    assert fit(tiny_bert, *go_on, flag, root="ended") in (4 + 2, 4 + 4)
     assert ("are others than those of the epochs before" in caplog.text) == ("other" in flag)
 
 

@@ -40,6 +40,23 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     }
 
 
+def test_a_file_that_is_written_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    """Though it ends as it was."""
+    path = write(tmp_path / "f.jsonl", [{"query": f"old {i}"} for i in range(9)])
+    read_digest = rows_module._file_digest
+
+    def digest_before_a_copy(path):
+        found = read_digest(path)
+        path.write_bytes(path.read_bytes())
+        return found
+
+    monkeypatch.setattr(rows_module, "_file_digest", digest_before_a_copy)
+    with pytest.raises(InputError, match="expected a file that stays as it is"):
+        Rows([path])
+    monkeypatch.undo()
+    assert len(Rows([path])) == 9
+
+
 def test_the_cache_follows_the_content(tmp_path, monkeypatch):
     reads = []
     open_table = rows_module.open_table

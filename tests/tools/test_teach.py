@@ -27,6 +27,9 @@ class Teacher:
     def get_embedding_dimension(self) -> int:
         return 2
 
+    def preprocess(self, texts, **options):
+        return {}
+
     def encode(self, texts, **options):
         if next(self.calls) == self.stop:
             raise KeyboardInterrupt
@@ -40,6 +43,14 @@ def run(monkeypatch, teacher, texts, out):
     data = out.parent / f"{teacher.number}.jsonl"
     data.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
     teach("teacher", str(data), out)
+
+
+@pytest.mark.parametrize("settings", [{"max_len": 2}, {"prompt": "a " * 100}])
+def test_a_teacher_that_would_see_nothing_of_a_text_is_refused(tiny_bert, tmp_path, settings):
+    (tmp_path / "rows.jsonl").write_text('{"query": "a"}\n')
+    with pytest.raises(InputError, match="max_len: expected more tokens than"):
+        teach(str(tiny_bert), str(tmp_path / "rows.jsonl"), tmp_path / "store", **settings)
+    assert not (tmp_path / "store").exists()
 
 
 def owner(out):

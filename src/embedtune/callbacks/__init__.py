@@ -13,6 +13,8 @@ from embedtune.callbacks.earlier_run import EarlierRun, MetricsFile
 from embedtune.callbacks.end_on_signal import EndOnSignal
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.missed_validation import MissedValidation
+from embedtune.callbacks.one_fit import OneFit
 from embedtune.callbacks.out_of_memory import OutOfMemory
 from embedtune.callbacks.progress_bar import ProgressBar
 from embedtune.callbacks.run_report import RunReport
@@ -30,6 +32,8 @@ __all__ = [
     "ExportModel",
     "Finite",
     "MetricsFile",
+    "MissedValidation",
+    "OneFit",
     "OutOfMemory",
     "ProgressBar",
     "RunReport",

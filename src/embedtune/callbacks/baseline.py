@@ -14,6 +14,7 @@ from torch import Tensor
 from embedtune.errors import InputError
 from embedtune.evaluation.measure import main_metric, metric_names
 from embedtune.evaluation.sharded import Evaluation
+from embedtune.training.facts import monitored
 from embedtune.training.module import EmbeddingModule
 from embedtune.training.precision import autocast_dtype
 
@@ -52,6 +53,7 @@ class Baseline(pl.Callback):
         module.base_metrics, module.base_per_query, self.found = {}, {}, {}  # of a fit before
         self._refuse_unknown_sets(module)
         _refuse_unknown_monitor(trainer, module)
+        _refuse_unmeasured_monitor(trainer)
         if not _is_validated(trainer):
             return
         evaluation = _measure(trainer, module)
@@ -132,6 +134,20 @@ def _refuse_unknown_monitor(
                 "checkpoint.monitor: expected a metric of data.val_path "
                 f"({', '.join([*losses, *known]) or 'which is not set'}), found {monitor!r}"
             )
+
+
+def _refuse_unmeasured_monitor(trainer: pl.Trainer) -> None:
+    """Refuse to monitor what the fit is too short to measure, or leaves out."""
+    monitor, every, epochs = monitored(trainer), trainer.check_val_every_n_epoch, trainer.max_epochs
+    if monitor is None or not monitor.startswith("val/") or cast(Any, trainer).fast_dev_run:
+        return
+    found = None
+    if trainer.limit_val_batches == 0:
+        found = "trainer.limit_val_batches 0"
+    elif every is not None and epochs is not None and 0 <= epochs < every:
+        found = f"trainer.check_val_every_n_epoch {every} of {epochs} epochs"
+    if found is not None:
+        raise InputError(f"checkpoint.monitor: {monitor} would never be measured, by {found}")
 
 
 @torch.no_grad()

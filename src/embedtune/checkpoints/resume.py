@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning.pytorch.callbacks import ModelCheckpoint
+
 from embedtune.checkpoints.find import moved
 from embedtune.errors import InputError
 
@@ -224,6 +226,24 @@ def follow_move(callbacks: list[Any], states: dict[str, dict[str, Any]], folder:
         _keep_fewer(callback, state)
         if not state["best_model_path"]:
             state["best_model_score"] = None
+
+
+def forget_scores(
+    callbacks: list[Any], states: dict[str, dict[str, Any]], changed: tuple[str, ...]
+) -> None:
+    """Let callbacks that compare by a metric start anew where its set is another than before.
+
+    Args:
+        callbacks: Of the Trainer.
+        states: Of callbacks by their keys, as a checkpoint brings them; changed.
+        changed: How the metrics of such sets begin.
+    """
+    for callback in callbacks:
+        if (getattr(callback, "monitor", None) or "").startswith(changed):
+            state = states.pop(callback.state_key, None)
+            if state is not None and isinstance(callback, ModelCheckpoint):
+                kept = {"dirpath": state["dirpath"], "last_model_path": state["last_model_path"]}
+                states[callback.state_key] = {**callback.state_dict(), **kept}
 
 
 def _keep_fewer(callback: Any, state: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from embedtune.callbacks.end_on_signal import EndOnSignal
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
 from embedtune.callbacks.missed_validation import MissedValidation
+from embedtune.callbacks.one_fit import OneFit
 from embedtune.callbacks.out_of_memory import OutOfMemory
 from embedtune.callbacks.progress_bar import ProgressBar
 from embedtune.callbacks.run_report import RunReport
@@ -90,8 +91,8 @@ def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Ca
         callbacks.append(ProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary(picked)
-        callbacks += [MissedValidation()]
-        callbacks += [SharedFolder(), Finite(config.skip_nonfinite), StopOnSignal()]
+        callbacks += [SharedFolder(), OneFit(), MissedValidation()]
+        callbacks += [Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]

@@ -120,6 +120,11 @@ class TrainerCLI(LightningCLI):
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(folder / "checkpoints")
         self._checkpoint = self._find_checkpoint()
         if config.trainer.enable_checkpointing is False:
+            if config.checkpoint.monitor and config.early_stopping_patience is None:
+                raise InputError(
+                    "checkpoint.monitor: expected checkpoints to keep the best of, found "
+                    "trainer.enable_checkpointing false"
+                )
             self._parser(command).callback_keys.remove("checkpoint")
         asked = self.config[command].checkpoint
         latest = latest_beside_best(config, asked) if command == "fit" else []

@@ -245,6 +245,12 @@ class EmbeddingDataModule(pl.LightningDataModule):
         names = (*self.datasets, *self.testsets)
         return [name for name in names if name.startswith(f"{part}/")]
 
+    def digests(self, part: Literal["val", "test"]) -> dict[str, str]:
+        """Return the digest of each set that is evaluated, by its name."""
+        found = {name: data.rows.digest for name, data in self.datasets.items()}
+        found |= {name: texts.digest for name, texts in self.testsets.items()}
+        return {name: found[name] for name in self.evaluated(part)}
+
     def sampler(self, name: str) -> GlobalBatchSampler:
         """Return the order of one data set's batches on this rank."""
         is_train = name == "train"

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from embedtune.data.cache import Facts, cache_folder, open_table
 from embedtune.data.lines import unreadable
 from embedtune.data.records import Format, Record, RecordReader
+from embedtune.errors import InputError
 
 log = logging.getLogger("embedtune")
 
@@ -53,12 +54,13 @@ class Rows:
             InputError: A row does not fit its format, or a file cannot be read.
         """
         self.paths = list(paths)
+        reading = _Reading(self.paths, declared)
         digest = hashlib.blake2b(f"{CACHE_VERSION} {declared}".encode(), digest_size=16)
         for path in self.paths:
             digest.update("".join(path.suffixes).encode())  # a .txt file is read in another way
             digest.update(_file_digest(path))
         self.digest = digest.hexdigest()
-        path, reading = cache_folder() / f"{self.digest}.arrow", _Reading(self.paths, declared)
+        path = cache_folder() / f"{self.digest}.arrow"
         self.table, known = open_table(path, SCHEMA, reading.batches, reading.facts)
         self.format = Format(known["format"])
         self.ignored_fields: list[str] = known["ignored_fields"]
@@ -132,11 +134,21 @@ def _file_digest(path: Path) -> bytes:
         raise unreadable(str(path), error) from None
 
 
+def _written(path: Path) -> tuple[int, int, int]:
+    """Return what changes when a file is written or replaced."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise unreadable(str(path), error) from None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
 class _Reading:
     """Reads the files of a table, and tells of them afterwards."""
 
     def __init__(self, paths: list[Path], declared: Format | None) -> None:
         self._reader = RecordReader(paths, declared)
+        self._written = [_written(path) for path in paths]
         self._queries = hashlib.blake2b(digest_size=16)
 
     def batches(self) -> Iterator[pa.RecordBatch]:
@@ -149,6 +161,10 @@ class _Reading:
             yield pa.record_batch(arrays, schema=SCHEMA)
 
     def facts(self) -> Facts:
+        # The digest may be of other rows: of a file that is copied others see the beginning alone.
+        for path, written in zip(self._reader.paths, self._written, strict=True):
+            if _written(path) != written:
+                raise InputError(f"{path}: expected a file that stays as it is while it is read")
         return {
             "format": self._reader.format,
             "ignored_fields": sorted(self._reader.ignored_fields),

@@ -1,6 +1,7 @@
 """Batches of the distinct texts of a test set."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import torch.utils.data
@@ -10,6 +11,7 @@ from embedtune.data.beir import RetrievalSet
 from embedtune.data.chunks import Text, make_chunks
 from embedtune.data.sampler import Key
 from embedtune.data.scored_pairs import ScoredPairs
+from embedtune.digests import Hasher
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import ROLES, Features, Role
 
@@ -55,6 +57,16 @@ class TextDataset(torch.utils.data.Dataset):
         self.first, self.second = (
             torch.tensor([number[role, text] for text in texts]) for role, texts in roles
         )
+
+    @cached_property
+    def digest(self) -> str:
+        """Digest of the texts and of what is judged: metrics of others are no measure of this."""
+        hasher = Hasher()
+        for part in self.testset:
+            for item in part:
+                hasher.update(repr(item).encode())
+            hasher.update(b"\0")
+        return hasher.hexdigest()
 
     def __len__(self) -> int:
         """Return the number of distinct texts."""

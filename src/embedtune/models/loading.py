@@ -176,6 +176,19 @@ def _broken_file(folder: Path) -> str | None:
     return None
 
 
+def refuse_filled(model: SentenceTransformer, prompt: str, longest: int) -> None:
+    """Refuse a prompt, or an input so short, that nothing would be left of a text.
+
+    Raises:
+        InputError: It names ``max_len``.
+    """
+    features = model.preprocess([""], prompt=prompt or None, max_length=longest)
+    ids = features.get("input_ids")
+    if ids is not None and ids.dim() == 2 and ids.shape[1] >= longest:
+        filled = f"the prompt {prompt!r} takes" if prompt else "begin and end a text"
+        raise InputError(f"max_len: expected more tokens than {filled}, found {longest}")
+
+
 def cap_length(model: SentenceTransformer, max_len: int) -> int:
     """Return ``max_len``, or as many tokens as every tower has positions if they are fewer."""
     return min(capped(module, max_len) for module in towers(model))

@@ -12,7 +12,7 @@ from embedtune.data.lines import resolve_paths
 from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherWriter, sidecar_path
 from embedtune.errors import InputError, require_positive
-from embedtune.models.loading import cap_length, load_sentence_transformer
+from embedtune.models.loading import cap_length, load_sentence_transformer, refuse_filled
 from embedtune.whole_files import naming, part_folder
 
 log = logging.getLogger("embedtune")
@@ -68,6 +68,8 @@ def teach(
     if teacher.default_prompt_name is not None and not prompt:
         default = teacher.prompts[teacher.default_prompt_name]
         log.info("%s: its default prompt %r is left out; prompt gives one", model, default)
+    longest = cap_length(teacher, max_len)
+    refuse_filled(teacher, prompt, longest)
     out.mkdir(parents=True, exist_ok=True)
     width = int(teacher.get_embedding_dimension() or 0)
     with ExitStack() as unfinished:
@@ -84,7 +86,7 @@ def teach(
                 prompt=prompt,
                 batch_size=batch_size,
                 show_progress_bar=True,
-                processing_kwargs={"text": {"max_length": cap_length(teacher, max_len)}},
+                processing_kwargs={"text": {"max_length": longest}},
             )
             writer.write(embeddings)
         writer.close(texts.queries_digest, {part: files.texts}, model=model, prompt=prompt)

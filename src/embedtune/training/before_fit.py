@@ -1,7 +1,7 @@
 """What is settled or refused before a fit, because it would fail or mislead later."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
@@ -93,19 +93,21 @@ def refuse_long_interval(trainer: Any, batches: int) -> None:
         )
 
 
-def refuse_long_prompts(encoder: Encoder, data: EmbeddingDataModule) -> None:
+def refuse_long_prompts(
+    encoder: Encoder, data: EmbeddingDataModule, part: Literal["train", "predict"] = "train"
+) -> None:
     """Refuse prompts, the model's or those of rows, that fill the longest input.
 
     Raises:
         InputError: Nothing would be left of a text.
     """
-    limits: tuple[tuple[Role, str, int], ...] = (
-        ("query", "data.query_max_len", data.query_max_len),
-        ("document", "data.passage_max_len", data.passage_max_len),
-    )
-    own_prompt = data.datasets["train"].rows.longest_prompt
-    for role, key, limit in limits:
-        prompt, longest = encoder.default_prompt(role), encoder.cap(limit, role)
+    collate = data.collator(encoder, part)
+    limits: list[tuple[Role, str, int]] = [("query", "data.query_max_len", collate.query_max_len)]
+    if part == "train":
+        limits.append(("document", "data.passage_max_len", collate.passage_max_len))
+    own_prompt = data.datasets[part].rows.longest_prompt
+    for role, key, longest in limits:
+        prompt = collate.prompts[role]
         if role == "query":
             prompt = max(prompt, own_prompt, key=lambda text: len(text or ""))
         if prompt is None and longest > MOST_SPECIAL:

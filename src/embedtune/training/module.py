@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from embedtune.checkpoints.resume import (
     Place,
     follow_move,
+    forget_scores,
     place_of,
     refuse_another_order,
     refuse_other_weights,
@@ -228,6 +229,7 @@ class EmbeddingModule(pl.LightningModule):
             freed_memory.keep_freed()
         self._set_prompts()
         if stage == "predict":
+            refuse_long_prompts(self.encoder, self.data, "predict")
             return
         if self.data.format is not None:
             refuse_other_format(self.loss, self.data.format)
@@ -483,24 +485,40 @@ class EmbeddingModule(pl.LightningModule):
         refuse_another_order(saved, self.data.start, self.data.batch_size, ranks, accumulated)
         trainer.accumulate_grad_batches = accumulated
         set_counters(checkpoint, self._place, accumulated)
+        self._take_measured(checkpoint)
         states = checkpoint.get("callbacks", {})
         follow_move(trainer.checkpoint_callbacks, states, path.absolute().parent)
-        facts = checkpoint.get("training_facts", {})
+        base, own = checkpoint["encoder_spec"]["model_name_or_path"], self._kept_spec()
+        if base != own.model_name_or_path:
+            said = "ckpt_path: it was trained from %s: what compares with the base model takes %s"
+            log.warning(said, base, own.model_name_or_path)
+
+    def _take_measured(self, checkpoint: dict[str, Any]) -> None:
+        """Take what was measured of a checkpoint, unless the sets are others by now."""
+        facts, now = checkpoint.get("training_facts", {}), self.data.digests("val")
+        saved, callbacks = checkpoint.get("evaluated", {}), cast(Any, self.trainer).callbacks
+        changed = [name for name in now if saved.get(name, now[name]) != now[name]]
+        if changed:
+            said = "ckpt_path: %s: other data than before: what was measured of them counts no more"
+            log.warning(said, ", ".join(changed))
+            begins = tuple(f"{name}/" for name in changed)
+            forget_scores(callbacks, checkpoint.get("callbacks", {}), begins)
+            facts = {**facts, "metrics": {}, "intervals": {}}
         # Those of test sets were measured anew; losses need the projection as it started.
-        losses = tuple(
-            f"{name}/" for name in self.data.evaluated("val") if name in self.data.datasets
-        )
-        known_base = facts.get("base_metrics", {}).items()
-        kept = {name: value for name, value in known_base if name.startswith(losses)}
+        losses = tuple(f"{name}/" for name in {*now} - {*changed} if name in self.data.datasets)
+        of_base = facts.get("base_metrics", {}).items()
+        kept = {name: value for name, value in of_base if name.startswith(losses)}
         self.base_metrics = {**kept, **self.base_metrics}
-        # These weights are not measured anew before they are trained on.
         known = {name: tuple(ends) for name, ends in (facts.get("intervals") or {}).items()}
         self._measured = Validation(self._place.step, facts.get("metrics", {}), known)
 
+    def _kept_spec(self) -> EncoderSpec:
+        return self.encoder.spec.kept_in(Path(self.trainer.default_root_dir))
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep beside the weights what rebuilds the encoder, and what its model card tells."""
-        run_folder = Path(self.trainer.default_root_dir)
-        checkpoint["encoder_spec"] = self.encoder.spec.kept_in(run_folder)._asdict()
+        checkpoint["encoder_spec"] = self._kept_spec()._asdict()
+        checkpoint["evaluated"] = self.data.digests("val")
         checkpoint["place"] = self.place._asdict()
         checkpoint["temperatures"] = temperatures_of(self.loss)
         checkpoint["training_facts"] = training_facts(self.trainer, self)._asdict()
