@@ -61,7 +61,7 @@ class Embedding:
         """
         if isinstance(texts, str):
             return self.encode([texts], device, prompt, max_len, batch_size)[0]
-        if not texts:
+        if len(texts) == 0:  # an array of numpy has no truth
             return torch.empty(0, int(self.model.get_embedding_dimension() or 0))
         embeddings = self.model.encode(
             with_tokens(self.model, texts, prompt),
