@@ -20,7 +20,7 @@ from embedtune.cli import main
 from embedtune.errors import ExportError
 from embedtune.export import probes
 from embedtune.export.folder import TOLERANCE, UNVERIFIED, export_encoder
-from embedtune.export.rebuild import export_checkpoint
+from embedtune.export.rebuild import export_checkpoint, rebuild
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import EncoderSpec
 
@@ -230,6 +230,18 @@ def test_missing_weights_are_an_error(encoder, tmp_path):
     with pytest.raises(InputError, match=r"model\.2\.linear\.bias"):
         export_checkpoint(tmp_path / "last.ckpt", tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_what_zero_holds_of_frozen_weights_is_the_base_model_s(tiny_bert):
+    """In half precision; what was trained there is not."""
+    base = Encoder(EncoderSpec(str(tiny_bert))).state_dict()
+    halves = {name: tensor.bfloat16() for name, tensor in base.items()}
+    trained = next(name for name in halves if "word_embeddings" in name)
+    halves[trained] = halves[trained] * 2
+    found = rebuild(EncoderSpec(str(tiny_bert)), halves, "halves").state_dict()
+    differ = {name for name in base if not torch.equal(found[name], base[name])}
+    assert differ == {trained}
+    torch.testing.assert_close(found[trained], halves[trained].float(), rtol=0, atol=0)
 
 
 def test_an_export_replaces_an_export_and_nothing_else(encoder, tiny_bert, tmp_path):

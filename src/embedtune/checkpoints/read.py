@@ -25,7 +25,10 @@ PREFIX = "encoder."
 
 
 class Checkpoint(NamedTuple):
-    """What an encoder is rebuilt from: ``weights`` are whole, float32 and on the CPU."""
+    """What an encoder is rebuilt from: ``weights`` are whole and on the CPU.
+
+    They are float32, but for frozen ones that ZeRO saved as it computed with them.
+    """
 
     spec: EncoderSpec
     weights: dict[str, Tensor]

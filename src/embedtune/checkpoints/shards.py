@@ -129,7 +129,10 @@ def zero_states(path: Path) -> Path:
 
 
 def read_zero(path: Path) -> dict[str, Tensor]:
-    """Return the module's weights from the shards of ZeRO, float32."""
+    """Return the module's weights from the shards of ZeRO.
+
+    In float32, but for those that are frozen: in what was computed with.
+    """
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     refuse_code_in_zero(path)
@@ -143,4 +146,4 @@ def read_zero(path: Path) -> dict[str, Tensor]:
         trained = get_fp32_state_dict_from_zero_checkpoint(str(path), file.parent.name)
     # Stage 1 keeps weights that are not trained elsewhere.
     module = load_zero(file)["module"]
-    return {name: tensor.float() for name, tensor in {**module, **trained}.items()}
+    return {**module, **trained}

@@ -142,7 +142,10 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
         return None if norm is None else float(norm)
 
     def whole_weights(self, encoder: nn.Module) -> dict[str, Tensor]:
-        """Return the encoder's weights put together, float32, on rank 0 alone."""
+        """Return the encoder's weights put together, on rank 0 alone.
+
+        In float32, but for those that are frozen, which DeepSpeed has as it computes with them.
+        """
         import deepspeed
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -158,7 +161,7 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
             if whole is None:
                 gathered = deepspeed.zero.GatheredParameters([parameter])
                 with gathered if self.zero_stage_3 else nullcontext():
-                    whole = parameter.detach().float().clone()
+                    whole = parameter.detach().clone()
             if self.is_global_zero:
                 weights[name] = whole.cpu().clone()
         return weights

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from embedtune.checkpoints.read import read_checkpoint, read_facts
@@ -28,8 +29,20 @@ def rebuild(spec: EncoderSpec, weights: dict[str, Tensor], origin: str) -> Encod
                 f"{origin}: weights do not fit {spec.model_name_or_path}: {name}: expected "
                 f"{expected.get(name, 'none')}, found {found.get(name, 'none')}"
             )
-    encoder.load_state_dict(weights)
+    base = encoder.state_dict()
+    encoder.load_state_dict(
+        {k: base[k] if _is_rounded(base[k], v) else v for k, v in weights.items()}
+    )
     return encoder
+
+
+def _is_rounded(base: Tensor, weight: Tensor) -> bool:
+    """Tell whether a weight is the base model's, in the half precision that ZeRO computes with.
+
+    It keeps no other of what is frozen.
+    """
+    is_half = weight.dtype != base.dtype and weight.is_floating_point()
+    return is_half and torch.equal(base.to(weight.dtype), weight)
 
 
 def export_checkpoint(
