@@ -4,6 +4,7 @@ import logging
 from typing import Any, Literal
 
 from embedtune.data.datamodule import EmbeddingDataModule
+from embedtune.distributed.strategies import shards_parameters
 from embedtune.errors import InputError
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import Role
@@ -32,6 +33,19 @@ def refuse_another_precision(precision: str) -> None:
         raise InputError(
             f"trainer.precision: expected {', '.join(PRECISIONS[:-1])} or {PRECISIONS[-1]}, in "
             f"which weights stay float32, found {precision}"
+        )
+
+
+def refuse_compilation(strategy: Any) -> None:
+    """Refuse to compile layers where that does not pay, or cannot be.
+
+    Raises:
+        InputError: It is on a CPU, or where parameters are divided.
+    """
+    if strategy.root_device.type != "cuda" or shards_parameters(strategy):
+        raise InputError(
+            "model.compile: expected false on a CPU (it takes minutes) and under FSDP and ZeRO-3, "
+            "found true"
         )
 
 

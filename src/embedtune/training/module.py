@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -12,12 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from embedtune.checkpoints.resume import (
     Place,
-    follow_move,
-    forget_scores,
-    place_of,
-    refuse_another_order,
     refuse_other_weights,
-    set_counters,
     start_epoch,
 )
 from embedtune.data.batch import Batch
@@ -41,13 +36,13 @@ from embedtune.models.spec import EncoderSpec, Features, PoolingMode
 from embedtune.models.trial import prepare_training
 from embedtune.training.accumulation import (
     StepMeans,
-    accumulated_in,
     batches_of_step,
     loss_factor,
 )
 from embedtune.training.before_fit import (
     compare_directions,
     refuse_another_precision,
+    refuse_compilation,
     refuse_flash_in_float32,
     refuse_long_interval,
     refuse_long_prompts,
@@ -57,6 +52,7 @@ from embedtune.training.before_fit import (
 )
 from embedtune.training.choose_loss import choose_loss, refuse_other_format
 from embedtune.training.facts import told_by_all, training_facts
+from embedtune.training.going_on import Validation, go_on, tell_of_another_base
 from embedtune.training.gradient_cache import GradientCache
 from embedtune.training.loss_inputs import target_of
 from embedtune.training.optimizer import (
@@ -80,14 +76,6 @@ from embedtune.training.temperature import (
 )
 
 log = logging.getLogger("embedtune")
-
-
-class Validation(NamedTuple):
-    """What was last measured, and after which step."""
-
-    step: int
-    metrics: dict[str, float]
-    intervals: dict[str, Interval]
 
 
 class EmbeddingModule(pl.LightningModule):
@@ -213,11 +201,8 @@ class EmbeddingModule(pl.LightningModule):
         device = strategy.root_device
         refuse_another_precision(str(self.trainer.precision))
         refuse_flash_in_float32(self.encoder, str(self.trainer.precision))
-        if self.compiles and (device.type != "cuda" or shards_parameters(strategy)):
-            raise InputError(
-                "model.compile: expected false on a CPU (it takes minutes) and under FSDP and "
-                "ZeRO-3, found true"
-            )
+        if self.compiles:
+            refuse_compilation(strategy)
         if stage == "fit":
             self._place, self._measured = Place(), Validation(-1, {}, {})  # of a fit before
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
@@ -473,44 +458,11 @@ class EmbeddingModule(pl.LightningModule):
             refuse_other_weights(checkpoint["state_dict"], self.state_dict())
         set_temperatures(self.loss, checkpoint.get("temperatures", {}), self._derived)
         if self._trainer is not None and self.trainer.training:
-            self._resume(checkpoint)
-
-    def _resume(self, checkpoint: dict[str, Any]) -> None:
-        """Go on at the place that a checkpoint carries."""
-        trainer, path = self.trainer, Path(str(self.trainer.ckpt_path))
-        saved = place_of(checkpoint)
-        saved = saved.among(saved.batches)
-        self._place = saved.among(self.data.batches_per_epoch)
-        ranks, accumulated = trainer.world_size, accumulated_in(trainer, self._place.epoch)
-        refuse_another_order(saved, self.data.start, self.data.batch_size, ranks, accumulated)
-        trainer.accumulate_grad_batches = accumulated
-        set_counters(checkpoint, self._place, accumulated)
-        self._take_measured(checkpoint)
-        states = checkpoint.get("callbacks", {})
-        follow_move(trainer.checkpoint_callbacks, states, path.absolute().parent)
-        base, own = checkpoint["encoder_spec"]["model_name_or_path"], self._kept_spec()
-        if base != own.model_name_or_path:
-            said = "ckpt_path: it was trained from %s: what compares with the base model takes %s"
-            log.warning(said, base, own.model_name_or_path)
-
-    def _take_measured(self, checkpoint: dict[str, Any]) -> None:
-        """Take what was measured of a checkpoint, unless the sets are others by now."""
-        facts, now = checkpoint.get("training_facts", {}), self.data.digests("val")
-        saved, callbacks = checkpoint.get("evaluated", {}), cast(Any, self.trainer).callbacks
-        changed = [name for name in now if saved.get(name, now[name]) != now[name]]
-        if changed:
-            said = "ckpt_path: %s: other data than before: what was measured of them counts no more"
-            log.warning(said, ", ".join(changed))
-            begins = tuple(f"{name}/" for name in changed)
-            forget_scores(callbacks, checkpoint.get("callbacks", {}), begins)
-            facts = {**facts, "metrics": {}, "intervals": {}}
-        # Those of test sets were measured anew; losses need the projection as it started.
-        losses = tuple(f"{name}/" for name in {*now} - {*changed} if name in self.data.datasets)
-        of_base = facts.get("base_metrics", {}).items()
-        kept = {name: value for name, value in of_base if name.startswith(losses)}
-        self.base_metrics = {**kept, **self.base_metrics}
-        known = {name: tuple(ends) for name, ends in (facts.get("intervals") or {}).items()}
-        self._measured = Validation(self._place.step, facts.get("metrics", {}), known)
+            before = go_on(checkpoint, self.trainer, self.data)
+            self._place, self._measured = before.place, before.measured
+            self.base_metrics = {**before.base_losses, **self.base_metrics}
+            base = self._kept_spec().model_name_or_path
+            tell_of_another_base(checkpoint["encoder_spec"], base)
 
     def _kept_spec(self) -> EncoderSpec:
         return self.encoder.spec.kept_in(Path(self.trainer.default_root_dir))
