@@ -134,6 +134,9 @@ def test_broken_yaml_is_one_line(capsys):
         ("trainer.max_epochs", "-5", "trainer: .*max_epochs"),
         ("trainer.max_time", "soon", "trainer: .*soon"),
         ("trainer.default_root_dir", "/dev/null", "trainer.default_root_dir: .*/dev/null"),
+        ("trainer.default_root_dir", "loop", "trainer.default_root_dir: .*the link loop, which"),
+        ("trainer.default_root_dir", "loop/a", "trainer.default_root_dir: .*the link .*/loop, "),
+        ("data.val_path", "{a: {b: beir}}", "data.val_path: a: expected a path or .*'b': 'beir'"),
         ("trainer.default_root_dir", "null", "trainer.default_root_dir: .*found null"),
         ("trainer.default_root_dir", "file:///a", "trainer.default_root_dir: .*URL file:///a"),
         ("checkpoint.dirpath", "rows.jsonl", "checkpoint.dirpath: .*the file rows.jsonl"),
@@ -162,6 +165,7 @@ def test_broken_yaml_is_one_line(capsys):
     ],
 )
 def test_a_value_that_does_not_do_is_one_line(tiny_bert, capsys, flag, value, message):
+    Path("loop").symlink_to("loop")
     assert re.match(message, said(capsys, *fit(tiny_bert), f"--{flag}={value}"))
 
 
@@ -233,7 +237,11 @@ def test_a_full_disk_is_one_line_for_each_export(tiny_bert, capsys, caplog):
 def test_a_folder_that_cannot_be_made_is_one_line(tiny_bert, capsys):
     teach = ("teach", "--model", str(tiny_bert), "--data", "rows.jsonl")
     message = said(capsys, *teach, "--out", "rows.jsonl/store")
-    assert message == "rows.jsonl/store: Not a directory"
+    expected = "rows.jsonl/store: expected a folder to write to, found the file"
+    assert message == f"{expected} {Path('rows.jsonl').absolute()}"
+    Path("link").symlink_to("nowhere")
+    evaluate = ("evaluate", "no_model", "--data", "no_data", "--out", "link")  # before all else
+    assert "found the link link, which leads nowhere" in said(capsys, *evaluate)
 
 
 @pytest.mark.parametrize(
