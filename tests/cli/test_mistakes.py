@@ -250,6 +250,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tiny_bert, capsys):
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError(errno.EROFS, "x", "run"), "run: Read-only file system"),
         (PermissionError(errno.EACCES, "x", "a\nb"), r"a\\nb: Permission denied"),
+        (PermissionError(errno.EACCES, "x", b"run/caf\xc3\xa9"), "run/café: Permission denied"),
         (IsADirectoryError(errno.EISDIR, "x", "run"), "run: Is a directory"),
     ],
 )
