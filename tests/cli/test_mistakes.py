@@ -101,6 +101,73 @@ def test_other_yaml_is_left_to_the_parser():
     refuse_broken_configs(["fit", "--config", "run.yaml", "--config", "none.yaml", "-c", "a: 1\n"])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {}\ndata: {}\nmodel: {lr: 1}\n", "found the key model of line 1 again in line 3"),
+        (
+            "data:\n  batch_size: 1\n  'batch_size': 2",
+            "the key batch_size of line 2 again in line 3",
+        ),
+        ("trainer: {callbacks: [{a: 1, a: 2}]}", "found the key a of line 1 again in line 1"),
+        (
+            "data.batch_size: 1\ndata: {batch_size: 2}",
+            "each key once, found data.batch_size dotted",
+        ),
+        ("data: {seed: 3}", "expected seed_everything, .* found data.seed"),
+        ("data.seed: 3", "expected seed_everything, .* found data.seed"),
+        ("fit: {data: {seed: null}}", "expected seed_everything, .* found fit.data.seed"),
+    ],
+)
+def test_a_key_that_would_be_ignored_is_named(content, message):
+    Path("run.yaml").write_text(content)
+    for args, place in (["--config", "run.yaml"], "run.yaml"), (["-c", content], "--config"):
+        with pytest.raises(InputError, match=f"^{place}: .*{message}"):
+            refuse_broken_configs(["fit", *args])
+
+
+@pytest.mark.parametrize("form", ["-c{}", "-c={}", "--data {}", "--data={}"])
+def test_no_form_of_a_flag_passes_by(form):
+    Path("run.yaml").write_bytes(b"lr: caf\xe9")
+    with pytest.raises(InputError, match=r"^run\.yaml: expected YAML in UTF-8"):
+        refuse_broken_configs(["fit", *form.format("run.yaml").split()])
+
+
+def test_so_is_one_of_a_file_of_its_own():
+    Path("sub").mkdir()
+    Path("sub/data.yaml").write_text("seed: 3")
+    Path("sub/run.yaml").write_text("data: data.yaml")
+    for args in ("--config=sub/run.yaml", "--data=sub/data.yaml"):
+        with pytest.raises(InputError, match=r"^sub/data\.yaml: .* found data\.seed"):
+            refuse_broken_configs([args])
+    with pytest.raises(InputError, match=r"^--data: .* found data\.seed"):
+        refuse_broken_configs(["--data", "{seed: 3}"])
+
+
+def test_keys_are_merged_and_repeated_elsewhere():
+    base = "a: {b: &a {<<: *base, lr: 2}}\nmodel: {<<: *a, lr: 3}\n"
+    Path("run.yaml").write_text(f"base: &base {{lr: 1, seed: 2}}\n{base}data: {{<<: *a, lr: 4}}\n")
+    with pytest.raises(InputError, match=r"found data\.seed"):  # it is merged
+        refuse_broken_configs(["--config=run.yaml"])
+    Path("run.yaml").write_text(f"base: &base {{lr: 1}}\n{base}")
+    refuse_broken_configs(["--config=run.yaml", "--config=run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"),
+    [
+        (("fit", "--conf", "rows.jsonl"), "config"),
+        (("fit", "--trainer.max_step", "3"), "trainer.max_steps"),
+        (("fit", "--data.sed", "3"), "data.shuffle"),  # data.seed has no flag
+        (("export", "last.ckpt", "out", "--trust_remote", "true"), "trust_remote_code"),
+    ],
+)
+def test_a_part_of_a_key_is_none(capsys, argv, nearest):
+    found = " ".join(argv[-2:])
+    message = f"unrecognized arguments: {found}; the nearest valid key is {nearest}"
+    assert said(capsys, *argv) == message
+
+
 def test_broken_yaml_is_one_line(capsys):
     Path("run.yaml").write_text("data: &data [*data]\n")
     assert said(capsys, "fit", "--config", "run.yaml").startswith("run.yaml: expected YAML")
