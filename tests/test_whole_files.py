@@ -18,6 +18,7 @@ from embedtune.whole_files import (
     part_of,
     put,
     put_together,
+    refuse_in_the_way,
     remove,
     sweep,
     sweep_together,
@@ -34,6 +35,24 @@ def folder_of(path: Path, text: str) -> Path:
     path.mkdir()
     (path / "file").write_text(text)
     return path
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+@pytest.mark.parametrize(
+    ("name", "is_told"), [("link", "the link"), ("loop", "the link"), ("file", "the file")]
+)
+def test_what_is_in_the_way_of_a_folder_is_named(tmp_path, name, is_told, below):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(InputError, match=f"^out: expected a folder, found {is_told} .*/{name}"):
+        refuse_in_the_way(tmp_path / name / below, "out: expected a folder")
+
+
+def test_a_folder_and_a_link_to_one_are_in_no_way(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("", "a/b", "link", "link/a"):
+        refuse_in_the_way(tmp_path / name, "out: expected a folder")
 
 
 def test_a_file_takes_the_place_of_the_former_and_leaves_nothing(tmp_path):

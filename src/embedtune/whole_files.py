@@ -109,6 +109,24 @@ def refuse_folder(path: Path) -> None:
         raise InputError(f"{path}: expected a file or nothing, found a folder: it is not replaced")
 
 
+def refuse_in_the_way(folder: Path, expected: str) -> None:
+    """Refuse a folder that cannot be made, for a file or a dead link has its name or a parent's.
+
+    Args:
+        folder: It is there, or is to be made.
+        expected: The start of the message, such as ``trainer.default_root_dir: expected a folder``.
+
+    Raises:
+        InputError: It names what is in the way.
+    """
+    for path in (folder, *folder.absolute().parents):
+        if path.is_dir():
+            return
+        if os.path.lexists(path):
+            found = f"the file {path}" if path.exists() else f"the link {path}, which leads nowhere"
+            raise InputError(f"{expected}, found {found}")
+
+
 def bring_back(path: Path) -> None:
     """Give a folder its name again, which a killed process took from it to put another there."""
     former = path.with_name(path.name + FORMER)

@@ -98,7 +98,7 @@ def test_a_place_that_is_anothers_is_refused_before_the_first_step(tiny_bert, ca
     for change, found in (
         (lambda: (model / "notes.txt").touch(), "found notes.txt, which embedtune has not written"),
         (lambda: (model / DIGESTS).unlink(), "found something else: it has no digests"),
-        (lambda: (shutil.rmtree(model), model.touch()), "found a file"),
+        (lambda: (shutil.rmtree(model), model.touch()), "found the file run/model"),
     ):
         change()
         with pytest.raises(SystemExit) as caught:

@@ -101,6 +101,73 @@ def test_other_yaml_is_left_to_the_parser():
     refuse_broken_configs(["fit", "--config", "run.yaml", "--config", "none.yaml", "-c", "a: 1\n"])
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {}\ndata: {}\nmodel: {lr: 1}\n", "found the key model of line 1 again in line 3"),
+        (
+            "data:\n  batch_size: 1\n  'batch_size': 2",
+            "the key batch_size of line 2 again in line 3",
+        ),
+        ("trainer: {callbacks: [{a: 1, a: 2}]}", "found the key a of line 1 again in line 1"),
+        (
+            "data.batch_size: 1\ndata: {batch_size: 2}",
+            "each key once, found data.batch_size dotted",
+        ),
+        ("data: {seed: 3}", "expected seed_everything, .* found data.seed"),
+        ("data.seed: 3", "expected seed_everything, .* found data.seed"),
+        ("fit: {data: {seed: null}}", "expected seed_everything, .* found fit.data.seed"),
+    ],
+)
+def test_a_key_that_would_be_ignored_is_named(content, message):
+    Path("run.yaml").write_text(content)
+    for args, place in (["--config", "run.yaml"], "run.yaml"), (["-c", content], "--config"):
+        with pytest.raises(InputError, match=f"^{place}: .*{message}"):
+            refuse_broken_configs(["fit", *args])
+
+
+@pytest.mark.parametrize("form", ["-c{}", "-c={}", "--data {}", "--data={}"])
+def test_no_form_of_a_flag_passes_by(form):
+    Path("run.yaml").write_bytes(b"lr: caf\xe9")
+    with pytest.raises(InputError, match=r"^run\.yaml: expected YAML in UTF-8"):
+        refuse_broken_configs(["fit", *form.format("run.yaml").split()])
+
+
+def test_so_is_one_of_a_file_of_its_own():
+    Path("sub").mkdir()
+    Path("sub/data.yaml").write_text("seed: 3")
+    Path("sub/run.yaml").write_text("data: data.yaml")
+    for args in ("--config=sub/run.yaml", "--data=sub/data.yaml"):
+        with pytest.raises(InputError, match=r"^sub/data\.yaml: .* found data\.seed"):
+            refuse_broken_configs([args])
+    with pytest.raises(InputError, match=r"^--data: .* found data\.seed"):
+        refuse_broken_configs(["--data", "{seed: 3}"])
+
+
+def test_keys_are_merged_and_repeated_elsewhere():
+    base = "a: {b: &a {<<: *base, lr: 2}}\nmodel: {<<: *a, lr: 3}\n"
+    Path("run.yaml").write_text(f"base: &base {{lr: 1, seed: 2}}\n{base}data: {{<<: *a, lr: 4}}\n")
+    with pytest.raises(InputError, match=r"found data\.seed"):  # it is merged
+        refuse_broken_configs(["--config=run.yaml"])
+    Path("run.yaml").write_text(f"base: &base {{lr: 1}}\n{base}")
+    refuse_broken_configs(["--config=run.yaml", "--config=run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "nearest"),
+    [
+        (("fit", "--conf", "rows.jsonl"), "config"),
+        (("fit", "--trainer.max_step", "3"), "trainer.max_steps"),
+        (("fit", "--data.sed", "3"), "data.shuffle"),  # data.seed has no flag
+        (("export", "last.ckpt", "out", "--trust_remote", "true"), "trust_remote_code"),
+    ],
+)
+def test_a_part_of_a_key_is_none(capsys, argv, nearest):
+    found = " ".join(argv[-2:])
+    message = f"unrecognized arguments: {found}; the nearest valid key is {nearest}"
+    assert said(capsys, *argv) == message
+
+
 def test_broken_yaml_is_one_line(capsys):
     Path("run.yaml").write_text("data: &data [*data]\n")
     assert said(capsys, "fit", "--config", "run.yaml").startswith("run.yaml: expected YAML")
@@ -134,6 +201,9 @@ def test_broken_yaml_is_one_line(capsys):
         ("trainer.max_epochs", "-5", "trainer: .*max_epochs"),
         ("trainer.max_time", "soon", "trainer: .*soon"),
         ("trainer.default_root_dir", "/dev/null", "trainer.default_root_dir: .*/dev/null"),
+        ("trainer.default_root_dir", "loop", "trainer.default_root_dir: .*the link loop, which"),
+        ("trainer.default_root_dir", "loop/a", "trainer.default_root_dir: .*the link .*/loop, "),
+        ("data.val_path", "{a: {b: beir}}", "data.val_path: a: expected a path or .*'b': 'beir'"),
         ("trainer.default_root_dir", "null", "trainer.default_root_dir: .*found null"),
         ("trainer.default_root_dir", "file:///a", "trainer.default_root_dir: .*URL file:///a"),
         ("checkpoint.dirpath", "rows.jsonl", "checkpoint.dirpath: .*the file rows.jsonl"),
@@ -162,6 +232,7 @@ def test_broken_yaml_is_one_line(capsys):
     ],
 )
 def test_a_value_that_does_not_do_is_one_line(tiny_bert, capsys, flag, value, message):
+    Path("loop").symlink_to("loop")
     assert re.match(message, said(capsys, *fit(tiny_bert), f"--{flag}={value}"))
 
 
@@ -233,7 +304,11 @@ def test_a_full_disk_is_one_line_for_each_export(tiny_bert, capsys, caplog):
 def test_a_folder_that_cannot_be_made_is_one_line(tiny_bert, capsys):
     teach = ("teach", "--model", str(tiny_bert), "--data", "rows.jsonl")
     message = said(capsys, *teach, "--out", "rows.jsonl/store")
-    assert message == "rows.jsonl/store: Not a directory"
+    expected = "rows.jsonl/store: expected a folder to write to, found the file"
+    assert message == f"{expected} {Path('rows.jsonl').absolute()}"
+    Path("link").symlink_to("nowhere")
+    evaluate = ("evaluate", "no_model", "--data", "no_data", "--out", "link")  # before all else
+    assert "found the link link, which leads nowhere" in said(capsys, *evaluate)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +317,7 @@ def test_a_folder_that_cannot_be_made_is_one_line(tiny_bert, capsys):
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError(errno.EROFS, "x", "run"), "run: Read-only file system"),
         (PermissionError(errno.EACCES, "x", "a\nb"), r"a\\nb: Permission denied"),
+        (PermissionError(errno.EACCES, "x", b"run/caf\xc3\xa9"), "run/café: Permission denied"),
         (IsADirectoryError(errno.EISDIR, "x", "run"), "run: Is a directory"),
     ],
 )

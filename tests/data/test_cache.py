@@ -97,6 +97,11 @@ def test_a_limit_that_is_none_is_named(tmp_path, monkeypatch, limit):
     monkeypatch.setenv("EMBEDTUNE_CACHE_LIMIT", limit)
     with pytest.raises(InputError, match=f"EMBEDTUNE_CACHE_LIMIT: expected GB, .* found '{limit}'"):
         rows(tmp_path, "a")
+    monkeypatch.delenv("EMBEDTUNE_CACHE_LIMIT")
+    rows(tmp_path, "a")
+    monkeypatch.setenv("EMBEDTUNE_CACHE_LIMIT", limit)
+    with pytest.raises(InputError, match="EMBEDTUNE_CACHE_LIMIT"):
+        Rows([tmp_path / "a.jsonl"])  # of a table that is there
 
 
 def test_the_command_lists_and_clears(tmp_path, cache, capsys):
@@ -135,6 +140,14 @@ def test_a_cache_that_is_a_file_is_told(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["cache"])
     assert caught.value.code == 2
+
+
+def test_a_cache_that_leads_nowhere_is_told(tmp_path, monkeypatch):
+    (tmp_path / "loop").symlink_to("loop")
+    for given, found in ((f"{tmp_path}/loop/x", "the link"), ("~nosuchuser/x", "~nosuchuser/x: ~")):
+        monkeypatch.setenv("EMBEDTUNE_CACHE", given)
+        with pytest.raises(InputError, match=f"EMBEDTUNE_CACHE: expected a folder, found {found}"):
+            cache_folder()
 
 
 def test_the_folder_of_the_cache_may_be_written_from_home(tmp_path, monkeypatch):

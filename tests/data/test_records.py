@@ -212,8 +212,8 @@ def test_an_empty_prompt_counts_as_none(tmp_path):
 
 def test_a_text_file_is_a_query_a_line(tmp_path):
     path = tmp_path / "f.txt"
-    path.write_text("first text\n{not json\n")
-    assert [record.query for record in read(path)] == ["first text", "{not json"]
+    path.write_bytes(b"first\rtext\r\n{not json\n")
+    assert [record.query for record in read(path)] == ["first\rtext", "{not json"]
     compressed = tmp_path / "f.txt.gz"
     compressed.write_bytes(gzip.compress(path.read_bytes()))
     assert read(compressed) == read(path)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import pytest
 from testset_files import HEADER, write_graded_beir, write_plain_beir
@@ -238,3 +239,12 @@ def test_sets_are_named_after_folders_and_files(tmp_path):
         name_sets({"dev": []}, "k")
     with pytest.raises(InputError, match="found 'beir' twice"):
         name_sets([beir, f"{beir}/qrels/dev.tsv"], "k")
+
+
+@pytest.mark.parametrize("paths", [{"b": "beir"}, [["beir"]], 3, None, [3]])
+def test_what_is_no_path_is_named(paths):
+    expected = "expected a path or a list of paths, found"
+    with pytest.raises(InputError, match=f"k: a: {expected} {re.escape(str(paths))}$"):
+        name_sets({"a": paths}, "k")
+    with pytest.raises(InputError, match=f"k: {expected}"):
+        name_sets([paths], "k")

@@ -393,7 +393,7 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
 
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
-    with pytest.raises(InputError, match="expected a folder to write to, found a file"):
+    with pytest.raises(InputError, match="expected a folder to write to, found the file"):
         write_results(RESULTS, tmp_path / "taken")
 
 

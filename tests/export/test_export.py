@@ -264,8 +264,11 @@ def test_an_export_replaces_an_export_and_nothing_else(encoder, tiny_bert, tmp_p
         with pytest.raises(InputError, match=f"{name}: .* found something else: it has no digests"):
             export_encoder(encoder, tmp_path / name)
         assert contents(tmp_path / name) == before
-    with pytest.raises(InputError, match=r"file: .* found a file"):
+    with pytest.raises(InputError, match=r"file: .* found the file"):
         export_encoder(encoder, tmp_path / "file")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(InputError, match=r"loop: .* found the link .*loop, which leads nowhere"):
+        export_encoder(encoder, tmp_path / "loop")
 
 
 @pytest.mark.parametrize("name", ["onnx/model.onnx", "notes.txt", "link"])

@@ -127,11 +127,16 @@ def test_a_module_is_in_one_split(pairs):
 
 
 def test_a_file_in_the_way_is_named(tmp_path):
-    path = tmp_path / "taken"
+    path, half = tmp_path / "taken", tmp_path / "half"
     path.write_text("")
     for out in (path, path / "below"):
-        with pytest.raises(InputError, match="expected a folder to write to, found a file"):
+        with pytest.raises(InputError, match="expected a folder to write to, found the file"):
             harvest(out)
+    half.mkdir()
+    (half / "test").symlink_to("nowhere")
+    with pytest.raises(InputError, match=r"half: .* found the link .*half/test, which leads"):
+        harvest(half)
+    assert not (half / "dev").exists()  # which would be taken for others' data
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "dev/corpus.jsonl", "README.md"])

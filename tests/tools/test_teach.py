@@ -97,6 +97,18 @@ def test_a_store_does_not_replace_what_it_is_made_of(tmp_path, monkeypatch):
     assert (tmp_path / "store/texts.jsonl").read_bytes() == before
 
 
+def test_a_link_that_leads_nowhere_is_no_folder_to_write_to(tmp_path, monkeypatch):
+    store = tmp_path / "store"
+    store.symlink_to("nowhere")
+    with pytest.raises(InputError, match="store: expected a folder to write to, found the link"):
+        run(monkeypatch, Teacher(1), ["text 1"], store)
+    store.unlink()
+    store.mkdir()
+    (store / "texts.jsonl").symlink_to("texts.jsonl")
+    run(monkeypatch, Teacher(1), ["text 1"], store)  # such a file is replaced
+    assert owner(store) == 1
+
+
 @pytest.mark.parametrize("is_there", [False, True])
 @pytest.mark.parametrize("move", range(6))
 def test_a_store_that_a_kill_left_is_made_anew(tmp_path, monkeypatch, move, is_there):

@@ -1,6 +1,7 @@
 """Export at the end of every epoch and of the fit."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any, cast
@@ -134,7 +135,8 @@ class ExportModel(pl.Callback):
             return
         base = cast(EmbeddingModule, pl_module).encoder.spec.model_name_or_path
         places = (_model_folder(trainer), _epoch_folder(trainer, 1).parent)
-        if any(Path(base).resolve().is_relative_to(place.resolve()) for place in places):
+        written = [os.path.realpath(place) for place in places]  # of a loop, too
+        if any(Path(base).resolve().is_relative_to(place) for place in written):
             raise InputError(
                 "model.model_name_or_path: expected a model outside of what this run writes, found "
                 f"{base}; give another trainer.default_root_dir than {trainer.default_root_dir}"

@@ -1,7 +1,10 @@
-"""Look at YAML files before jsonargparse does, which would end with a traceback or not at all."""
+"""Look at YAML before jsonargparse does, which would end with a traceback or not at all."""
 
-from collections.abc import Sequence
-from itertools import pairwise
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -9,43 +12,105 @@ import yaml
 
 from embedtune.errors import InputError
 
-FLAGS = ("-c", "--config")
+CONFIG = "config"
+SECTIONS = ("model", "data", "trainer", "checkpoint")
+"""Keys whose value may be a file as well, on the command line and in a configuration."""
+DATA_SEED = re.compile(r"(\w+\.)?data\.seed")
+"""It follows from another key; also below a command's name."""
+MERGE = "tag:yaml.org,2002:merge"
 MOST_VALUES = 100_000
 """Values of a file once all its aliases are written out; a run has some hundred."""
 
 
 def refuse_broken_configs(args: Sequence[str]) -> None:
-    """Refuse what cannot be a configuration among the files that ``args`` name.
+    """Refuse what cannot be a configuration among the files and the YAML that ``args`` give.
 
     Raises:
-        InputError: A file cannot be read, is not YAML in UTF-8, or does not hold keys.
+        InputError: A file cannot be read, is not YAML in UTF-8, or does not hold keys; a key is
+            there twice, or follows from another.
     """
-    joined = [arg.partition("=")[2] for arg in args if arg.startswith("--config=")]
-    for name in [*joined, *(value for flag, value in pairwise(args) if flag in FLAGS)]:
-        path = Path(name)
-        if "\n" not in name and path.is_file():  # else a configuration itself
-            _refuse_broken(path)
+    for key, value in _given(args):
+        if key in (CONFIG, *SECTIONS):
+            _refuse_broken(key, value, Path())
 
 
-def _refuse_broken(path: Path) -> None:
+def _given(args: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield the keys of flags and their values, which may be joined to them."""
+    for arg, following in zip_longest(args, args[1:], fillvalue=""):
+        if arg.startswith("--"):
+            key, joined, value = arg[2:].partition("=")
+            yield key, value if joined else following
+        elif arg.startswith("-c"):
+            yield CONFIG, arg[2:].removeprefix("=") or following
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader that refuses a key that is there twice: YAML itself would keep the last."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, Any], int] = {}
+        for key, _ in node.value:  # as they are written: what << merges is not among them yet
+            found, line = (key.tag, key.value), key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode) or key.tag == MERGE:
+                continue
+            if found in lines:
+                again = f"found the key {key.value} of line {lines[found]} again in line {line}"
+                raise yaml.YAMLError(again)
+            lines[found] = line
+        return node
+
+
+def _refuse_broken(key: str, value: str, folder: Path) -> None:
+    path = folder / value
+    is_file = os.path.isfile(path)  # else a configuration itself
+    place = str(path) if is_file else f"--{key}"
+    config = _read(place, path if is_file else value)
+    if isinstance(config, dict):
+        _refuse_keys(place, config if key == CONFIG else {key: config})
+    elif is_file:
+        found = "an empty file" if config is None else f"a {type(config).__name__}"
+        raise InputError(f"{place}: expected keys and their values, found {found}")
+    for section in SECTIONS if key == CONFIG and isinstance(config, dict) else ():
+        if isinstance(config.get(section), str):
+            _refuse_broken(section, config[section], path.parent if is_file else folder)
+
+
+def _read(place: str, given: Path | str) -> Any:
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = given if isinstance(given, str) else given.read_text(encoding="utf-8")
+        config = _Loader(text).get_single_data()
         size = _size(config, {})
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from None
+        raise InputError(f"{place}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected YAML in UTF-8, found {error.reason}") from None
+        raise InputError(f"{place}: expected YAML in UTF-8, found {error.reason}") from None
     except RecursionError:
         found = "values nested too deep or within themselves"
-        raise InputError(f"{path}: expected YAML, found {found}") from None
+        raise InputError(f"{place}: expected YAML, found {found}") from None
     except (yaml.YAMLError, ValueError) as error:
         said = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
-        raise InputError(f"{path}: expected YAML: {said}") from None
+        raise InputError(f"{place}: expected YAML: {said}") from None
     if size > MOST_VALUES:
-        raise InputError(f"{path}: expected a configuration, found aliases of {size} values")
-    if not isinstance(config, dict):
-        found = "an empty file" if config is None else f"a {type(config).__name__}"
-        raise InputError(f"{path}: expected keys and their values, found {found}")
+        raise InputError(f"{place}: expected a configuration, found aliases of {size} values")
+    return config
+
+
+def _refuse_keys(place: str, config: dict[Any, Any]) -> None:
+    """Refuse a key that is there dotted and nested, or that nobody would read."""
+    for name, count in Counter(_dotted(config)).items():
+        if count > 1:
+            raise InputError(f"{place}: expected each key once, found {name} dotted and nested")
+        if DATA_SEED.fullmatch(name):
+            expected = "seed_everything, which is the seed of the data too"
+            raise InputError(f"{place}: expected {expected}, found {name}")
+
+
+def _dotted(config: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")
 
 
 def _size(value: Any, known: dict[int, int]) -> int:

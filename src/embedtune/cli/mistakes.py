@@ -52,8 +52,10 @@ def surroundings_said(error: Exception) -> str | None:
         return f"a checkpoint cannot be written as a whole; is the disk full? ({first_line(error)})"
     if not isinstance(error, OSError) or error.errno not in SURROUNDINGS:
         return None
-    said = os.strerror(error.errno or 0)
-    return said if error.filename is None else f"{error.filename}: {said}"
+    said, name = os.strerror(error.errno or 0), error.filename
+    if isinstance(name, bytes):  # as TensorBoard's writer asks
+        name = os.fsdecode(name)
+    return said if name is None else f"{name}: {said}"
 
 
 def tell_of_threads() -> None:

@@ -14,6 +14,10 @@ UNKNOWN_KEY = re.compile(r"(?:does not accept option '|unrecognized arguments: -
 class Parser(jsonargparse.ArgumentParser):
     """The parser of a command without a Trainer, and what every parser answers."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        """Take keys as they are: a part of one would pass by ``config_files``."""
+        super().__init__(*args, allow_abbrev=False, **settings)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Write one message, without the usage, and exit with code 2."""
         unknown = UNKNOWN_KEY.search(str(message))
@@ -21,7 +25,9 @@ class Parser(jsonargparse.ArgumentParser):
         fail(" ".join(str(message).split()) + hint)
 
     def _nearest(self, unknown: str) -> str:
-        keys = sorted({action.dest for parser in self._parsers() for action in parser._actions})
+        actions = [action for parser in self._parsers() for action in parser._actions]
+        # One that follows from another has no flag.
+        keys = sorted({a.dest for a in actions if all(s[0] == "-" for s in a.option_strings)})
         name = unknown.rpartition(".")[2]
         # The right name in the wrong place, or else a misspelt one.
         misplaced = [key for key in keys if key.rpartition(".")[2] == name]

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from embedtune.checkpoints.read import read_facts
 from embedtune.cli.mistakes import first_line
 from embedtune.errors import InputError
+from embedtune.whole_files import refuse_in_the_way
 
 CHECKPOINT_NAMES = ("last", "best")
 """Values of ``ckpt_path`` that are no paths."""
@@ -23,7 +24,8 @@ def refuse_paths(config: Any) -> None:
         InputError: It names the key.
     """
     _refuse_no_folder("trainer.default_root_dir", config.trainer.default_root_dir)
-    _refuse_file("trainer.default_root_dir", Path(config.trainer.default_root_dir, "checkpoints"))
+    checkpoints = Path(config.trainer.default_root_dir, "checkpoints")
+    refuse_in_the_way(checkpoints, "trainer.default_root_dir: expected a folder")
     if config.checkpoint.dirpath is not None:
         _refuse_no_folder("checkpoint.dirpath", config.checkpoint.dirpath)
     _refuse_filename(config.checkpoint.filename)
@@ -39,14 +41,7 @@ def _refuse_no_folder(key: str, given: Any) -> None:
         found = f"the URL {given}"
     if found is not None:
         raise InputError(f"{key}: expected a folder of this machine, found {found}")
-    _refuse_file(key, Path(given))
-
-
-def _refuse_file(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be made, because it or one that is to hold it is a file."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise InputError(f"{key}: expected a folder, found the file {there}")
+    refuse_in_the_way(Path(given), f"{key}: expected a folder")
 
 
 class _AnyMetric(dict[str, float]):

@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 from embedtune.cli.parser import Parser
+from embedtune.whole_files import refuse_in_the_way
 
 log = logging.getLogger("embedtune")
 
@@ -106,6 +107,8 @@ def evaluate_command(argv: Sequence[str]) -> None:
     from embedtune.models.projection import parse_dims
     from embedtune.reports import format_table, write_results
 
+    if args.out is not None:  # hours may pass before it is written to
+        refuse_in_the_way(Path(args.out), f"{args.out}: expected a folder to write to")
     dims = None if args.dims is None else parse_dims(args.dims, "dims")
     data = {path: open_testset(Path(path)) for path in args.data}
     results = evaluate_models(args.models, data, dims, args.trust_remote_code)

@@ -217,7 +217,7 @@ def _read_qrels(
 ) -> Iterator[Judgement]:
     """Yield every row; a header, which judges nothing that is known, is optional."""
     for number, line in numbered_lines(path):
-        columns = line.rstrip("\n").split("\t")
+        columns = line.rstrip("\r\n").split("\t")
         if columns == [""]:
             continue
         if len(columns) != 3:

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from embedtune.digests import Hasher
 from embedtune.errors import InputError
-from embedtune.whole_files import sweep, writing
+from embedtune.whole_files import refuse_in_the_way, sweep, writing
 
 log = logging.getLogger("embedtune")
 
@@ -52,12 +52,16 @@ def cache_folder() -> Path:
     """Return where Arrow tables are kept: ``$EMBEDTUNE_CACHE``, or beside those of ``datasets``.
 
     Raises:
-        InputError: There is a file.
+        InputError: It cannot be made.
     """
     default = Path(datasets.config.HF_DATASETS_CACHE) / "embedtune"
-    folder = Path(os.environ.get("EMBEDTUNE_CACHE") or default).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"EMBEDTUNE_CACHE: expected a folder, found the file {folder}")
+    given = Path(os.environ.get("EMBEDTUNE_CACHE") or default)
+    expected = "EMBEDTUNE_CACHE: expected a folder"
+    try:
+        folder = given.expanduser()
+    except RuntimeError:
+        raise InputError(f"{expected}, found {given}: {given.parts[0]} is not known") from None
+    refuse_in_the_way(folder, expected)
     return folder
 
 
@@ -77,7 +81,11 @@ def open_table(
         schema: Its columns.
         write: Yields its rows.
         facts: Returns what is said of it, when all are written.
+
+    Raises:
+        InputError: ``$EMBEDTUNE_CACHE_LIMIT`` is no number of GB.
     """
+    limit = _limit()
     sweep(path.parent)  # none of the others' leftovers has a name that is written again
     is_there = path.exists()
     if is_there:
@@ -86,7 +94,6 @@ def open_table(
         log.warning("%s: is damaged, and made anew", path)
     elif is_there:
         return _map(path)
-    limit = _limit()
     # One that another process has written meanwhile stays.
     with writing(path, keep_existing=not is_there) as part:
         with pa.OSFile(str(part), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:

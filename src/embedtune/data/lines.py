@@ -91,12 +91,16 @@ def unreadable(place: str, error: Exception) -> InputError:
 
 
 def open_text(path: Path) -> TextIO:
-    """Open a plain, gzip or zstandard file as UTF-8 text (a byte-order mark is dropped)."""
+    """Open a plain, gzip or zstandard file as UTF-8 text (a byte-order mark is dropped).
+
+    Lines end where other tools count one: a carriage return alone is part of its line.
+    """
+    how: dict[str, Any] = {"encoding": "utf-8-sig", "newline": "\n"}
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
+        return gzip.open(path, "rt", **how)
     if path.suffix.lower() == ".zst":
-        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path), READ_SIZE), encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path), READ_SIZE), **how)
+    return path.open(**how)
 
 
 class _ZstdFile(io.RawIOBase):

@@ -2,7 +2,9 @@
 
 import glob
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from embedtune.data.beir import RetrievalSet, is_beir, read_beir
 from embedtune.data.scored_pairs import ScoredPairs, read_scored
@@ -45,9 +47,15 @@ def _folders(spec: str) -> list[str]:
     return found if found and all(is_beir(Path(path)) for path in found) else [spec]
 
 
-def name_sets(
-    spec: str | Sequence[str] | dict[str, str | list[str]] | None, key: str
-) -> dict[str, list[str]]:
+def _paths(spec: Any, place: str) -> list[str]:
+    """Return a path, or several, as a list."""
+    paths = [spec] if isinstance(spec, str | PathLike) else spec
+    if isinstance(paths, list | tuple) and all(isinstance(path, str | PathLike) for path in paths):
+        return [str(path) for path in paths]
+    raise InputError(f"{place}: expected a path or a list of paths, found {spec!r}")
+
+
+def name_sets(spec: str | Sequence[Any] | dict[str, Any] | None, key: str) -> dict[str, list[str]]:
     """Name the data sets that a run evaluates.
 
     Args:
@@ -59,14 +67,14 @@ def name_sets(
         The paths of each set. A set that was given no name has that of its folder or first file.
 
     Raises:
-        InputError: A name is taken twice, or cannot be part of a metric's name.
+        InputError: A name is taken twice, or cannot be part of a metric's name; what is named is
+            no path.
     """
     if isinstance(spec, dict):
         # A YAML key may be a number.
-        named = [(str(name), [p] if isinstance(p, str) else list(p)) for name, p in spec.items()]
+        named = [(str(name), _paths(p, f"{key}: {name}")) for name, p in spec.items()]
     else:
-        given = [spec] if isinstance(spec, str) else list(spec or ())
-        paths = [path for one in given for path in _folders(one)]
+        paths = [path for one in _paths(spec or (), key) for path in _folders(one)]
         folders = [path for path in paths if is_beir(Path(path))]
         files = [path for path in paths if path not in folders]
         groups = [[path] for path in folders] + ([files] if files else [])

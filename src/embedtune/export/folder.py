@@ -14,7 +14,7 @@ from embedtune.export.model_card import write_model_card
 from embedtune.export.probes import embed_exported, embed_probes, largest_difference
 from embedtune.models.encoder import Encoder
 from embedtune.models.tokenizer_state import restore_tokenizers
-from embedtune.whole_files import bring_back, put, writing
+from embedtune.whole_files import bring_back, put, refuse_in_the_way, writing
 
 UNVERIFIED = "UNVERIFIED"
 """File that marks an exported folder whose embeddings are not those of the training graph."""
@@ -90,14 +90,13 @@ def refuse_to_replace(folder: Path, base: str) -> None:
         base: The model that was trained, which nobody may have anywhere else.
 
     Raises:
-        InputError: It names what would be lost.
+        InputError: It names what would be lost, or is in the way.
     """
     if folder.name in ("", ".."):
         raise InputError(f"expected the name of a folder to export to, found {str(folder)!r}")
+    refuse_in_the_way(folder, f"{folder}: expected no folder or an exported model")
     if Path(base).resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{folder}: expected another folder than the base model's, found {base}")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder}: expected no folder or an exported model, found a file")
     written = written_names(folder) | {UNVERIFIED}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()

@@ -11,7 +11,7 @@ from embedtune.evaluation.compare import Result
 from embedtune.evaluation.intervals import outcome
 from embedtune.evaluation.quantise import PRECISIONS, megabytes
 from embedtune.reports.model_names import NAME, set_titles, short_names
-from embedtune.whole_files import write_text, writing
+from embedtune.whole_files import refuse_in_the_way, write_text, writing
 
 
 def write_results(results: Sequence[Result], out: Path) -> None:
@@ -23,13 +23,11 @@ def write_results(results: Sequence[Result], out: Path) -> None:
     ``outcomes`` tell by metric in which interval the difference lies and what follows from it.
 
     Raises:
-        InputError: ``out`` is a file, or matplotlib is not installed.
+        InputError: ``out`` cannot be made, or matplotlib is not installed.
     """
     out = Path(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{out}: expected a folder to write to, found a file") from None
+    refuse_in_the_way(out, f"{out}: expected a folder to write to")
+    out.mkdir(parents=True, exist_ok=True)
     rows = [
         {
             "model": result.model,

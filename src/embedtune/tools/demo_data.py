@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from embedtune.errors import InputError
 from embedtune.tools.docstrings import Docstring, docstrings
-from embedtune.whole_files import write_text
+from embedtune.whole_files import refuse_in_the_way, write_text
 
 MIN_QUERY_WORDS, MAX_QUERY_CHARACTERS = 4, 300
 MIN_DOCUMENT_CHARACTERS = 120  # less rarely tells what a summary is about
@@ -50,15 +50,15 @@ def harvest(out: Path) -> DemoCounts:
     all splits for ``test``.
 
     Raises:
-        InputError: ``out`` is a file, lies below one, or holds others' files of these names.
+        InputError: ``out`` cannot be made, or holds others' files of these names.
     """
     out = Path(out)
     _refuse_others(out)
-    try:
-        for name in ("dev", "test"):
-            (out / name / "qrels").mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise InputError(f"{out}: expected a folder to write to, found a file") from None
+    folders = [out / name / "qrels" for name in ("dev", "test")]
+    for folder in folders:
+        refuse_in_the_way(folder, f"{out}: expected a folder to write to")
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
     write_text(out / NOTE, NOTED)
     splits = split_pairs(list(collect_pairs(docstrings())))
     for name in ("train", "dev"):

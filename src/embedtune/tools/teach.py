@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import islice
@@ -13,7 +14,7 @@ from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherWriter, sidecar_path
 from embedtune.errors import InputError, require_positive
 from embedtune.models.loading import cap_length, load_sentence_transformer, refuse_filled
-from embedtune.whole_files import naming, part_folder
+from embedtune.whole_files import naming, part_folder, refuse_in_the_way
 
 log = logging.getLogger("embedtune")
 
@@ -52,14 +53,13 @@ def teach(
         trust_remote_code: Run code that the teacher brings along.
 
     Raises:
-        InputError: The data or the model cannot be read, ``out`` is a file or holds files that no
-            store is made of, or a number is below 1.
+        InputError: The data or the model cannot be read, ``out`` cannot be made or holds
+            files that no store is made of, or a number is below 1.
     """
     out = Path(out)
     require_positive("batch_size", batch_size)
     require_positive("max_len", max_len)
-    if out.is_file():
-        raise InputError(f"{out}: expected a folder to write to, found a file")
+    refuse_in_the_way(out, f"{out}: expected a folder to write to")
     files = TeacherFiles(out / "texts.jsonl", out / "embeddings.f32")
     paths = resolve_paths(data, "data")
     _refuse_to_replace(files, paths)
@@ -96,9 +96,9 @@ def teach(
 
 def _refuse_to_replace(files: TeacherFiles, data: list[Path]) -> None:
     """Refuse to write over what is read, or over files that are no store's: none describes them."""
-    read = {path.resolve() for path in data}
+    read = {os.path.realpath(path) for path in data}
     for path in files:
-        if path.resolve() in read:
+        if os.path.realpath(path) in read:
             raise InputError(f"{path}: expected another out folder than that of the data it reads")
         description = sidecar_path(files.embeddings)
         if path.exists() and not description.is_file():
