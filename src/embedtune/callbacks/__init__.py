@@ -2,8 +2,8 @@
 
 Comes in: the hooks of Lightning's Trainer. Goes out: metrics of the base model, a summary, speed,
 exported folders, the report, predicted embeddings, metrics of a validation, an earlier run's files
-put aside; an end in time where ranks share no folder, a loss is no number or a signal comes. A new
-callback goes here, and its place in the order into ``cli.assembly``.
+put aside; an end in time where ranks share no folder, another fit has it, a loss is no number or a
+signal comes. A new callback goes here, and its place in the order into ``cli.assembly``.
 
 Read first: ``export_model``. Imports from ``training``, ``export``, ``reports`` and all below.
 """
