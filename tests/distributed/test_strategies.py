@@ -437,7 +437,8 @@ def test_half_precision_rounds_no_teacher_score_or_loss(runs, strategy, task):
     assert torch.equal(torch.cat(found), expected["seen"][0][2])
     moved = movement(expected["weights"], expected["start"])
     assert movement(result["weights"], expected["weights"]) < 0.2 * moved
-    assert all(tensor.dtype == torch.float32 for tensor in result["weights"].values())
+    trained = {k: v for k, v in result["weights"].items() if "pooler" not in k}  # it is frozen
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])

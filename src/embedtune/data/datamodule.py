@@ -19,7 +19,7 @@ from embedtune.models.encoder import Encoder
 from embedtune.models.spec import Role
 from embedtune.models.towers import layer_width
 
-Evaluated = str | list[Any] | dict[str, Any] | None
+Evaluated = str | list[str] | dict[str, Any] | None
 """See ``testsets.name_sets``. Under a narrower type what does not fit would be one odd path."""
 NEEDED: dict[str, tuple[Part, ...]] = {
     "fit": ("train", "val"),
