@@ -265,6 +265,15 @@ def test_a_validation_before_it_changes_nothing_of_a_fit(tmp_path, tiny_bert):
     assert fits[0].loss.temperature == fits[1].loss.temperature
 
 
+def test_a_validation_after_it_keeps_what_a_fit_has_derived(tmp_path, tiny_bert):
+    module, _ = fit(tmp_path, tiny_bert, "scored")
+    derived = module.loss.teacher_temperature
+    rows = [{**row, "scores": [50, -50]} for row in ROWS["scored"]]
+    steep = EmbeddingDataModule(val_path=write(tmp_path, "steep", rows))
+    trainer(tmp_path).validate(module, steep, verbose=False)
+    assert module.loss.teacher_temperature == derived
+
+
 @pytest.mark.parametrize(
     ("loss", "message"),
     [

@@ -11,10 +11,21 @@ from embedtune.data.sampler import GlobalBatchSampler
 
 def accumulated_in(trainer: Any, epoch: int) -> int:
     """Return the batches of an optimiser step in an epoch, which a callback may change."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, GradientAccumulationScheduler):
-            return callback.get_accumulate_grad_batches(epoch)
+    scheduler = _scheduler(trainer)
+    if scheduler is not None:
+        return scheduler.get_accumulate_grad_batches(epoch)
     return trainer.accumulate_grad_batches
+
+
+def last_change(trainer: Any) -> int:
+    """Return the epoch from which on their number stays."""
+    scheduler = _scheduler(trainer)
+    return 0 if scheduler is None else max(scheduler.scheduling)
+
+
+def _scheduler(trainer: Any) -> GradientAccumulationScheduler | None:
+    found = (c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler))
+    return next(found, None)
 
 
 def batches_of_step(batch: int, accumulated: int, batches: int) -> range:

@@ -241,7 +241,8 @@ class EmbeddingModule(pl.LightningModule):
         self._given = None if self._has_settled else (self.loss, self.lr)
         given = set(temperatures_of(self.loss)) - self._derived
         given |= {"temperature"} if self.temperature else set()
-        forget_teacher_temperature(self.loss, self._derived)
+        if is_fit:
+            forget_teacher_temperature(self.loss, self._derived)
         strategy: Any = self.trainer.strategy
 
         def derived() -> float:

@@ -13,7 +13,7 @@ from embedtune.data.records import Format
 from embedtune.errors import InputError, require_choice
 from embedtune.models.encoder import Encoder
 from embedtune.models.towers import USUAL_WIDTH, layer_width
-from embedtune.training.accumulation import accumulated_in
+from embedtune.training.accumulation import accumulated_in, last_change
 
 Schedule = Literal["cosine", "linear", "constant"]
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -91,12 +91,15 @@ def count_steps(trainer: Any, batches_per_epoch: int, schedule: str) -> int:
     Raises:
         InputError: The fit has no end, and a schedule that needs one.
     """
+
+    def per_epoch(epoch: int) -> int:
+        return math.ceil(batches_per_epoch / accumulated_in(trainer, epoch))
+
     epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
-    per_epoch = [
-        math.ceil(batches_per_epoch / accumulated_in(trainer, epoch))
-        for epoch in range(max(1, epochs))
-    ]
-    by_epochs = sum(per_epoch[:epochs]) if epochs >= 0 else math.inf
+    by_epochs = math.inf
+    if epochs >= 0:
+        last = min(epochs, last_change(trainer))  # all later epochs have as many steps
+        by_epochs = sum(map(per_epoch, range(last))) + per_epoch(last) * (epochs - last)
     by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     steps = min(by_epochs, by_steps)
     if steps == math.inf and schedule != "constant":
@@ -104,7 +107,7 @@ def count_steps(trainer: Any, batches_per_epoch: int, schedule: str) -> int:
             f"model.lr_schedule: {schedule} falls to zero at the last step: expected "
             "trainer.max_epochs or max_steps to tell which that is, or constant"
         )
-    return max(1, int(per_epoch[0] if steps == math.inf else steps))
+    return max(1, int(per_epoch(0) if steps == math.inf else steps))
 
 
 def build_schedule(
