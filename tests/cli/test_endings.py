@@ -101,7 +101,7 @@ def test_a_run_folder_is_of_one_fit_at_a_time(tiny_bert, tmp_path, capsys):
     other = Ranks(take, Path("run").resolve(), folder=tmp_path)
     while not Path("run/taken").exists():
         time.sleep(0.05)
-    assert "expected one fit in a folder, found another in run" in error(capsys, tiny_bert)
+    assert "expected a folder of its own, found a fit running in run" in error(capsys, tiny_bert)
     assert os.listdir("run") == ["taken"]
     assert fit(tiny_bert, "--trainer.max_steps=1", root="own") == 1
     assert other.kill()
