@@ -29,7 +29,8 @@ class OneFit(pl.Callback):
         is_free = hold(folder) if trainer.is_global_zero else True
         if not trainer.strategy.broadcast(is_free):
             raise InputError(
-                f"trainer.default_root_dir: expected a folder of its own, found a fit running in {folder}"
+                "trainer.default_root_dir: expected a folder of its own, found a fit running in "
+                f"{folder}"
             )
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
