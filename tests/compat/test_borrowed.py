@@ -311,6 +311,25 @@ def _(folder, model):
     assert {"monitor", "best_model_path"} <= set(state)
 
 
+@borrows("lightning: Trainer.ckpt_path set; ModelCheckpoint keeps what a fit went on from")
+def _(folder, model):
+    run(folder, callbacks=[pl.callbacks.ModelCheckpoint(folder, filename="first")])
+    first = folder / "first.ckpt"
+
+    class GoesOnFrom(pl.Callback):
+        def __init__(self, path):
+            self.path = path
+
+        def on_train_start(self, trainer, pl_module):
+            trainer.ckpt_path = self.path
+
+    for name, stays in (("first", True), ("last", False)):
+        keeper = pl.callbacks.ModelCheckpoint(folder, filename="later")
+        keeper.best_model_path = str(first)
+        run(folder, callbacks=[keeper, GoesOnFrom(str(folder / f"{name}.ckpt"))])
+        assert first.exists() == stays
+
+
 @borrows("lightning: val_loop.run before the first step; val_check_batch, _val_check_time_interval")
 def _(folder, model):
     ended: list[tuple[int, int]] = []

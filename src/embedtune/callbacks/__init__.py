@@ -22,6 +22,7 @@ from embedtune.callbacks.run_summary import RunSummary
 from embedtune.callbacks.shared_folder import SharedFolder
 from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.callbacks.throughput import Throughput
+from embedtune.callbacks.unfinished_save import UnfinishedSave
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
 from embedtune.callbacks.write_metrics import WriteMetrics
 
@@ -41,6 +42,7 @@ __all__ = [
     "SharedFolder",
     "StopOnSignal",
     "Throughput",
+    "UnfinishedSave",
     "WriteEmbeddings",
     "WriteMetrics",
 ]

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from embedtune.checkpoints.find import folder_of
+from embedtune.checkpoints.find import LAST, folder_of
 from embedtune.distributed import exchange
 
 log = logging.getLogger("embedtune")
@@ -79,7 +79,7 @@ class StopOnSignal(pl.Callback):
         folder = folder_of(trainer.checkpoint_callbacks)
         if folder is None:
             return None
-        path = folder / "last.ckpt"
+        path = folder / LAST
         if trainer.is_global_zero and path.is_symlink():
             path.unlink()  # torch's writer would follow it, to the best checkpoint
         trainer.save_checkpoint(path)

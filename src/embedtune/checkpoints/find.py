@@ -10,6 +10,9 @@ from embedtune.checkpoints.shards import kind_of
 from embedtune.errors import InputError
 from embedtune.whole_files import FORMER
 
+LAST = "last.ckpt"
+"""Name of the link to the latest checkpoint of a fit."""
+
 
 def folder_of(callbacks: Iterable[Any]) -> Path | None:
     """Return the folder where the first of a Trainer's checkpoint callbacks that has one saves."""
@@ -26,7 +29,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     paths = [*Path(folder).glob("*.ckpt"), *Path(folder).glob(f"*.ckpt{FORMER}")]
     found = sorted(paths, key=lambda path: path.lstat().st_mtime, reverse=True)
     whole = [path for path in found if _is_whole(path)]
-    last = Path(folder) / "last.ckpt"
+    last = Path(folder) / LAST
     if last not in whole:
         return next(iter(whole), None)
     newer = whole[: whole.index(last)]  # a copied folder has other times

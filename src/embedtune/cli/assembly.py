@@ -20,6 +20,7 @@ from embedtune.callbacks.run_summary import RunSummary
 from embedtune.callbacks.shared_folder import SharedFolder
 from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.callbacks.throughput import Throughput
+from embedtune.callbacks.unfinished_save import UnfinishedSave
 from embedtune.callbacks.write_embeddings import WriteEmbeddings
 from embedtune.callbacks.write_metrics import WriteMetrics
 from embedtune.checkpoints.write import SavesFolders, WholeFiles
@@ -91,7 +92,9 @@ def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Ca
         callbacks.append(ProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary(picked)
-        callbacks += [SharedFolder(), OneFit(), MissedValidation()]
+        callbacks += [SharedFolder(), OneFit()]
+        callbacks += [UnfinishedSave()] if config.ckpt_path == "last" else []
+        callbacks += [MissedValidation()]
         callbacks += [Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
         callbacks += [RunReport(summary, baseline)]
