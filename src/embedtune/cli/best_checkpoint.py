@@ -6,15 +6,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune.callbacks.early_stopping import EarlyStopping
 from embedtune.errors import InputError, require_positive
-from embedtune.evaluation.metrics import TITLES
+from embedtune.evaluation.metric_name import parse_name
 
 
 def keep_the_best(checkpoint: Any) -> None:
     """Settle what follows from ``checkpoint.monitor`` where the user does not say otherwise."""
-    metric = checkpoint.monitor.split("/")
+    name = parse_name(checkpoint.monitor)
     if checkpoint.mode is None:  # what is no metric of a test set is a loss, or a part of one
-        checkpoint.mode = "max" if metric[0] == "val" and TITLES.keys() & set(metric[2:]) else "min"
-    if metric[0] == "val" and checkpoint.save_on_train_epoch_end is None:
+        checkpoint.mode = "min" if name is None or name.is_loss else "max"
+    if checkpoint.monitor.startswith("val/") and checkpoint.save_on_train_epoch_end is None:
         checkpoint.save_on_train_epoch_end = False  # but with the validation, before any export
     checkpoint.filename = checkpoint.filename or "best-{epoch}-{step}"
 

@@ -14,6 +14,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from embedtune.checkpoints.training_facts import TrainingFacts
 from embedtune.evaluation.intervals import Interval
+from embedtune.evaluation.metric_name import parse_name
+from embedtune.evaluation.metrics import TITLES
 from embedtune.export.markdown import one_line
 
 LICENSES = """
@@ -31,9 +33,6 @@ LICENSES = """
 
 LANGUAGE = re.compile(r"[a-z]{2,3}|code|multilingual")
 """Codes of ISO 639, and what the hub takes beside them."""
-
-METRIC = re.compile(r"val/(?P<dataset>[^/]+)/(?P<metric>\w+@\d+|spearman)(?:/(?P<width>\d+))?")
-"""Names of the metrics that a card tells: of retrieval, and of the order of scored pairs."""
 
 
 class Measure(NamedTuple):
@@ -58,9 +57,8 @@ class Measure(NamedTuple):
     @property
     def title(self) -> str:
         """The metric as people write it."""
-        name, at, depth = self.metric.partition("@")
-        known = {"ndcg": "nDCG", "mrr": "MRR", "map": "MAP", "spearman": "Spearman correlation"}
-        return f"{known.get(name, name.capitalize())}{at}{depth}"
+        correlation = "" if "@" in self.metric else " correlation"
+        return f"{TITLES[self.metric]}{correlation}"
 
     def as_result(self) -> EvalResult:
         """Return it under the names that sentence-transformers' own cards use."""
@@ -85,14 +83,15 @@ def measures(facts: TrainingFacts, full_width: int) -> list[Measure]:
     """Return the metrics that a card tells, set by set and metric by metric, full width first."""
     found, intervals = [], facts.intervals or {}
     for name, value in facts.metrics.items():
-        match = METRIC.fullmatch(name)
-        width = int(match["width"]) if match and match["width"] else None
-        if match and math.isfinite(value) and width != full_width:  # which None stands for
+        parsed = parse_name(name)
+        if parsed is None or parsed.is_loss or parsed.stage != "val":
+            continue
+        if math.isfinite(value) and parsed.width != full_width:  # which None stands for
             base = facts.base_metrics.get(name, math.nan)
             known = base if math.isfinite(base) else None
             between = (intervals[name][0], intervals[name][1]) if name in intervals else None
-            dataset = one_line(match["dataset"])
-            found.append(Measure(dataset, match["metric"], width, value, known, between))
+            _, dataset, metric, width = parsed
+            found.append(Measure(one_line(dataset), metric, width, value, known, between))
     sets, metrics = ([getattr(m, name) for m in found] for name in ("dataset", "metric"))
     return sorted(found, key=lambda m: (sets.index(m.dataset), metrics.index(m.metric)))
 

@@ -10,7 +10,8 @@ from huggingface_hub import ModelCard
 from embedtune.checkpoints.training_facts import NOTHING_KNOWN, TrainingFacts
 from embedtune.data.records import Format
 from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, outcome
-from embedtune.export.hub_metadata import METRIC, Measure, card_data, is_hub_id, measures
+from embedtune.evaluation.metric_name import parse_name
+from embedtune.export.hub_metadata import Measure, card_data, is_hub_id, measures
 from embedtune.export.markdown import as_code
 from embedtune.models.encoder import Encoder
 
@@ -83,7 +84,9 @@ def _fallen(facts: TrainingFacts) -> tuple[str, float, float] | None:
     """Return the metric by which the checkpoint was chosen, if it is below the base model's."""
     name = facts.monitor or ""
     base, own = (metrics.get(name, math.nan) for metrics in (facts.base_metrics, facts.metrics))
-    return (name, own, base) if METRIC.fullmatch(name) and own < base else None
+    parsed = parse_name(name)
+    has_fallen = parsed is not None and not parsed.is_loss and own < base
+    return (name, own, base) if has_fallen else None
 
 
 def _change(measure: Measure) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from embedtune.evaluation.metric_name import parse_name
 from embedtune.evaluation.metrics import TITLES
 
 ALL_WIDTHS = 0
@@ -54,14 +55,15 @@ def arrange(metrics: Mapping[str, Any], width: int) -> dict[str, dict[str, dict[
     """
     sets: dict[str, dict[str, dict[int, Any]]] = defaultdict(lambda: defaultdict(dict))
     for name, value in metrics.items():
-        kind, *parts = name.split("/")
-        if kind in ("val", "test") and len(parts) in (2, 3):
-            by_width = sets[parts[0]][parts[1]]
-            is_mean = parts[1] not in TITLES and any(m.startswith(f"{name}/") for m in metrics)
-            if len(parts) == 2:
-                by_width[ALL_WIDTHS if is_mean else width] = value
-            else:
-                by_width.setdefault(int(parts[2]), value)
+        parsed = parse_name(name)
+        if parsed is None:
+            continue
+        by_width = sets[parsed.dataset][parsed.metric]
+        if parsed.width is None:
+            is_mean = parsed.is_loss and any(m.startswith(f"{name}/") for m in metrics)
+            by_width[ALL_WIDTHS if is_mean else width] = value
+        else:
+            by_width.setdefault(parsed.width, value)
     order = [*TITLES, "loss", *(metric for by_metric in sets.values() for metric in by_metric)]
     for name, by_metric in sets.items():
         shown = sorted(by_metric, key=order.index)

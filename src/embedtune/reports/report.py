@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jinja2
 
 from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, Interval
+from embedtune.evaluation.metric_name import parse_name
 from embedtune.evaluation.metrics import DEPTH, TITLES
 from embedtune.reports.changes import Change, Comparison, Queries, compare_queries
 from embedtune.reports.chart import Axis
@@ -103,13 +104,15 @@ def _verdict(sets: Sequence["SetReport"], monitor: str | None, width: int) -> st
         for one in sets
         if one.main in TITLES
     }
-    _, name, metric, narrower, *_ = f"{monitor or ''}////".split("/")
-    own = next((one for one in sets if one.name == name and metric in one.trained), None)
-    if monitor is None or own is None or metric not in TITLES:
+    name = parse_name(monitor or "")
+    if monitor is None or name is None or name.is_loss:
         return headline(outcomes)
-    at = int(narrower or width)
-    place = (name, at) if metric == own.main else None
-    return headline(outcomes, Monitored(monitor, own.at(metric, at).outcome, place))
+    own = next((s for s in sets if s.name == name.dataset and name.metric in s.trained), None)
+    if own is None:
+        return headline(outcomes)
+    at = name.width or width
+    place = (own.name, at) if name.metric == own.main else None
+    return headline(outcomes, Monitored(monitor, own.at(name.metric, at).outcome, place))
 
 
 class SetReport(NamedTuple):
