@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 
@@ -250,6 +251,36 @@ def test_a_second_fit_on_other_rows_is_settled_for_those(tmp_path, tiny_bert):
     assert (first, second) == (16, 64)
     assert module.encoder.spec.max_seq_length == 64
     assert hot == pytest.approx(10 * cool)
+
+
+class KeepProjections(pl.Callback):
+    """Keep the projection at the start of each epoch and after each step."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.starts = [*getattr(self, "starts", []), weight(pl_module)]
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.steps = [*getattr(self, "steps", []), weight(pl_module)]
+
+
+def weight(module):
+    return module.encoder.dense.linear.weight.detach().clone()
+
+
+@pytest.mark.parametrize(
+    ("average", "kept"),
+    [(StochasticWeightAveraging(1e-2, 1), "starts"), (WeightAveraging(), "steps")],
+)
+def test_a_projection_is_averaged_with_the_rest(tmp_path, tiny_bert, average, kept):
+    """Callbacks copy a module before it has one."""
+    keep = KeepProjections()
+    running = {"max_epochs": 3, "callbacks": [keep, average, ExportModel()]}
+    mrl = {"use_mrl": True, "mrl_dims": [8, 16], "lr": 1e-2}
+    data = {"val_path": write(tmp_path, "pair")}
+    module, _ = fit(tmp_path, tiny_bert, "pair", data, running, **mrl)
+    torch.testing.assert_close(weight(module), torch.stack(getattr(keep, kept)).mean(dim=0))
+    saved = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert torch.equal(saved[2].linear.weight, weight(module))
 
 
 def test_a_validation_before_it_changes_nothing_of_a_fit(tmp_path, tiny_bert):

@@ -3,6 +3,8 @@
 import logging
 from typing import Any, Literal
 
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.distributed.strategies import shards_parameters
 from embedtune.errors import InputError
@@ -133,6 +135,17 @@ def refuse_long_prompts(
                 f"{key}: expected more tokens than {filled}, found {longest}: nothing would be "
                 "left of a text"
             )
+
+
+def average_all(trainer: Any, module: Any, stage: str) -> None:
+    """Let callbacks that average weights know those that a module got in its own ``setup``.
+
+    They have copied it before: what is appended to it would be left out of the average, or be taken
+    for another weight, for they go by the order of the weights.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+            callback.setup(trainer, module, stage)
 
 
 def tell_of_far_rate(rate: float, usual: float) -> None:

@@ -40,6 +40,7 @@ from embedtune.training.accumulation import (
     loss_factor,
 )
 from embedtune.training.before_fit import (
+    average_all,
     compare_directions,
     refuse_another_precision,
     refuse_compilation,
@@ -232,6 +233,7 @@ class EmbeddingModule(pl.LightningModule):
             self.num_parameters = self.encoder.num_parameters
         if self.data.format is not None:
             self._settle_loss(mrl_dims, is_fit=stage == "fit")
+        average_all(self.trainer, self, stage)
 
     def _settle_loss(self, mrl_dims: list[int] | None, *, is_fit: bool) -> None:
         """Choose the loss, its temperatures and the learning rate, where they are not given.
