@@ -7,7 +7,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 
@@ -251,6 +255,76 @@ def test_a_second_fit_on_other_rows_is_settled_for_those(tmp_path, tiny_bert):
     assert (first, second) == (16, 64)
     assert module.encoder.spec.max_seq_length == 64
     assert hot == pytest.approx(10 * cool)
+
+
+class KeepRates(pl.Callback):
+    """Keep the rate of each step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class DecayingModule(EmbeddingModule):
+    """Takes the optimizer and the schedule, and decays more."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        configured["optimizer"].param_groups[0]["weight_decay"] = 0.5
+        return configured
+
+
+class SteppingModule(EmbeddingModule):
+    """Takes the optimizer without the schedule."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()["optimizer"]
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class GroupingModule(EmbeddingModule):
+    """Adds weights of its own to those that the schedule knows."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        added = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}
+        configured["optimizer"].add_param_group(added)
+        return configured
+
+
+def test_a_subclass_may_change_the_optimizer(tmp_path, tiny_bert):
+    keep = KeepRates()
+    module, _ = fit(
+        *(tmp_path, tiny_bert, "pair"), trainer_kwargs={"callbacks": [keep]}, kind=DecayingModule
+    )
+    (optimizer,) = [module.optimizers().optimizer]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    assert keep.rates[0] == pytest.approx(module.lr)  # 3 steps have no warm-up
+
+
+def test_a_subclass_may_have_a_schedule_of_its_own(tmp_path, tiny_bert):
+    keep = KeepRates()
+    running, settings = {"callbacks": [keep], "max_epochs": 5}, {"kind": SteppingModule, "lr": 1e-3}
+    fit(tmp_path, tiny_bert, "pair", None, running, **settings)
+    assert keep.rates[::3] == pytest.approx([1e-3 * 0.5**epoch for epoch in range(5)])
+
+
+def test_weights_that_the_schedule_does_not_know_are_refused(tmp_path, tiny_bert):
+    with pytest.raises(InputError, match=r"configure_optimizers: .* found 1 without a rate"):
+        fit(tmp_path, tiny_bert, "pair", kind=GroupingModule)
+
+
+def test_the_rate_that_a_callback_finds_is_trained_with(tmp_path, tiny_bert):
+    keep, finder = KeepRates(), LearningRateFinder(1e-6, 1e-2, num_training_steps=20)
+    rows = [ROWS["pair"][i % 12] for i in range(48)]
+    data = EmbeddingDataModule(write(tmp_path, "rows", rows), batch_size=2)
+    module = EmbeddingModule(str(tiny_bert), lr=1e-3, lr_schedule="constant")
+    trainer(tmp_path, callbacks=[finder, keep]).fit(module, data)
+    assert module.lr == finder.optimal_lr.suggestion() != 1e-3
+    assert keep.rates[-1] == pytest.approx(module.lr)
 
 
 class KeepProjections(pl.Callback):

@@ -164,6 +164,7 @@ class EmbeddingModule(pl.LightningModule):
         self._derived: set[str] = set()  # temperatures
         self._schedule: LambdaLR | None = None
         self._settings: list[dict[str, Any]] = []
+        self._configured_lr = 0.0
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
         self.base_per_query: dict[str, PerQuery] = {}
@@ -319,6 +320,7 @@ class EmbeddingModule(pl.LightningModule):
         if self.compiles:
             self.encoder.compile_layers()
         refuse_other_ranks(told_by_all(self.trainer, self), self.device)
+        self._keep_settings()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember where in the data this batch is: what is saved is saved after it."""
@@ -442,16 +444,36 @@ class EmbeddingModule(pl.LightningModule):
         schedule = build_schedule(
             optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion
         )
-        self._schedule, self._settings = schedule, settings_of(optimizer)
+        for group in optimizer.param_groups:
+            # A subclass may leave the schedule, whose first rate is 0; it is set in on_train_start.
+            group["lr"] = group["initial_lr"]
+        self._schedule, self._settings, self._configured_lr = schedule, [], self.lr
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _schedules(self) -> bool:
+        """Whether the schedule of this class is used, and not a subclass's own."""
+        used = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return self._schedule is not None and self._schedule in used
+
+    def _keep_settings(self) -> None:
+        """Remember what this run trains with, before a checkpoint brings what it was trained with.
+
+        A subclass may have changed the optimizer, and a callback have found another rate.
+        """
+        if self._schedules:
+            lr = cast(float, self.lr)
+            self._settings = settings_of(self.trainer.optimizers[0], lr / self._configured_lr)
 
     def on_train_start(self) -> None:
         """Let the configuration win over the rates and the decay that a checkpoint remembers."""
         if not self._place.batch:
             start_epoch(self.trainer)
-        used = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        if self._schedule is not None and self._schedule in used:  # not a subclass's own
-            restore_settings(self.trainer.optimizers[0], self._schedule, self._settings)
+        if not self._settings:  # a callback tries steps before the fit
+            self._keep_settings()
+        if self._schedules:
+            schedule = cast(LambdaLR, self._schedule)
+            restore_settings(self.trainer.optimizers[0], schedule, self._settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
