@@ -257,6 +257,27 @@ def test_a_second_fit_on_other_rows_is_settled_for_those(tmp_path, tiny_bert):
     assert hot == pytest.approx(10 * cool)
 
 
+def test_a_fit_after_one_that_failed_is_settled_as_the_first(tmp_path, tiny_bert, monkeypatch):
+    mrl = {"use_mrl": True, "mrl_dims": [8, 16]}
+    expected, _ = fit(tmp_path, tiny_bert, "pair", **mrl)
+    module = EmbeddingModule(str(tiny_bert), **mrl)
+    settings = {"val_path": write(tmp_path, "pair"), "batch_size": 4}
+    for name in ("start_projection._embed_sample", "module.derive_temperature"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"embedtune.training.{name}", fail)
+            data = EmbeddingDataModule(write(tmp_path, "pair"), **settings)
+            with pytest.raises(MemoryError):
+                trainer(tmp_path).fit(module, data)
+    trainer(tmp_path).validate(module, EmbeddingDataModule(val_path=settings["val_path"]))
+    trainer(tmp_path).fit(module, EmbeddingDataModule(write(tmp_path, "pair"), **settings))
+    assert module.encoder.spec.projection_dim == expected.encoder.spec.projection_dim == 16
+    assert module.loss.loss.temperature == expected.loss.loss.temperature
+
+
+def fail(*args):
+    raise MemoryError
+
+
 class KeepRates(pl.Callback):
     """Keep the rate of each step."""
 

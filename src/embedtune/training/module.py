@@ -160,7 +160,8 @@ class EmbeddingModule(pl.LightningModule):
             )
         self.loss = loss
         self._given: tuple[Loss | None, float | None] | None = None
-        self._has_settled = False
+        # Of the first fit that gets so far, for one may end before.
+        self._has_started_projection = self._has_settled = False
         self._derived: set[str] = set()  # temperatures
         self._schedule: LambdaLR | None = None
         self._settings: list[dict[str, Any]] = []
@@ -222,12 +223,12 @@ class EmbeddingModule(pl.LightningModule):
             refuse_other_format(self.loss, self.data.format)
         mrl_dims = self.mrl_dims if self.use_mrl else None
         if stage == "fit":
-            if not self._has_settled:
-                self._has_settled = True
+            if not self._has_started_projection:
                 start_projection(
                     self.encoder,
                     *(self.projection_init, mrl_dims, self.data, device, strategy.broadcast),
                 )
+                self._has_started_projection = True
             self.encoder.raise_max_seq_length(self.data.longest_text(self.encoder))
             compare_directions(self.encoder)
             refuse_long_prompts(self.encoder, self.data)
@@ -241,7 +242,7 @@ class EmbeddingModule(pl.LightningModule):
 
         Once for all fits, but for the temperature of a teacher, which is that of the data.
         """
-        self._given = None if self._has_settled else (self.loss, self.lr)
+        self._given = None if self._has_settled or is_fit else (self.loss, self.lr)
         given = set(temperatures_of(self.loss)) - self._derived
         given |= {"temperature"} if self.temperature else set()
         if is_fit:
@@ -261,6 +262,7 @@ class EmbeddingModule(pl.LightningModule):
         usual = usual_lr(self.encoder, self.data.format)
         self.lr = usual if self.lr is None else self.lr
         if is_fit:
+            self._has_settled = True
             tell_of_far_rate(self.lr, usual)
 
     def teardown(self, stage: str) -> None:
