@@ -88,6 +88,12 @@ def movement(module, start):
     )
 
 
+class Misspelt(InfoNCE):
+    def __init__(self):
+        super().__init__()
+        self.scope = "ranks"
+
+
 class SGDModule(EmbeddingModule):
     """Plain SGD shows a wrong gradient scale, which AdamW would hide."""
 
@@ -276,6 +282,16 @@ def test_a_fit_after_one_that_failed_is_settled_as_the_first(tmp_path, tiny_bert
 
 def fail(*args):
     raise MemoryError
+
+
+def test_paths_may_be_objects(tmp_path, tiny_bert):
+    rows, store = Path(write(tmp_path, "distill")), Path(teacher(tmp_path, 32))
+    for paths in ((rows, store), ([rows], [store])):
+        module = EmbeddingModule(Path(tiny_bert))
+        data = EmbeddingDataModule(paths[0], teacher_path=paths[1], predict_path=rows)
+        trainer(tmp_path, callbacks=[ExportModel()]).fit(module, data)
+        (found,) = trainer(tmp_path).predict(module, data)
+        assert found.shape == (12, 32)
 
 
 class KeepRates(pl.Callback):
@@ -506,6 +522,9 @@ def test_towers_take_texts_as_long_as_asked(tiny_bert, tmp_path):
         ({"mrl_dims": "8,8,16"}, "model.mrl_dims: expected different widths"),
         ({"mrl_dims": 8}, "model.mrl_dims: expected different widths"),
         ({"warmup_proportion": 1.0}, "model.warmup_proportion: expected less than half"),
+        ({"loss": InfoNCE}, "model.loss: expected a loss .* found <class"),
+        ({"loss": torch.nn.MSELoss()}, r"model.loss: expected a loss .* found MSELoss\(\)"),
+        ({"loss": Misspelt()}, "model.loss: Misspelt.scope: expected one of rank, .* 'ranks'"),
     ],
 )
 def test_python_s_settings_are_checked_as_well(tmp_path, tiny_bert, settings, message):

@@ -51,7 +51,7 @@ from embedtune.training.before_fit import (
     tell_of_far_rate,
     tell_of_few_steps,
 )
-from embedtune.training.choose_loss import choose_loss, refuse_other_format
+from embedtune.training.choose_loss import choose_loss, refuse_no_loss, refuse_other_format
 from embedtune.training.facts import told_by_all, training_facts
 from embedtune.training.going_on import Validation, go_on, tell_of_another_base
 from embedtune.training.gradient_cache import GradientCache
@@ -158,6 +158,7 @@ class EmbeddingModule(pl.LightningModule):
                 "model.temperature: is that of the default loss; give it as "
                 "model.loss.init_args.temperature beside model.loss"
             )
+        refuse_no_loss(loss)
         self.loss = loss
         self._given: tuple[Loss | None, float | None] | None = None
         # Of the first fit that gets so far, for one may end before.
@@ -173,7 +174,7 @@ class EmbeddingModule(pl.LightningModule):
         self._place, self._step_means = Place(), StepMeans()
         self.compiles, self.grad_cache, self._cache = compile, grad_cache, GradientCache()
         spec = EncoderSpec(
-            model_name_or_path,
+            str(model_name_or_path),  # which Python may have as a Path
             pooling,
             trust_remote_code,
             dropout=dropout,
