@@ -36,6 +36,7 @@ from embedtune.models.spec import EncoderSpec, Features, PoolingMode
 from embedtune.models.trial import prepare_training
 from embedtune.training.accumulation import (
     StepMeans,
+    accumulated_in,
     batches_of_step,
     loss_factor,
 )
@@ -472,6 +473,9 @@ class EmbeddingModule(pl.LightningModule):
         """Let the configuration win over the rates and the decay that a checkpoint remembers."""
         if not self._place.batch:
             start_epoch(self.trainer)
+        # In the middle of an epoch no callback sets it, and before this hook it refuses another.
+        accumulated = accumulated_in(self.trainer, self._place.epoch)
+        self.trainer.accumulate_grad_batches = accumulated
         if not self._settings:  # a callback tries steps before the fit
             self._keep_settings()
         if self._schedules:
