@@ -394,6 +394,12 @@ def test_a_projection_is_averaged_with_the_rest(tmp_path, tiny_bert, average, ke
     assert torch.equal(saved[2].linear.weight, weight(module))
 
 
+def test_what_is_averaged_afterwards_is_not_exported_before(tmp_path, tiny_bert):
+    running = {"callbacks": [ExportModel(), WeightAveraging()]}
+    with pytest.raises(InputError, match="callbacks: expected ExportModel after WeightAveraging"):
+        fit(tmp_path, tiny_bert, "pair", trainer_kwargs=running)
+
+
 def test_a_validation_before_it_changes_nothing_of_a_fit(tmp_path, tiny_bert):
     settings = {"val_path": write(tmp_path, "pair"), "batch_size": 4}
     data = EmbeddingDataModule(write(tmp_path, "pair"), **settings)

@@ -20,6 +20,8 @@ FEW_STEPS = 10
 """In fewer a schedule of the learning rate cannot rise and fall."""
 MOST_SPECIAL = 8
 """Tokens that tokenizers add to a text, at most."""
+AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+"""Callbacks that copy a module when a fit begins, and change its weights when it ends."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -144,7 +146,7 @@ def average_all(trainer: Any, module: Any, stage: str) -> None:
     for another weight, for they go by the order of the weights.
     """
     for callback in trainer.callbacks:
-        if isinstance(callback, StochasticWeightAveraging | WeightAveraging):
+        if isinstance(callback, AVERAGING):
             callback.setup(trainer, module, stage)
 
 
