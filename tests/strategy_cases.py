@@ -86,7 +86,7 @@ class RecordingModule(EmbeddingModule):
         if not self.adamw:
             return torch.optim.SGD(self.parameters(), lr=self.lr)
         configured = super().configure_optimizers()
-        for settings in (*configured["optimizer"].param_groups, *self._settings):
+        for settings in configured["optimizer"].param_groups:
             settings["eps"] = 1e-4  # or noise in a gradient that is zero moves weights by the rate
         return configured
 

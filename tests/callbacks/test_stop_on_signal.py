@@ -2,6 +2,7 @@
 
 import json
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from told_losses import Told, told
 
 from embedtune import EmbeddingDataModule, EmbeddingModule
+from embedtune.callbacks.end_on_signal import EndOnSignal
 from embedtune.callbacks.stop_on_signal import SIGNALS, StopOnSignal
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
@@ -94,6 +96,24 @@ def test_what_last_is_a_link_to_is_not_written_over(tiny_bert):
         trainer.fit(module, data)
     kept = {path.name: read_facts(path)["global_step"] for path in Path("kept").iterdir()}
     assert kept == {"epoch=0-step=3.ckpt": 3, "last.ckpt": 5}
+
+
+def test_a_thread_takes_no_signals(tiny_bert):
+    """As where a server or a notebook runs a fit beside itself."""
+    data = EmbeddingDataModule("train.jsonl", val_path="train.jsonl", batch_size=4)
+    trainer = pl.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        use_distributed_sampler=False,
+        callbacks=[StopOnSignal(), EndOnSignal()],
+    )
+    with ThreadPoolExecutor() as threads:
+        module = EmbeddingModule(str(tiny_bert))
+        threads.submit(trainer.fit, module, data).result()
+        assert trainer.global_step == 6
+        assert threads.submit(trainer.validate, module, data).result()
 
 
 @pytest.mark.parametrize("at", [5, 11])

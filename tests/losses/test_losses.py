@@ -427,6 +427,36 @@ def test_a_loss_that_returns_something_else_is_named(returned, found):
         assert require_parts(Own(), {"loss": torch.tensor(0.5)})
 
 
+class Doubled(InfoNCE):
+    """Has a formula of its own, and the widths of its parent."""
+
+    def forward(self, embeddings, target):
+        return {"loss": 2 * super().forward(embeddings, target)["loss"]}
+
+
+class DoubledAtWidths(InfoNCE):
+    def at_widths(self, embeddings, target, dims):
+        return [2 * loss for loss in super().at_widths(embeddings, target, dims)]
+
+
+@pytest.mark.parametrize("kind", [Doubled, DoubledAtWidths])
+def test_a_subclass_is_learnt_at_every_width(kind):
+    batch = retrieval_batch()
+    once, twice = (Matryoshka(loss, [4, 16])(*batch) for loss in (InfoNCE(), kind()))
+    assert {k: v.item() for k, v in twice.items()} == {
+        k: pytest.approx(2 * v.item()) for k, v in once.items()
+    }
+
+
+def test_a_loss_that_returns_something_else_is_named_at_a_width():
+    class Own(Loss):
+        def forward(self, embeddings, target):
+            return embeddings.query.sum()
+
+    with pytest.raises(InputError, match=r"expected Own\.forward .* found a Tensor"):
+        Matryoshka(Own(), [4])(*retrieval_batch())
+
+
 @pytest.mark.parametrize("name", ["cosine_weight", "similarity_weight", "rank_weight", "margin"])
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
 def test_weights_below_0_are_refused(name, value):

@@ -6,7 +6,7 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
 from embedtune import EmbeddingDataModule, EmbeddingModule
 from embedtune.losses import ListwiseKL, Loss
@@ -43,7 +43,7 @@ class Watch(pl.Callback):
             self.losses.append(trainer.callback_metrics["train/loss"].item())
 
 
-def fit(folder, model, batch_size, *callbacks, **settings):
+def fit(folder, model, batch_size, *callbacks, ckpt_path=None, **settings):
     """Train at a rate of nearly 0: gradients of runs in other batches can be compared."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -52,7 +52,7 @@ def fit(folder, model, batch_size, *callbacks, **settings):
         accelerator="cpu",
         use_distributed_sampler=False,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(c, ModelCheckpoint) for c in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         precision="32-true",
@@ -62,7 +62,8 @@ def fit(folder, model, batch_size, *callbacks, **settings):
     module = EmbeddingModule(
         str(model), loss=Parts(in_batch_negatives=False), lr=1e-12, weight_decay=0.0, dropout=0.0
     )
-    trainer.fit(module, EmbeddingDataModule(str(path), batch_size=batch_size))
+    data = EmbeddingDataModule(str(path), batch_size=batch_size)
+    trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=False)
     return watch
 
 
@@ -113,6 +114,25 @@ def test_another_number_in_each_epoch(tmp_path, tiny_bert):
     assert len(found.gradients) == 4 + 2
     for i, expected in enumerate([*by_two.gradients[:4], *by_four.gradients[2:]]):
         torch.testing.assert_close(found.gradients[i], expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [2, 4, 5])
+def test_another_number_in_each_epoch_goes_on(tmp_path, tiny_bert, steps):
+    """In the middle of the first epoch, at its end, and in the middle of the second."""
+    schedule = {0: 2, 1: 4}
+    expected = fit(tmp_path, tiny_bert, 3, GradientAccumulationScheduler(schedule), max_epochs=2)
+    saved = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    fit(tmp_path, tiny_bert, 3, GradientAccumulationScheduler(schedule), saved, max_epochs=2)
+    found = fit(
+        *(tmp_path, tiny_bert, 3, GradientAccumulationScheduler(schedule)),
+        ckpt_path=tmp_path / f"step={steps}.ckpt",
+        max_epochs=2,
+    )
+    for name in ("gradients", "losses"):
+        setattr(expected, name, getattr(expected, name)[steps:])
+    assert len(found.gradients) == 6 - steps
+    torch.testing.assert_close(found.gradients, expected.gradients, rtol=1e-3, atol=1e-5)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-5)
 
 
 class Scaled(Loss):

@@ -7,6 +7,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import (
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 
@@ -81,6 +86,12 @@ def movement(module, start):
         for name, value in module.encoder.state_dict().items()
         if name in start and value.is_floating_point()
     )
+
+
+class Misspelt(InfoNCE):
+    def __init__(self):
+        super().__init__()
+        self.scope = "ranks"
 
 
 class SGDModule(EmbeddingModule):
@@ -252,6 +263,143 @@ def test_a_second_fit_on_other_rows_is_settled_for_those(tmp_path, tiny_bert):
     assert hot == pytest.approx(10 * cool)
 
 
+def test_a_fit_after_one_that_failed_is_settled_as_the_first(tmp_path, tiny_bert, monkeypatch):
+    mrl = {"use_mrl": True, "mrl_dims": [8, 16]}
+    expected, _ = fit(tmp_path, tiny_bert, "pair", **mrl)
+    module = EmbeddingModule(str(tiny_bert), **mrl)
+    settings = {"val_path": write(tmp_path, "pair"), "batch_size": 4}
+    for name in ("start_projection._embed_sample", "module.derive_temperature"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"embedtune.training.{name}", fail)
+            data = EmbeddingDataModule(write(tmp_path, "pair"), **settings)
+            with pytest.raises(MemoryError):
+                trainer(tmp_path).fit(module, data)
+    trainer(tmp_path).validate(module, EmbeddingDataModule(val_path=settings["val_path"]))
+    trainer(tmp_path).fit(module, EmbeddingDataModule(write(tmp_path, "pair"), **settings))
+    assert module.encoder.spec.projection_dim == expected.encoder.spec.projection_dim == 16
+    assert module.loss.loss.temperature == expected.loss.loss.temperature
+
+
+def fail(*args):
+    raise MemoryError
+
+
+def test_paths_may_be_objects(tmp_path, tiny_bert):
+    rows, store = Path(write(tmp_path, "distill")), Path(teacher(tmp_path, 32))
+    for paths in ((rows, store), ([rows], [store])):
+        module = EmbeddingModule(Path(tiny_bert))
+        data = EmbeddingDataModule(paths[0], teacher_path=paths[1], predict_path=rows)
+        trainer(tmp_path, callbacks=[ExportModel()]).fit(module, data)
+        (found,) = trainer(tmp_path).predict(module, data)
+        assert found.shape == (12, 32)
+
+
+class KeepRates(pl.Callback):
+    """Keep the rate of each step."""
+
+    def __init__(self):
+        self.rates = []
+
+    def on_train_batch_start(self, trainer, pl_module, *args):
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class DecayingModule(EmbeddingModule):
+    """Takes the optimizer and the schedule, and decays more."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        configured["optimizer"].param_groups[0]["weight_decay"] = 0.5
+        return configured
+
+
+class SteppingModule(EmbeddingModule):
+    """Takes the optimizer without the schedule."""
+
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()["optimizer"]
+        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+
+class GroupingModule(EmbeddingModule):
+    """Adds weights of its own to those that the schedule knows."""
+
+    def configure_optimizers(self):
+        configured = super().configure_optimizers()
+        added = {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": 1.0}
+        configured["optimizer"].add_param_group(added)
+        return configured
+
+
+def test_a_subclass_may_change_the_optimizer(tmp_path, tiny_bert):
+    keep = KeepRates()
+    module, _ = fit(
+        *(tmp_path, tiny_bert, "pair"), trainer_kwargs={"callbacks": [keep]}, kind=DecayingModule
+    )
+    (optimizer,) = [module.optimizers().optimizer]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.5, 0.0]
+    assert keep.rates[0] == pytest.approx(module.lr)  # 3 steps have no warm-up
+
+
+def test_a_subclass_may_have_a_schedule_of_its_own(tmp_path, tiny_bert):
+    keep = KeepRates()
+    running, settings = {"callbacks": [keep], "max_epochs": 5}, {"kind": SteppingModule, "lr": 1e-3}
+    fit(tmp_path, tiny_bert, "pair", None, running, **settings)
+    assert keep.rates[::3] == pytest.approx([1e-3 * 0.5**epoch for epoch in range(5)])
+
+
+def test_weights_that_the_schedule_does_not_know_are_refused(tmp_path, tiny_bert):
+    with pytest.raises(InputError, match=r"configure_optimizers: .* found 1 without a rate"):
+        fit(tmp_path, tiny_bert, "pair", kind=GroupingModule)
+
+
+def test_the_rate_that_a_callback_finds_is_trained_with(tmp_path, tiny_bert):
+    keep, finder = KeepRates(), LearningRateFinder(1e-6, 1e-2, num_training_steps=20)
+    rows = [ROWS["pair"][i % 12] for i in range(48)]
+    data = EmbeddingDataModule(write(tmp_path, "rows", rows), batch_size=2)
+    module = EmbeddingModule(str(tiny_bert), lr=1e-3, lr_schedule="constant")
+    trainer(tmp_path, callbacks=[finder, keep]).fit(module, data)
+    assert module.lr == finder.optimal_lr.suggestion() != 1e-3
+    assert keep.rates[-1] == pytest.approx(module.lr)
+
+
+class KeepProjections(pl.Callback):
+    """Keep the projection at the start of each epoch and after each step."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.starts = [*getattr(self, "starts", []), weight(pl_module)]
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.steps = [*getattr(self, "steps", []), weight(pl_module)]
+
+
+def weight(module):
+    return module.encoder.dense.linear.weight.detach().clone()
+
+
+@pytest.mark.parametrize(
+    ("average", "kept"),
+    [(StochasticWeightAveraging(1e-2, 1), "starts"), (WeightAveraging(), "steps")],
+)
+def test_a_projection_is_averaged_with_the_rest(tmp_path, tiny_bert, average, kept):
+    """Callbacks copy a module before it has one."""
+    keep = KeepProjections()
+    running = {"max_epochs": 3, "callbacks": [keep, average, ExportModel()]}
+    mrl = {"use_mrl": True, "mrl_dims": [8, 16], "lr": 1e-2}
+    data = {"val_path": write(tmp_path, "pair")}
+    module, _ = fit(tmp_path, tiny_bert, "pair", data, running, **mrl)
+    torch.testing.assert_close(weight(module), torch.stack(getattr(keep, kept)).mean(dim=0))
+    saved = SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    assert torch.equal(saved[2].linear.weight, weight(module))
+
+
+def test_what_is_averaged_afterwards_is_not_exported_before(tmp_path, tiny_bert):
+    running = {"callbacks": [ExportModel(), WeightAveraging()]}
+    with pytest.raises(InputError, match="callbacks: expected ExportModel after WeightAveraging"):
+        fit(tmp_path, tiny_bert, "pair", trainer_kwargs=running)
+
+
 def test_a_validation_before_it_changes_nothing_of_a_fit(tmp_path, tiny_bert):
     settings = {"val_path": write(tmp_path, "pair"), "batch_size": 4}
     data = EmbeddingDataModule(write(tmp_path, "pair"), **settings)
@@ -380,6 +528,9 @@ def test_towers_take_texts_as_long_as_asked(tiny_bert, tmp_path):
         ({"mrl_dims": "8,8,16"}, "model.mrl_dims: expected different widths"),
         ({"mrl_dims": 8}, "model.mrl_dims: expected different widths"),
         ({"warmup_proportion": 1.0}, "model.warmup_proportion: expected less than half"),
+        ({"loss": InfoNCE}, "model.loss: expected a loss .* found <class"),
+        ({"loss": torch.nn.MSELoss()}, r"model.loss: expected a loss .* found MSELoss\(\)"),
+        ({"loss": Misspelt()}, "model.loss: Misspelt.scope: expected one of rank, .* 'ranks'"),
     ],
 )
 def test_python_s_settings_are_checked_as_well(tmp_path, tiny_bert, settings, message):

@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from embedtune.callbacks.stop_on_signal import takes_signals
+
 
 class EndOnSignal(pl.Callback):
     """Let SIGTERM do what it did before Lightning took it over.
@@ -22,6 +24,7 @@ class EndOnSignal(pl.Callback):
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the signal back."""
-        signal.signal(signal.SIGTERM, self._former)
+        if takes_signals():
+            signal.signal(signal.SIGTERM, self._former)
 
     on_test_start = on_predict_start = on_validation_start

@@ -26,6 +26,7 @@ from embedtune.export.folder import (
 from embedtune.export.probes import embed_probes
 from embedtune.export.rebuild import export_checkpoint, rebuild
 from embedtune.models.spec import Features
+from embedtune.training.before_fit import AVERAGING
 from embedtune.training.facts import training_facts
 from embedtune.training.module import EmbeddingModule
 from embedtune.whole_files import sweep, sweep_together
@@ -129,10 +130,18 @@ class ExportModel(pl.Callback):
         """Refuse what the exports would replace, which the end of a fit would tell too late.
 
         Raises:
-            InputError: The base model lies where this run writes, or ``model`` is another's.
+            InputError: The base model lies where this run writes, ``model`` is another's, or the
+                weights are changed after they are exported.
         """
         if stage != "fit":
             return
+        callbacks = cast(Any, trainer).callbacks
+        for callback in callbacks[callbacks.index(self) :]:
+            if isinstance(callback, AVERAGING):
+                raise InputError(
+                    f"callbacks: expected ExportModel after {type(callback).__name__}, which "
+                    "averages the weights when the fit ends, found it before"
+                )
         base = cast(EmbeddingModule, pl_module).encoder.spec.model_name_or_path
         places = (_model_folder(trainer), _epoch_folder(trainer, 1).parent)
         written = [os.path.realpath(place) for place in places]  # of a loop, too

@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -19,6 +20,11 @@ log = logging.getLogger("embedtune")
 
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1")
 """Of schedulers, of the keyboard, and of SLURM before a job's time ends."""
+
+
+def takes_signals() -> bool:
+    """Tell whether this thread may say what a signal does: a process's first alone may."""
+    return threading.current_thread() is threading.main_thread()
 
 
 class StopOnSignal(pl.Callback):
@@ -43,6 +49,9 @@ class StopOnSignal(pl.Callback):
         Lightning gives all of them back when a fit ends, however it ends.
         """
         self._received = 0
+        if not takes_signals():
+            log.info("signals: none stops this fit, for it runs in a thread that cannot take them")
+            return
         for name in SIGNALS:
             number = getattr(signal, name, None)
             if number is None or (name == "SIGUSR1" and signal.getsignal(number) != signal.SIG_DFL):

@@ -1,5 +1,6 @@
 """The LightningDataModule: files in, batches out."""
 
+from os import PathLike
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -111,13 +112,17 @@ class EmbeddingDataModule(pl.LightningDataModule):
         if num_workers is not None and num_workers < 0:
             raise InputError(f"data.num_workers: expected a number from 0 on, found {num_workers}")
         paths = {"train": train_path, "val": val_path, "test": test_path, "predict": predict_path}
-        self.paths: dict[str, Any] = paths
-        teachers = {"train": teacher_path, "val": val_teacher_path, "test": test_teacher_path}
+        self.paths: dict[str, Any] = {part: _as_texts(given) for part, given in paths.items()}
+        teachers = {
+            "train": _as_texts(teacher_path),
+            "val": _as_texts(val_teacher_path),
+            "test": _as_texts(test_teacher_path),
+        }
         require_not_negative("data.seed", seed)
         if format not in ("auto", *Format):
             raise InputError(f"data.format: expected auto, {', '.join(Format)}, found {format!r}")
         declared = None if format == "auto" else Format(format)
-        files = Files(paths, teachers, declared, teacher_embedding_dim, neg_nums, seed)
+        files = Files(self.paths, teachers, declared, teacher_embedding_dim, neg_nums, seed)
         self.batch_size, self.neg_nums = batch_size, neg_nums
         self.shuffle, self.seed = shuffle, seed
         self._query_max_len, self.passage_max_len = query_max_len, passage_max_len
@@ -364,3 +369,10 @@ class EmbeddingDataModule(pl.LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=self._device_type == "cuda",
         )
+
+
+def _as_texts(paths: Any) -> Any:
+    """Return paths as a YAML has them, of which Python has some as objects."""
+    if isinstance(paths, list | tuple):
+        return [_as_texts(path) for path in paths]
+    return str(paths) if isinstance(paths, PathLike) else paths

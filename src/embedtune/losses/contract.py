@@ -39,7 +39,23 @@ class Loss(nn.Module):
 
         Override it where widths can share work.
         """
-        return [self(embeddings.cut(dim), target)["loss"] for dim in dims]
+        cut = (self(embeddings.cut(dim), target) for dim in dims)
+        return [require_parts(self, parts)["loss"] for parts in cut]
+
+
+def losses_at_widths(
+    loss: Loss, embeddings: Embeddings, target: Target, dims: Sequence[int]
+) -> list[Tensor]:
+    """Return the loss of the embeddings' prefixes of each width in ``dims``.
+
+    By its ``at_widths``, unless a subclass has a ``forward`` of its own beside the ``at_widths``
+    that it inherits, which knows nothing of it.
+    """
+    methods = {"at_widths", "forward"}
+    own = next(vars(kind) for kind in type(loss).__mro__ if vars(kind).keys() & methods)
+    if "at_widths" in own:
+        return loss.at_widths(embeddings, target, dims)
+    return Loss.at_widths(loss, embeddings, target, dims)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from embedtune.errors import InputError
-from embedtune.losses.contract import Loss
+from embedtune.losses.contract import Loss, losses_at_widths
 from embedtune.losses.inputs import Embeddings, Target
 from embedtune.losses.widths import refuse_wider, require_widths
 
@@ -15,7 +15,8 @@ from embedtune.losses.widths import refuse_wider, require_widths
 class Matryoshka(Loss):
     """A loss at every width of one embedding's prefixes (MRL, Kusupati et al. 2022, eq. 1).
 
-    A loss is called with the embeddings cut to each width, unless its ``at_widths`` knows better.
+    A loss is called with the embeddings cut to each width, unless its ``at_widths`` knows better
+    (:func:`~embedtune.losses.contract.losses_at_widths`).
     Of what it returns, the loss alone is logged.
     """
 
@@ -43,7 +44,7 @@ class Matryoshka(Loss):
     def forward(self, embeddings: Embeddings, target: Target) -> dict[str, Tensor]:
         """Return the weighted mean, and the loss at each width."""
         refuse_wider(self.dims, embeddings.query.shape[1])
-        losses = self.loss.at_widths(embeddings, target, self.dims)
+        losses = losses_at_widths(self.loss, embeddings, target, self.dims)
         total = sum(weight * loss for weight, loss in zip(self.weights, losses, strict=True))
         parts = {f"loss/{dim}": loss for dim, loss in zip(self.dims, losses, strict=True)}
         return {"loss": torch.as_tensor(total) / sum(self.weights), **parts}

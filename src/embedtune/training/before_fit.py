@@ -3,6 +3,8 @@
 import logging
 from typing import Any, Literal
 
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.distributed.strategies import shards_parameters
 from embedtune.errors import InputError
@@ -18,6 +20,8 @@ FEW_STEPS = 10
 """In fewer a schedule of the learning rate cannot rise and fall."""
 MOST_SPECIAL = 8
 """Tokens that tokenizers add to a text, at most."""
+AVERAGING = (StochasticWeightAveraging, WeightAveraging)
+"""Callbacks that copy a module when a fit begins, and change its weights when it ends."""
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
@@ -133,6 +137,17 @@ def refuse_long_prompts(
                 f"{key}: expected more tokens than {filled}, found {longest}: nothing would be "
                 "left of a text"
             )
+
+
+def average_all(trainer: Any, module: Any, stage: str) -> None:
+    """Let callbacks that average weights know those that a module got in its own ``setup``.
+
+    They have copied it before: what is appended to it would be left out of the average, or be taken
+    for another weight, for they go by the order of the weights.
+    """
+    for callback in trainer.callbacks:
+        if isinstance(callback, AVERAGING):
+            callback.setup(trainer, module, stage)
 
 
 def tell_of_far_rate(rate: float, usual: float) -> None:

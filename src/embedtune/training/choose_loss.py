@@ -9,11 +9,12 @@ import numpy as np
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
-from embedtune.errors import InputError
+from embedtune.errors import InputError, require_choice
 from embedtune.losses.contract import Loss
 from embedtune.losses.distillation import Distillation
 from embedtune.losses.infonce import InfoNCE
 from embedtune.losses.matryoshka import Matryoshka, unwrapped
+from embedtune.losses.scope import Scope
 from embedtune.losses.scored import SPREAD, CoSENT, ListwiseKL
 
 log = logging.getLogger("embedtune")
@@ -74,6 +75,22 @@ def choose_loss(
         loss.mrl_dims = mrl_dims
         return loss
     return Matryoshka(loss, mrl_dims)
+
+
+def refuse_no_loss(loss: Any) -> None:
+    """Refuse what is no loss, which Python alone does not, and one that sees nobody knows what.
+
+    Raises:
+        InputError: It is one.
+    """
+    if loss is None:
+        return
+    if not isinstance(loss, Loss):
+        raise InputError(
+            "model.loss: expected a loss that derives from embedtune.Loss, such as "
+            f"embedtune.losses.InfoNCE(), found {loss!r}"
+        )
+    require_choice(f"model.loss: {type(loss).__name__}.scope", loss.scope, Scope)
 
 
 def refuse_other_format(loss: Loss | None, row_format: Format) -> None:

@@ -52,7 +52,6 @@ def go_on(checkpoint: dict[str, Any], trainer: Any, data: EmbeddingDataModule) -
     place = saved.among(data.batches_per_epoch)
     ranks, accumulated = trainer.world_size, accumulated_in(trainer, place.epoch)
     refuse_another_order(saved, data.start, data.batch_size, ranks, accumulated)
-    trainer.accumulate_grad_batches = accumulated
     set_counters(checkpoint, place, accumulated)
     facts = checkpoint.get("training_facts", {})
     changed = _changed_sets(checkpoint, data)

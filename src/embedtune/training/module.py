@@ -36,10 +36,12 @@ from embedtune.models.spec import EncoderSpec, Features, PoolingMode
 from embedtune.models.trial import prepare_training
 from embedtune.training.accumulation import (
     StepMeans,
+    accumulated_in,
     batches_of_step,
     loss_factor,
 )
 from embedtune.training.before_fit import (
+    average_all,
     compare_directions,
     refuse_another_precision,
     refuse_compilation,
@@ -50,7 +52,7 @@ from embedtune.training.before_fit import (
     tell_of_far_rate,
     tell_of_few_steps,
 )
-from embedtune.training.choose_loss import choose_loss, refuse_other_format
+from embedtune.training.choose_loss import choose_loss, refuse_no_loss, refuse_other_format
 from embedtune.training.facts import told_by_all, training_facts
 from embedtune.training.going_on import Validation, go_on, tell_of_another_base
 from embedtune.training.gradient_cache import GradientCache
@@ -157,12 +159,15 @@ class EmbeddingModule(pl.LightningModule):
                 "model.temperature: is that of the default loss; give it as "
                 "model.loss.init_args.temperature beside model.loss"
             )
+        refuse_no_loss(loss)
         self.loss = loss
         self._given: tuple[Loss | None, float | None] | None = None
-        self._has_settled = False
+        # Of the first fit that gets so far, for one may end before.
+        self._has_started_projection = self._has_settled = False
         self._derived: set[str] = set()  # temperatures
         self._schedule: LambdaLR | None = None
         self._settings: list[dict[str, Any]] = []
+        self._configured_lr = 0.0
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
         self.base_per_query: dict[str, PerQuery] = {}
@@ -170,7 +175,7 @@ class EmbeddingModule(pl.LightningModule):
         self._place, self._step_means = Place(), StepMeans()
         self.compiles, self.grad_cache, self._cache = compile, grad_cache, GradientCache()
         spec = EncoderSpec(
-            model_name_or_path,
+            str(model_name_or_path),  # which Python may have as a Path
             pooling,
             trust_remote_code,
             dropout=dropout,
@@ -220,25 +225,26 @@ class EmbeddingModule(pl.LightningModule):
             refuse_other_format(self.loss, self.data.format)
         mrl_dims = self.mrl_dims if self.use_mrl else None
         if stage == "fit":
-            if not self._has_settled:
-                self._has_settled = True
+            if not self._has_started_projection:
                 start_projection(
                     self.encoder,
                     *(self.projection_init, mrl_dims, self.data, device, strategy.broadcast),
                 )
+                self._has_started_projection = True
             self.encoder.raise_max_seq_length(self.data.longest_text(self.encoder))
             compare_directions(self.encoder)
             refuse_long_prompts(self.encoder, self.data)
             self.num_parameters = self.encoder.num_parameters
         if self.data.format is not None:
             self._settle_loss(mrl_dims, is_fit=stage == "fit")
+        average_all(self.trainer, self, stage)
 
     def _settle_loss(self, mrl_dims: list[int] | None, *, is_fit: bool) -> None:
         """Choose the loss, its temperatures and the learning rate, where they are not given.
 
         Once for all fits, but for the temperature of a teacher, which is that of the data.
         """
-        self._given = None if self._has_settled else (self.loss, self.lr)
+        self._given = None if self._has_settled or is_fit else (self.loss, self.lr)
         given = set(temperatures_of(self.loss)) - self._derived
         given |= {"temperature"} if self.temperature else set()
         if is_fit:
@@ -258,6 +264,7 @@ class EmbeddingModule(pl.LightningModule):
         usual = usual_lr(self.encoder, self.data.format)
         self.lr = usual if self.lr is None else self.lr
         if is_fit:
+            self._has_settled = True
             tell_of_far_rate(self.lr, usual)
 
     def teardown(self, stage: str) -> None:
@@ -317,6 +324,7 @@ class EmbeddingModule(pl.LightningModule):
         if self.compiles:
             self.encoder.compile_layers()
         refuse_other_ranks(told_by_all(self.trainer, self), self.device)
+        self._keep_settings()
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember where in the data this batch is: what is saved is saved after it."""
@@ -440,16 +448,39 @@ class EmbeddingModule(pl.LightningModule):
         schedule = build_schedule(
             optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion
         )
-        self._schedule, self._settings = schedule, settings_of(optimizer)
+        for group in optimizer.param_groups:
+            # A subclass may leave the schedule, whose first rate is 0; it is set in on_train_start.
+            group["lr"] = group["initial_lr"]
+        self._schedule, self._settings, self._configured_lr = schedule, [], self.lr
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    @property
+    def _schedules(self) -> bool:
+        """Whether the schedule of this class is used, and not a subclass's own."""
+        used = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        return self._schedule is not None and self._schedule in used
+
+    def _keep_settings(self) -> None:
+        """Remember what this run trains with, before a checkpoint brings what it was trained with.
+
+        A subclass may have changed the optimizer, and a callback have found another rate.
+        """
+        if self._schedules:
+            lr = cast(float, self.lr)
+            self._settings = settings_of(self.trainer.optimizers[0], lr / self._configured_lr)
 
     def on_train_start(self) -> None:
         """Let the configuration win over the rates and the decay that a checkpoint remembers."""
         if not self._place.batch:
             start_epoch(self.trainer)
-        used = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        if self._schedule is not None and self._schedule in used:  # not a subclass's own
-            restore_settings(self.trainer.optimizers[0], self._schedule, self._settings)
+        # In the middle of an epoch no callback sets it, and before this hook it refuses another.
+        accumulated = accumulated_in(self.trainer, self._place.epoch)
+        self.trainer.accumulate_grad_batches = accumulated
+        if not self._settings:  # a callback tries steps before the fit
+            self._keep_settings()
+        if self._schedules:
+            schedule = cast(LambdaLR, self._schedule)
+            restore_settings(self.trainer.optimizers[0], schedule, self._settings)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""

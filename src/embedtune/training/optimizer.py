@@ -138,10 +138,25 @@ def build_schedule(
     )
 
 
-def settings_of(optimizer: Optimizer) -> list[dict[str, Any]]:
-    """Return what each parameter group is trained with: rates, decay and the like."""
+def settings_of(optimizer: Optimizer, factor: float = 1.0) -> list[dict[str, Any]]:
+    """Return what each parameter group is trained with: rates, decay and the like.
+
+    Args:
+        optimizer: Its groups have a peak rate each, which a schedule has taken.
+        factor: By how much the peak rates are to be others.
+
+    Raises:
+        InputError: A group was added after the schedule.
+    """
+    new = sum("initial_lr" not in group for group in optimizer.param_groups)
+    if new:
+        raise InputError(
+            "configure_optimizers: expected a schedule that was made after the last parameter "
+            f"group, found {new} without a rate in it"
+        )
     return [
         {name: value for name, value in group.items() if name != "params"}
+        | {"initial_lr": group["initial_lr"] * factor}
         for group in optimizer.param_groups
     ]
 
