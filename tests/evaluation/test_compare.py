@@ -414,6 +414,15 @@ def test_the_command_compares_several_models_and_sets(model, narrow, folder, tmp
     assert [row.get("against") for row in found] == [None] * 6 + [model] * 6
 
 
+def test_what_was_measured_before_a_model_that_fails_is_told(model, folder, tmp_path, capsys):
+    missing = str(tmp_path / "missing")
+    with pytest.raises(SystemExit):
+        main(["evaluate", model, missing, "--data", str(folder), "--dims", "16"])
+    said = capsys.readouterr()
+    assert re.search(r"nDCG@10 +16\n\S+ +\.\d{4}\n$", said.out)
+    assert f"found no folder {missing}" in said.err
+
+
 def test_a_model_that_brings_code_along_is_evaluated_where_that_is_trusted(
     model, folder, tmp_path, capsys
 ):

@@ -362,6 +362,33 @@ def test_a_base_model_without_the_wide_widths_leaves_them_open(tmp_path):
     assert "Unclear on a at 1024 and 128 dimensions, not compared on a at 512 dimensions" in text
 
 
+def test_a_wider_base_model_is_compared_as_a_whole_and_at_each_width(tmp_path):
+    trained = {"val/a/ndcg@10": 0.7, "val/a/ndcg@10/256": 0.7, "val/a/ndcg@10/128": 0.5}
+    base = {"val/a/ndcg@10": 0.72, "val/a/ndcg@10/256": 0.6, "val/a/ndcg@10/128": 0.4}
+    intervals = {name: (v - base[name],) * 2 for name, v in trained.items()}
+    write_csv(tmp_path / "metrics.csv", {"step": 0, **base}, {"epoch": 0, "step": 3, **trained})
+    given = {"base": base, "trained": trained, "intervals": intervals, "width": 256}
+    html = write(tmp_path, **given, base_width=1024, monitor="val/a/ndcg@10/256")
+    text = words(html)
+    assert "Better by val/a/ndcg@10/256, the monitored metric; better on a at 128 dimen" in text
+    assert "worse on a at full width" in text
+    assert "full .720 .700 −.020" in text
+    assert "256 .600 .700 +.100" in text
+    assert "full: .72 at step 0 to .7 at step 4; 256: .6 at step 0 to .7 at step 4" in html
+    assert "base: .4 at dimensions 128 to .72 at dimensions 1,024" in html
+    assert "trained: .5 at dimensions 128 to .7 at dimensions 256" in html
+    assert "--dims 256,128" in text
+
+
+def test_a_narrower_base_model_is_drawn_at_its_own_width(tmp_path):
+    trained = {"val/a/ndcg@10": 0.7, "val/a/ndcg@10/128": 0.5}
+    base = {"val/a/ndcg@10": 0.6, "val/a/ndcg@10/128": 0.4}
+    html = write(tmp_path, base=base, trained=trained, width=768, base_width=384)
+    assert "768 .600 .700 +.100" in words(html)
+    assert "base: .4 at dimensions 128 to .6 at dimensions 384" in html
+    assert "trained: .5 at dimensions 128 to .7 at dimensions 768" in html
+
+
 def test_the_commands_name_the_run_and_its_widths(tmp_path):
     folder = tmp_path / "my run"
     folder.mkdir()

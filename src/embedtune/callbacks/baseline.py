@@ -30,6 +30,7 @@ class Baseline(pl.Callback):
     Attributes:
         found: What its queries found in each retrieval set, as ``found`` of
             :class:`~embedtune.evaluation.measure.Measured`.
+        width: Its full width; None before it was measured.
     """
 
     def __init__(self, anchors: dict[str, float] | None = None) -> None:
@@ -41,6 +42,7 @@ class Baseline(pl.Callback):
         """
         self.anchors = anchors or {}
         self.found: dict[str, Tensor] = {}
+        self.width: int | None = None
         for name, fall in self.anchors.items():
             if not fall >= 0:
                 raise InputError(f"anchors: {name}: expected a fall of 0 or more, found {fall}")
@@ -57,8 +59,9 @@ class Baseline(pl.Callback):
         if not _is_validated(trainer):
             return
         evaluation = _measure(trainer, module)
+        self.width = module.encoder.width
         # A projection may widen the embedding later.
-        widths = [width for width in module.widths if width <= module.encoder.width]
+        widths = [width for width in module.widths if width <= self.width]
         module.base_metrics = evaluation.collect(
             widths, trainer.strategy.root_device, module.encoder.compared_by
         )

@@ -123,4 +123,5 @@ class RunReport(pl.Callback):
             comparisons=compared,
             intervals=intervals,
             monitor=monitored(trainer),
+            base_width=self.baseline.width,
         )

@@ -10,6 +10,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
 
+from embedtune.errors import InputError
 from embedtune.evaluation.compare import Result
 from embedtune.reports.curves import arrange
 from embedtune.reports.model_table import format_table
@@ -27,6 +28,18 @@ class WriteMetrics(pl.Callback):
     itself was measured), ``width`` (that of a name without one) and ``metrics`` by name, null where
     one is not finite.
     """
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse to measure nothing: Lightning would end without a word.
+
+        Raises:
+            InputError: A limit leaves all batches out.
+        """
+        part = {TrainerFn.VALIDATING: "val", TrainerFn.TESTING: "test"}.get(
+            cast(TrainerFn, trainer.state.fn)
+        )
+        if part is not None and getattr(trainer, f"limit_{part}_batches") == 0:
+            raise InputError(f"trainer.limit_{part}_batches: expected batches to measure, found 0")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Tell about a validation that is no part of a fit."""

@@ -56,6 +56,7 @@ def evaluate_models(
     data: Mapping[str, RetrievalSet | ScoredPairs],
     dims: Sequence[int] | None = None,
     trust_remote_code: bool = False,
+    results: list[Result] | None = None,
 ) -> list[Result]:
     """Measure each model on each test set at each of ``dims``, by default at the model's own width.
 
@@ -71,6 +72,7 @@ def evaluate_models(
         data: The test sets by name.
         dims: Widths that embeddings are cut to.
         trust_remote_code: Run code that the models bring along.
+        results: An empty list that is filled as sets are measured, for a later model may fail.
 
     Raises:
         InputError: A model cannot be loaded, or a width is not positive or too large for all.
@@ -78,7 +80,7 @@ def evaluate_models(
     for width in dims or ():
         if width < 1:
             raise InputError(f"dims: expected widths of at least 1, found {width}")
-    results: list[Result] = []
+    results = [] if results is None else results
     firsts: dict[tuple[str, int], PerQuery] = {}
     for model in dict.fromkeys(models):
         for result, values in _evaluate(model, data, dims, trust_remote_code):

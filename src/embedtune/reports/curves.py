@@ -1,6 +1,7 @@
 """What a run folder's metrics.csv tells, sorted by set, metric and width."""
 
 import csv
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,8 @@ from embedtune.evaluation.metrics import TITLES
 
 ALL_WIDTHS = 0
 """Stands for the width of a loss that is the mean over several widths."""
+WHOLE = sys.maxsize
+"""Stands for the full widths of two models, where that of the base model is the larger one."""
 
 ByWidth = Mapping[str, Mapping[int, Any]]  # values or curves by metric and width
 
@@ -43,6 +46,15 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
             if name != "epoch":
                 curves.setdefault(name, {})[done] = value
     return curves
+
+
+def width_name(width: int) -> str:
+    """Return how a width is called.
+
+    >>> width_name(32), width_name(ALL_WIDTHS), width_name(WHOLE)
+    ('32', 'all', 'full')
+    """
+    return {ALL_WIDTHS: "all", WHOLE: "full"}.get(width, str(width))
 
 
 def arrange(metrics: Mapping[str, Any], width: int) -> dict[str, dict[str, dict[int, Any]]]:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from embedtune.reports.changes import OUTCOMES
+from embedtune.reports.curves import WHOLE
 
 LONGEST = 160
 """Characters about places; where they would be more, they are counted."""
@@ -81,7 +82,9 @@ def _at(widths: Sequence[int], all_widths: Mapping[int, str]) -> str:
         return ""
     if len(widths) == len(all_widths):
         return " at every width"
-    return f" at {listed([str(width) for width in widths])} dimensions"
+    numbers = [str(width) for width in widths if width != WHOLE]
+    names = ["full width"] * (WHOLE in widths) + numbers
+    return f" at {listed(names)}{' dimensions' if numbers else ''}"
 
 
 def _counted(told: Outcomes) -> str:

@@ -17,7 +17,14 @@ from embedtune.evaluation.metric_name import parse_name
 from embedtune.evaluation.metrics import DEPTH, TITLES
 from embedtune.reports.changes import Change, Comparison, Queries, compare_queries
 from embedtune.reports.chart import Axis
-from embedtune.reports.curves import ALL_WIDTHS, ByWidth, arrange, read_curves
+from embedtune.reports.curves import (
+    ALL_WIDTHS,
+    WHOLE,
+    ByWidth,
+    arrange,
+    read_curves,
+    width_name,
+)
 from embedtune.reports.headline import Monitored, headline
 from embedtune.reports.panels import (
     Panel,
@@ -47,6 +54,7 @@ def write_report(
     comparisons: Sequence[Comparison],
     intervals: Mapping[str, Interval],
     monitor: str | None = None,
+    base_width: int | None = None,
 ) -> Path:
     """Write ``folder/report.html`` and return its path.
 
@@ -61,14 +69,18 @@ def write_report(
         comparisons: What both find in the retrieval test sets.
         intervals: By the names of metrics, in which their difference lies, where that is known.
         monitor: The metric by which the best checkpoint is found, if there is one.
+        base_width: Full width of the base model; None is that of the trained one.
     """
     curves, config = read_curves(folder), folder / "config.yaml"
     given = (base, trained, intervals, curves)
-    before, after, between, over_steps = (arrange(metrics, width) for metrics in given)
+    whole = base_width or width, width
+    # A wider base model has other metrics at the trained one's full width than at its own.
+    full = WHOLE if whole[0] > width else width
+    before, after, between, over_steps = (arrange(metrics, full) for metrics in given)
     queries = {comparison.name: compare_queries(comparison) for comparison in comparisons}
     sets = [
-        SetReport(name, before[name], metrics, between[name], over_steps[name], queries.get(name))
-        for name, metrics in after.items()
+        SetReport(n, before[n], metrics, between[n], over_steps[n], queries.get(n), full, whole)
+        for n, metrics in after.items()
     ]
     sets.sort(key=lambda one: one.main not in TITLES)  # losses last
     text = (importlib.resources.files("embedtune.reports") / "report.html.jinja").read_text("utf-8")
@@ -77,7 +89,7 @@ def write_report(
     page = template.render(
         folder=folder.as_posix(),
         model=(folder / "model").as_posix(),
-        verdict=_verdict(sets, monitor, width) if sets else None,
+        verdict=_verdict(sets, monitor, full) if sets else None,
         model_note=model_note,
         sets=sets,
         names=TITLES,
@@ -85,7 +97,8 @@ def write_report(
         confidence=f"{CONFIDENCE:.0%}",
         resamples=f"{RESAMPLES:,}",
         fewest=FEWEST,
-        widths=sorted({w for s in sets for w in s.widths if w != ALL_WIDTHS}, reverse=True),
+        widths=sorted({w for s in sets for w in s.widths} - {ALL_WIDTHS, WHOLE}, reverse=True),
+        width_name=width_name,
         training=training_panels(curves),
         speed=quantity_panels(curves, "examples_per_s", "padding_efficiency", "input_wait"),
         facts=withhold(facts),
@@ -98,7 +111,7 @@ def write_report(
     return path
 
 
-def _verdict(sets: Sequence["SetReport"], monitor: str | None, width: int) -> str:
+def _verdict(sets: Sequence["SetReport"], monitor: str | None, full: int) -> str:
     outcomes = {
         one.name: {w: one.at(one.main, w).outcome for w in one.trained[one.main]}
         for one in sets
@@ -110,13 +123,18 @@ def _verdict(sets: Sequence["SetReport"], monitor: str | None, width: int) -> st
     own = next((s for s in sets if s.name == name.dataset and name.metric in s.trained), None)
     if own is None:
         return headline(outcomes)
-    at = name.width or width
+    at = name.width or full
     place = (own.name, at) if name.metric == own.main else None
     return headline(outcomes, Monitored(monitor, own.at(name.metric, at).outcome, place))
 
 
 class SetReport(NamedTuple):
-    """All about one set; the base model's metrics, intervals, curves and queries may be missing."""
+    """All about one set; the base model's metrics, intervals, curves and queries may be missing.
+
+    Attributes:
+        full: Under which width the metrics of whole embeddings are.
+        whole: The full widths of the base model and of the trained one.
+    """
 
     name: str
     base: ByWidth
@@ -124,6 +142,8 @@ class SetReport(NamedTuple):
     intervals: ByWidth
     curves: ByWidth
     queries: Queries | None
+    full: int
+    whole: tuple[int, int]
 
     @property
     def widths(self) -> list[int]:
@@ -153,6 +173,10 @@ class SetReport(NamedTuple):
         y = Axis(TITLES.get(self.main, self.main))
         base, curves = self.base.get(self.main, {}), self.curves.get(self.main, {})
         start = {width: {0: value} for width, value in base.items()}
-        over_steps = {str(w or "all"): start.get(w, {}) | curve for w, curve in curves.items()}
-        by_width = {"base": base, "trained": self.trained[self.main]}
+        over_steps = {width_name(w): start.get(w, {}) | curve for w, curve in curves.items()}
+        sides = zip(("base", "trained"), (base, self.trained[self.main]), self.whole, strict=True)
+        by_width = {
+            name: {own if w == self.full else w: v for w, v in values.items()}
+            for name, values, own in sides
+        }
         return step_panels("over the steps", y, over_steps) + width_panels("by width", y, by_width)
