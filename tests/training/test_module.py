@@ -268,7 +268,7 @@ def test_a_fit_after_one_that_failed_is_settled_as_the_first(tmp_path, tiny_bert
     expected, _ = fit(tmp_path, tiny_bert, "pair", **mrl)
     module = EmbeddingModule(str(tiny_bert), **mrl)
     settings = {"val_path": write(tmp_path, "pair"), "batch_size": 4}
-    for name in ("start_projection._embed_sample", "module.derive_temperature"):
+    for name in ("start_projection._embed_sample", "settled_loss.derive_temperature"):
         with monkeypatch.context() as patch:
             patch.setattr(f"embedtune.training.{name}", fail)
             data = EmbeddingDataModule(write(tmp_path, "pair"), **settings)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 
 from embedtune.data.datamodule import EmbeddingDataModule
-from embedtune.distributed.strategies import shards_parameters
+from embedtune.distributed.strategies import refuse_unsupported, shards_parameters
 from embedtune.errors import InputError
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import Role
@@ -25,7 +25,25 @@ AVERAGING = (StochasticWeightAveraging, WeightAveraging)
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 
 
-def refuse_another_precision(precision: str) -> None:
+def refuse_what_fails_later(trainer: Any, module: Any) -> None:
+    """Refuse what no command can do with a module.
+
+    Args:
+        trainer: The Trainer.
+        module: Its :class:`~embedtune.training.module.EmbeddingModule`.
+
+    Raises:
+        InputError: It names the key.
+    """
+    refuse_unsupported(trainer)
+    _refuse_other_data(trainer.datamodule)
+    _refuse_another_precision(str(trainer.precision))
+    _refuse_flash_in_float32(module.encoder, str(trainer.precision))
+    if module.compiles:
+        _refuse_compilation(trainer.strategy)
+
+
+def _refuse_another_precision(precision: str) -> None:
     """Refuse precisions whose weights are not float32.
 
     Steps below their spacing would be lost, and the export would not be the model that was trained.
@@ -40,7 +58,7 @@ def refuse_another_precision(precision: str) -> None:
         )
 
 
-def refuse_compilation(strategy: Any) -> None:
+def _refuse_compilation(strategy: Any) -> None:
     """Refuse to compile layers where that does not pay, or cannot be.
 
     Raises:
@@ -53,7 +71,7 @@ def refuse_compilation(strategy: Any) -> None:
         )
 
 
-def refuse_other_data(data: Any) -> None:
+def _refuse_other_data(data: Any) -> None:
     """Refuse to train or run a module on bare data loaders, or on another's data module.
 
     Raises:
@@ -82,7 +100,7 @@ def compare_directions(encoder: Encoder) -> None:
     encoder.set_similarity("cosine")
 
 
-def refuse_flash_in_float32(encoder: Encoder, precision: str) -> None:
+def _refuse_flash_in_float32(encoder: Encoder, precision: str) -> None:
     """Refuse flash attention in a precision that it does not take.
 
     Raises:

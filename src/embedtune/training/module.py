@@ -1,6 +1,5 @@
 """The LightningModule: encoder, projection and loss."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -8,20 +7,15 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
-from embedtune.checkpoints.resume import (
-    Place,
-    refuse_other_weights,
-    start_epoch,
-)
+from embedtune.checkpoints.resume import Place, refuse_other_weights, start_epoch
 from embedtune.data.batch import Batch
 from embedtune.data.records import Format
 from embedtune.data.sampler import step_seed
 from embedtune.data.testset_batches import TextBatch
 from embedtune.distributed import exchange
 from embedtune.distributed.exchange import refuse_other_ranks
-from embedtune.distributed.strategies import refuse_unsupported, shards_parameters
+from embedtune.distributed.strategies import shards_parameters
 from embedtune.errors import InputError, require_not_negative, require_positive
 from embedtune.evaluation.intervals import Interval, PerQuery
 from embedtune.evaluation.sharded import Evaluation
@@ -43,17 +37,14 @@ from embedtune.training.accumulation import (
 from embedtune.training.before_fit import (
     average_all,
     compare_directions,
-    refuse_another_precision,
-    refuse_compilation,
-    refuse_flash_in_float32,
     refuse_long_interval,
     refuse_long_prompts,
-    refuse_other_data,
-    tell_of_far_rate,
+    refuse_what_fails_later,
     tell_of_few_steps,
 )
-from embedtune.training.choose_loss import choose_loss, refuse_no_loss, refuse_other_format
+from embedtune.training.choose_loss import refuse_no_loss, refuse_other_format
 from embedtune.training.facts import told_by_all, training_facts
+from embedtune.training.fit_settings import FitSettings
 from embedtune.training.going_on import Validation, go_on, tell_of_another_base
 from embedtune.training.gradient_cache import GradientCache
 from embedtune.training.loss_inputs import target_of
@@ -63,21 +54,11 @@ from embedtune.training.optimizer import (
     build_schedule,
     count_steps,
     refuse_schedule,
-    restore_settings,
-    settings_of,
-    usual_lr,
 )
 from embedtune.training.precision import autocast_dtype
-from embedtune.training.start_projection import sample_embeddings, start_projection
-from embedtune.training.temperature import (
-    EXAMPLES,
-    derive_temperature,
-    forget_teacher_temperature,
-    set_temperatures,
-    temperatures_of,
-)
-
-log = logging.getLogger("embedtune")
+from embedtune.training.settled_loss import SettledLoss
+from embedtune.training.start_projection import start_projection
+from embedtune.training.temperature import set_temperatures, temperatures_of
 
 
 class EmbeddingModule(pl.LightningModule):
@@ -161,13 +142,8 @@ class EmbeddingModule(pl.LightningModule):
             )
         refuse_no_loss(loss)
         self.loss = loss
-        self._given: tuple[Loss | None, float | None] | None = None
-        # Of the first fit that gets so far, for one may end before.
-        self._has_started_projection = self._has_settled = False
-        self._derived: set[str] = set()  # temperatures
-        self._schedule: LambdaLR | None = None
-        self._settings: list[dict[str, Any]] = []
-        self._configured_lr = 0.0
+        self._settled, self._has_started_projection = SettledLoss(), False
+        self._settings: FitSettings | None = None
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
         self.base_per_query: dict[str, PerQuery] = {}
@@ -200,14 +176,9 @@ class EmbeddingModule(pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Settle the loss and the projection for the data's format."""
-        refuse_unsupported(self.trainer)
-        refuse_other_data(self.data)
+        refuse_what_fails_later(self.trainer, self)
         strategy: Any = self.trainer.strategy
         device = strategy.root_device
-        refuse_another_precision(str(self.trainer.precision))
-        refuse_flash_in_float32(self.encoder, str(self.trainer.precision))
-        if self.compiles:
-            refuse_compilation(strategy)
         if stage == "fit":
             self._place, self._measured = Place(), Validation(-1, {}, {})  # of a fit before
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
@@ -236,42 +207,12 @@ class EmbeddingModule(pl.LightningModule):
             refuse_long_prompts(self.encoder, self.data)
             self.num_parameters = self.encoder.num_parameters
         if self.data.format is not None:
-            self._settle_loss(mrl_dims, is_fit=stage == "fit")
+            self._settled.settle(self, is_fit=stage == "fit")
         average_all(self.trainer, self, stage)
 
-    def _settle_loss(self, mrl_dims: list[int] | None, *, is_fit: bool) -> None:
-        """Choose the loss, its temperatures and the learning rate, where they are not given.
-
-        Once for all fits, but for the temperature of a teacher, which is that of the data.
-        """
-        self._given = None if self._has_settled or is_fit else (self.loss, self.lr)
-        given = set(temperatures_of(self.loss)) - self._derived
-        given |= {"temperature"} if self.temperature else set()
-        if is_fit:
-            forget_teacher_temperature(self.loss, self._derived)
-        strategy: Any = self.trainer.strategy
-
-        def derived() -> float:
-            sample = sample_embeddings(self.encoder, self.data, strategy.root_device, EXAMPLES)
-            return strategy.broadcast(derive_temperature(sample))
-
-        derive = derived if is_fit else None
-        self.loss = choose_loss(self.loss, self.temperature, mrl_dims, self.data, derive)
-        self._derived = set(temperatures_of(self.loss)) - given
-        if self._given is not None and self._derived and not self.trainer.ckpt_path:
-            found = ", ".join(f"{k} {v:.3g}" for k, v in temperatures_of(self.loss).items())
-            log.info("losses have %s: a fit derives others, model.temperature gives one", found)
-        usual = usual_lr(self.encoder, self.data.format)
-        self.lr = usual if self.lr is None else self.lr
-        if is_fit:
-            self._has_settled = True
-            tell_of_far_rate(self.lr, usual)
-
     def teardown(self, stage: str) -> None:
-        """Forget the loss that was chosen to evaluate alone: a fit derives more from its data."""
-        if self._given is not None:
-            forget_teacher_temperature(self.loss, self._derived)
-            (self.loss, self.lr), self._given, self._derived = self._given, None, set()
+        """Forget what was chosen to evaluate alone."""
+        self._settled.forget(self)
 
     def _set_prompts(self) -> None:
         """Make the prompts of the data the model's own: the base was measured with its own."""
@@ -324,7 +265,8 @@ class EmbeddingModule(pl.LightningModule):
         if self.compiles:
             self.encoder.compile_layers()
         refuse_other_ranks(told_by_all(self.trainer, self), self.device)
-        self._keep_settings()
+        if self._settings is not None:
+            self._settings.keep(self.trainer, cast(float, self.lr))
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Remember where in the data this batch is: what is saved is saved after it."""
@@ -451,23 +393,8 @@ class EmbeddingModule(pl.LightningModule):
         for group in optimizer.param_groups:
             # A subclass may leave the schedule, whose first rate is 0; it is set in on_train_start.
             group["lr"] = group["initial_lr"]
-        self._schedule, self._settings, self._configured_lr = schedule, [], self.lr
+        self._settings = FitSettings(schedule, self.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    @property
-    def _schedules(self) -> bool:
-        """Whether the schedule of this class is used, and not a subclass's own."""
-        used = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        return self._schedule is not None and self._schedule in used
-
-    def _keep_settings(self) -> None:
-        """Remember what this run trains with, before a checkpoint brings what it was trained with.
-
-        A subclass may have changed the optimizer, and a callback have found another rate.
-        """
-        if self._schedules:
-            lr = cast(float, self.lr)
-            self._settings = settings_of(self.trainer.optimizers[0], lr / self._configured_lr)
 
     def on_train_start(self) -> None:
         """Let the configuration win over the rates and the decay that a checkpoint remembers."""
@@ -476,11 +403,8 @@ class EmbeddingModule(pl.LightningModule):
         # In the middle of an epoch no callback sets it, and before this hook it refuses another.
         accumulated = accumulated_in(self.trainer, self._place.epoch)
         self.trainer.accumulate_grad_batches = accumulated
-        if not self._settings:  # a callback tries steps before the fit
-            self._keep_settings()
-        if self._schedules:
-            schedule = cast(LambdaLR, self._schedule)
-            restore_settings(self.trainer.optimizers[0], schedule, self._settings)
+        if self._settings is not None:  # not a subclass's own
+            self._settings.restore(self.trainer, cast(float, self.lr))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
@@ -488,7 +412,7 @@ class EmbeddingModule(pl.LightningModule):
         is_strict = self._trainer is not None and self.strict_loading
         if is_strict and "state_dict" in checkpoint:  # shards are not here
             refuse_other_weights(checkpoint["state_dict"], self.state_dict())
-        set_temperatures(self.loss, checkpoint.get("temperatures", {}), self._derived)
+        set_temperatures(self.loss, checkpoint.get("temperatures", {}), self._settled.derived)
         if self._trainer is not None and self.trainer.training:
             before = go_on(checkpoint, self.trainer, self.data)
             self._place, self._measured = before.place, before.measured

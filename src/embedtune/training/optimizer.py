@@ -3,7 +3,6 @@
 import math
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -136,47 +135,3 @@ def build_schedule(
         num_warmup_steps=warmup,
         num_training_steps=num_steps,
     )
-
-
-def settings_of(optimizer: Optimizer, factor: float = 1.0) -> list[dict[str, Any]]:
-    """Return what each parameter group is trained with: rates, decay and the like.
-
-    Args:
-        optimizer: Its groups have a peak rate each, which a schedule has taken.
-        factor: By how much the peak rates are to be others.
-
-    Raises:
-        InputError: A group was added after the schedule.
-    """
-    new = sum("initial_lr" not in group for group in optimizer.param_groups)
-    if new:
-        raise InputError(
-            "configure_optimizers: expected a schedule that was made after the last parameter "
-            f"group, found {new} without a rate in it"
-        )
-    return [
-        {name: value for name, value in group.items() if name != "params"}
-        | {"initial_lr": group["initial_lr"] * factor}
-        for group in optimizer.param_groups
-    ]
-
-
-def restore_settings(
-    optimizer: Optimizer, schedule: LambdaLR, settings: list[dict[str, Any]]
-) -> None:
-    """Let ``settings`` win over those that a checkpoint brought, at the step where it goes on."""
-    for group, wanted in zip(optimizer.param_groups, settings, strict=True):
-        group.update(wanted)
-        for parameter in group["params"]:
-            state = optimizer.state.get(parameter, {})
-            if "step" in state:  # a fused optimiser reads it where the parameter is
-                step = torch.as_tensor(state["step"], dtype=torch.float32)
-                state["step"] = step.to(parameter.device)
-    schedule.base_lrs = [wanted["initial_lr"] for wanted in settings]
-    rates = [
-        base * share(schedule.last_epoch)
-        for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-    ]
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    schedule._last_lr = rates
