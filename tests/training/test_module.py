@@ -242,6 +242,29 @@ def test_a_second_fit_tells_nothing_of_the_first(tmp_path, tiny_bert):
     assert again.global_step == 3
 
 
+@pytest.mark.parametrize("use_mrl", [False, True])
+def test_a_second_fit_is_compared_with_the_base_model(tmp_path, tiny_bert, use_mrl):
+    """Not with what the first has made of it; also where a checkpoint has brought that."""
+    settings = {"use_mrl": use_mrl, "mrl_dims": [8, 16], "lr": 1e-2}
+    module, found = EmbeddingModule(str(tiny_bert), **settings), []
+    paths = {"pairs": write(tmp_path, "pair"), "lists": write(tmp_path, "scored")}
+    for again in (False, False, True):
+        if again:
+            kept = {"model_name_or_path": str(tiny_bert), "weights_only": False, **settings}
+            module = EmbeddingModule.load_from_checkpoint(tmp_path / "kept.ckpt", **kept)
+        data = EmbeddingDataModule(paths["pairs"], val_path=paths, batch_size=4)
+        running = trainer(tmp_path, callbacks=[Baseline()])
+        running.fit(module, data)
+        running.save_checkpoint(tmp_path / "kept.ckpt")
+        found.append(module.base_metrics)
+    first, *others = found
+    expected = {k: v for k, v in first.items() if k.startswith("val/lists/spearman")}
+    assert len(expected) == (3 if use_mrl else 1)
+    assert first.keys() - expected.keys(), "losses are known of the first"
+    assert others == [expected, expected]
+    assert module.metrics["val/lists/spearman"] != expected["val/lists/spearman"]
+
+
 def test_a_second_fit_on_other_rows_is_settled_for_those(tmp_path, tiny_bert):
     """Longest input and the spread of scores are theirs."""
     model = SentenceTransformer(str(tiny_bert), device="cpu")

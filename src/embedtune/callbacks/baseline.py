@@ -11,9 +11,11 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
+from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
 from embedtune.evaluation.measure import main_metric, metric_names
 from embedtune.evaluation.sharded import Evaluation
+from embedtune.models.encoder import Encoder
 from embedtune.training.facts import monitored
 from embedtune.training.module import EmbeddingModule
 from embedtune.training.precision import autocast_dtype
@@ -25,7 +27,8 @@ class Baseline(pl.Callback):
     """Measure the base model on ``data.val_path``, and say how the trained one compares.
 
     The base model is the one that was loaded: no projection is appended yet, and prompt and longest
-    input are its own. Its metrics are the first row of every curve.
+    input are its own. Its metrics are the first row of every curve. Of a module that was trained
+    before it is loaded again; its losses, which need the projection as it started, are not known.
 
     Attributes:
         found: What its queries found in each retrieval set, as ``found`` of
@@ -58,12 +61,15 @@ class Baseline(pl.Callback):
         _refuse_unmeasured_monitor(trainer)
         if not _is_validated(trainer):
             return
-        evaluation = _measure(trainer, module)
-        self.width = module.encoder.width
+        encoder = module.encoder
+        if not module.is_base and module.data.testsets:
+            log.info("base model: loaded again, for this module was trained before")
+            encoder = Encoder(encoder.spec.as_loaded, encoder.attn_implementation)
+        evaluation, self.width = _measure(trainer, module.data, encoder), encoder.width
         # A projection may widen the embedding later.
         widths = [width for width in module.widths if width <= self.width]
         module.base_metrics = evaluation.collect(
-            widths, trainer.strategy.root_device, module.encoder.compared_by
+            widths, trainer.strategy.root_device, encoder.compared_by
         )
         module.base_per_query, self.found = evaluation.per_query, evaluation.found
         for line in _describe(module, module.base_metrics):
@@ -85,7 +91,8 @@ class Baseline(pl.Callback):
             return
         # A loss needs the projection, which starts from here.
         losses = _measure_losses(trainer, module)
-        module.base_metrics |= losses
+        if module.is_base:
+            module.base_metrics |= losses
         _refuse_unknown_monitor(trainer, module, losses)
         for logger in trainer.loggers:
             logger.log_metrics(module.base_metrics, step=0)
@@ -154,8 +161,8 @@ def _refuse_unmeasured_monitor(trainer: pl.Trainer) -> None:
 
 
 @torch.no_grad()
-def _measure(trainer: pl.Trainer, module: EmbeddingModule) -> Evaluation:
-    encoder, data, device = module.encoder, module.data, trainer.strategy.root_device
+def _measure(trainer: pl.Trainer, data: EmbeddingDataModule, encoder: Encoder) -> Evaluation:
+    device = trainer.strategy.root_device
     training = encoder.training
     half = autocast_dtype(str(trainer.precision))
     encoder.pack(device, half)
@@ -165,7 +172,7 @@ def _measure(trainer: pl.Trainer, module: EmbeddingModule) -> Evaluation:
         for name in data.testsets:
             texts = data.testsets[name]
             log.info("measuring the base model on %s (%s texts)", name, f"{len(texts):,}")
-            for batch in data.text_loader(name):
+            for batch in data.text_loader(name, encoder):
                 chunks = move_data_to_device(batch.chunks, device)
                 encoded = torch.cat([encoder(features) for features in chunks])
                 evaluation.add_texts(name, texts, batch, encoder.as_exported(encoded))

@@ -342,10 +342,11 @@ class EmbeddingDataModule(pl.LightningDataModule):
             *(self.text_loader(name) for name in names[len(with_loss) :]),
         ]
 
-    def text_loader(self, name: str) -> DataLoader:
-        """Return batches of the texts of a test set, as the encoder now encodes them."""
+    def text_loader(self, name: str, encoder: Encoder | None = None) -> DataLoader:
+        """Return batches of the texts of a test set, as an encoder, or the module's, has them."""
         texts = self.testsets[name]
-        collate = TextCollator(self.trainer.lightning_module.encoder, self.tokens_per_chunk)
+        encoder = encoder or self.trainer.lightning_module.encoder
+        collate = TextCollator(encoder, self.tokens_per_chunk)
         return self._batches(
             texts, self._order(len(texts), TEXTS_PER_BATCH, shuffle=False), collate
         )

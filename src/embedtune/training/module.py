@@ -160,6 +160,7 @@ class EmbeddingModule(pl.LightningModule):
         self.encoder = Encoder(spec, attn_implementation)
         self.own_longest_inputs = self.encoder.longest_inputs
         self.num_parameters = self.encoder.num_parameters
+        self.is_base = True  # as long as no step and no checkpoint has changed its weights
 
     # --- What depends on the data -------------------------------------------------------
 
@@ -398,6 +399,7 @@ class EmbeddingModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Let the configuration win over the rates and the decay that a checkpoint remembers."""
+        self.is_base = False
         if not self._place.batch:
             start_epoch(self.trainer)
         # In the middle of an epoch no callback sets it, and before this hook it refuses another.
@@ -409,6 +411,7 @@ class EmbeddingModule(pl.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
         self.encoder.match(EncoderSpec(**checkpoint["encoder_spec"]))
+        self.is_base = False
         is_strict = self._trainer is not None and self.strict_loading
         if is_strict and "state_dict" in checkpoint:  # shards are not here
             refuse_other_weights(checkpoint["state_dict"], self.state_dict())
