@@ -394,24 +394,6 @@ def test_to_measure_nothing_is_refused(tiny_bert, capsys, command, part):
     assert said in capsys.readouterr().err
 
 
-def test_a_checkpoint_of_another_pooling_is_refused_unless_one_is_asked_for(tiny_bert, capsys):
-    fit(tiny_bert, "--model.pooling", "cls")
-    asked = [
-        *("predict", "--model.model_name_or_path", str(tiny_bert)),
-        *("--data.predict_path", "train.jsonl", "--ckpt_path", "last"),
-        *("--trainer.accelerator", "cpu"),
-    ]
-    with pytest.raises(SystemExit):
-        main(asked)
-    said = capsys.readouterr().err
-    assert "model.pooling: expected that of the checkpoint, cls, found mean by" in said
-    main([*asked, "--model.pooling", "cls"])
-    main(["export", "run/checkpoints/last.ckpt", "out"])  # which takes it from the checkpoint
-    queries = [json.loads(line)["query"] for line in Path("train.jsonl").read_text().splitlines()]
-    expected = SentenceTransformer("out", device="cpu").encode_query(queries)
-    np.testing.assert_allclose(np.load("run/embeddings.npy"), expected, atol=1e-6)
-
-
 def test_validate_takes_a_checkpoint_with_its_projection(tiny_bert, capsys):
     mrl = ("--model.use_mrl", "true", "--model.mrl_dims", "8,48")
     fit(tiny_bert, *mrl)

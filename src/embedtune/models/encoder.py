@@ -33,7 +33,7 @@ from embedtune.models.packing import (
     lay_in_blocks,
     unpack,
 )
-from embedtune.models.pooling import pooling_modes, set_pooling
+from embedtune.models.pooling import set_pooling
 from embedtune.models.similarity import compared_by
 from embedtune.models.spec import ROLES, EncoderSpec, Features, Role
 from embedtune.models.tokenizer_state import tokenizers_digest
@@ -93,7 +93,6 @@ class Encoder(nn.Module):
         self._packed_for: tuple[str, torch.dtype | None] | None = None
         if spec.pooling is not None:
             set_pooling(self.model, spec.pooling, spec.model_name_or_path)
-        self.spec = self.spec._replace(pooled=pooling_modes(self.model))
         self.normalizes = isinstance(self.model[-1], Normalize)
         if self.normalizes:
             del self.model[-1]
@@ -118,18 +117,12 @@ class Encoder(nn.Module):
         """Take over what ``spec`` adds to the model; prompts and a projection only once.
 
         Raises:
-            InputError: It is that of another base model, or of a pooling that is neither this
-                model's nor asked for.
+            InputError: It is that of another base model.
         """
         if spec.tokenizers not in (None, self.spec.tokenizers):
             raise InputError(
                 "model_name_or_path: expected the base model of the checkpoint, found "
                 f"{self.spec.model_name_or_path!r}, whose tokenizer is another"
-            )
-        if self.spec.pooling is None and spec.pooled not in (None, self.spec.pooled):
-            raise InputError(
-                f"model.pooling: expected that of the checkpoint, {spec.pooled or 'none'}, found "
-                f"{self.spec.pooled or 'none'} by {self.spec.model_name_or_path!r}"
             )
         if spec.projection_dim is not None and self.spec.projection_dim is None:
             self.append_projection(spec.projection_dim)

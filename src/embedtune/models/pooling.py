@@ -44,12 +44,6 @@ def set_pooling(model: SentenceTransformer, mode: PoolingMode, name: str) -> Non
     model.insert(1, Pooling(first.get_embedding_dimension(), mode))
 
 
-def pooling_modes(model: SentenceTransformer) -> str:
-    """Return how a model pools tokens, such as ``mean``; empty where it has no pooling."""
-    modes = [module.pooling_mode for module in model.modules() if isinstance(module, Pooling)]
-    return ", ".join(mode if isinstance(mode, str) else "+".join(mode) for mode in modes)
-
-
 def _routes(model: SentenceTransformer) -> Iterator[nn.Sequential]:
     for router in (module for module in model if isinstance(module, Router)):
         yield from cast("Iterator[nn.Sequential]", router.sub_modules.values())
