@@ -349,3 +349,35 @@ def test_texts_are_tokenised_once(tiny_bert, caplog, shared):
     with caplog.at_level("INFO", "embedtune"):
         fit(tiny_bert, "--trainer.max_epochs=1", f"--data.passage_max_len={29 if shared else 30}")
     assert caplog.text.count("tokenising") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "settings", "told"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode": "cls"}, "pooling_mode cls"),
+        (
+            "config_sentence_transformers.json",
+            {"prompts": {"document": "say: "}},
+            "document prompt 'say: '",
+        ),
+    ],
+)
+def test_a_base_model_of_another_structure_is_refused(
+    tiny_bert, tmp_path, capsys, file, settings, told
+):
+    """Whose weights would fit, and whose embeddings are others."""
+    fit(tiny_bert, "--trainer.max_epochs=1")
+    other = shutil.copytree(tiny_bert, tmp_path / "other")
+    known = json.loads((other / file).read_text())
+    (other / file).write_text(json.dumps(known | settings))
+    last = "run/checkpoints/last.ckpt"
+    for command in (
+        lambda: fit(other, "--trainer.max_epochs=2", "--ckpt_path=last"),
+        lambda: main(["export", last, "exported", "--model_name_or_path", str(other)]),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            command()
+        assert caught.value.code == 2
+        said = capsys.readouterr().err
+        assert "expected the base model of the checkpoint (Transformer, Pooling" in said
+        assert told in said.partition("found another")[2]

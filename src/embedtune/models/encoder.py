@@ -36,6 +36,7 @@ from embedtune.models.packing import (
 from embedtune.models.pooling import set_pooling
 from embedtune.models.similarity import compared_by
 from embedtune.models.spec import ROLES, EncoderSpec, Features, Role
+from embedtune.models.structure import structure_of
 from embedtune.models.tokenizer_state import tokenizers_digest
 from embedtune.models.towers import (
     UNLIMITED,
@@ -80,7 +81,9 @@ class Encoder(nn.Module):
             attn_implementation=attn_implementation,
             config=dropout,
         )
-        self.spec = self.spec._replace(tokenizers=tokenizers_digest(self.model))
+        self.spec = self.spec._replace(
+            tokenizers=tokenizers_digest(self.model), structure=structure_of(self.model)
+        )
         self._refuse_dropout(dropout)
         refuse_unsupported(self.model, spec.model_name_or_path)
         make_trainable(self.model)
@@ -123,6 +126,11 @@ class Encoder(nn.Module):
             raise InputError(
                 "model_name_or_path: expected the base model of the checkpoint, found "
                 f"{self.spec.model_name_or_path!r}, whose tokenizer is another"
+            )
+        if spec.structure not in (None, self.spec.structure):
+            raise InputError(
+                f"model_name_or_path: {self.spec.model_name_or_path!r}: expected the base model of "
+                f"the checkpoint ({spec.structure}), found another ({self.spec.structure})"
             )
         if spec.projection_dim is not None and self.spec.projection_dim is None:
             self.append_projection(spec.projection_dim)

@@ -21,6 +21,7 @@ class EncoderSpec(NamedTuple):
         similarity: By sentence-transformers' names, instead of the base model's own.
         tokenizers: Digest of the base model's own (``models.tokenizer_state``), by which another
             base is known.
+        structure: The same of its modules, prompts and similarity (``models.structure``).
         from_run_folder: Such a folder as it is seen from the run folder of a checkpoint; None where
             there is no checkpoint, or the base is the hub's.
     """
@@ -36,6 +37,7 @@ class EncoderSpec(NamedTuple):
     dropout: float | None = None
     attention_dropout: float | None = None
     tokenizers: str | None = None
+    structure: str | None = None
     from_run_folder: str | None = None
 
     @property
