@@ -381,3 +381,18 @@ def test_a_base_model_of_another_structure_is_refused(
         said = capsys.readouterr().err
         assert "expected the base model of the checkpoint (Transformer, Pooling" in said
         assert told in said.partition("found another")[2]
+
+
+def test_a_checkpoint_brings_its_pooling(tiny_bert):
+    """Where no flag names one: of other embeddings were measured, predicted and exported."""
+    fit(tiny_bert, "--trainer.max_epochs=1", "--model.pooling=cls")
+    flags = ["--model.model_name_or_path", str(tiny_bert), "--data.val_path", "sts.jsonl"]
+    flags += ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    found = []
+    for given in ([], ["--model.pooling=cls"]):
+        main(["validate", *flags, "--ckpt_path=run/checkpoints/last.ckpt", *given])
+        found.append(json.loads(Path("run/metrics.json").read_text())["metrics"])
+    assert found[0] == found[1]
+    fit(tiny_bert, "--trainer.max_epochs=2", "--ckpt_path=last")
+    pooling = json.loads(Path("run/model/1_Pooling/config.json").read_text())
+    assert pooling["pooling_mode"] == "cls"

@@ -117,7 +117,7 @@ class Encoder(nn.Module):
     # --- Structure ----------------------------------------------------------------------
 
     def match(self, spec: EncoderSpec) -> None:
-        """Take over what ``spec`` adds to the model; prompts and a projection only once.
+        """Take over what ``spec`` adds to the model; pooling, prompts and a projection only once.
 
         Raises:
             InputError: It is that of another base model.
@@ -132,6 +132,9 @@ class Encoder(nn.Module):
                 f"model_name_or_path: {self.spec.model_name_or_path!r}: expected the base model of "
                 f"the checkpoint ({spec.structure}), found another ({self.spec.structure})"
             )
+        if spec.pooling is not None and self.spec.pooling is None:
+            set_pooling(self.model, spec.pooling, self.spec.model_name_or_path)
+            self.spec = self.spec._replace(pooling=spec.pooling)
         if spec.projection_dim is not None and self.spec.projection_dim is None:
             self.append_projection(spec.projection_dim)
         if spec.max_seq_length is not None:
