@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.evaluation import InformationRet
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from sentence_transformers.util import quantize_embeddings
 from testset_files import WORDS, write_graded_beir
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 from embedtune.cli import main
 from embedtune.data.beir import read_beir
@@ -263,6 +263,16 @@ def test_impossible_widths(model, data, dims):
 def test_a_model_that_is_not_there(data, tmp_path):
     with pytest.raises(InputError, match="found no folder"):
         evaluate_models([str(tmp_path / "none")], {"words": data})
+
+
+def test_a_model_that_would_fail_on_a_text_is_refused(model, data, tmp_path):
+    """Its tokenizer knows more tokens than the embedding table has rows."""
+    other = shutil.copytree(model, tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.add_tokens(["embedding"])
+    tokenizer.save_pretrained(other)
+    with pytest.raises(InputError, match="expected a tokenizer of at most"):
+        evaluate_models([str(other)], {"words": data})
 
 
 # --- Reporting ------------------------------------------------------------------------------------

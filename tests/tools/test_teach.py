@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router
 
 from embedtune import InputError, whole_files
 from embedtune.data.rows import Rows
@@ -23,6 +25,12 @@ class Teacher:
 
     def __init__(self, number: int, stop: int | None = None) -> None:
         self.number, self.stop, self.calls = number, stop, count(1)
+
+    def __iter__(self):
+        return iter(())
+
+    def modules(self):
+        return ()
 
     def get_embedding_dimension(self) -> int:
         return 2
@@ -50,6 +58,18 @@ def test_a_teacher_that_would_see_nothing_of_a_text_is_refused(tiny_bert, tmp_pa
     (tmp_path / "rows.jsonl").write_text('{"query": "a"}\n')
     with pytest.raises(InputError, match="max_len: expected more tokens than"):
         teach(str(tiny_bert), str(tmp_path / "rows.jsonl"), tmp_path / "store", **settings)
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("roles", [("query", "document"), ("query", "passage")])
+def test_a_teacher_that_leaves_its_way_open_is_refused(tiny_bert, tmp_path, roles):
+    """A text is neither a query nor a document: nothing but a default says which route it takes."""
+    tower = list(SentenceTransformer(str(tiny_bert), device="cpu"))[:2]
+    router = Router(dict.fromkeys(roles, tower), allow_empty_key=False)
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path / "router"))
+    (tmp_path / "rows.jsonl").write_text('{"query": "a"}\n')
+    with pytest.raises(InputError, match="expected a Router with a"):
+        teach(str(tmp_path / "router"), str(tmp_path / "rows.jsonl"), tmp_path / "store")
     assert not (tmp_path / "store").exists()
 
 

@@ -18,6 +18,7 @@ from embedtune.evaluation.quantise import as_stored
 from embedtune.models.embedding import with_tokens
 from embedtune.models.loading import load_sentence_transformer
 from embedtune.models.similarity import compared_by
+from embedtune.models.unsupported import refuse_unsupported
 
 log = logging.getLogger("embedtune")
 
@@ -104,6 +105,7 @@ def _evaluate(
 ) -> Iterator[tuple[Result, PerQuery]]:
     """Yield what a model reaches, and what its metrics sum up."""
     model = load_sentence_transformer(name, trust_remote_code=trust_remote_code)
+    refuse_unsupported(model, name)
     own = model.get_embedding_dimension() or model.encode_query(["unknown"]).shape[1]
     asked = {own} if dims is None else set(dims)
     if missing := sorted(width for width in asked if width > own):

@@ -95,6 +95,24 @@ def refuse_unsupported(model: SentenceTransformer, name: str) -> None:
         _refuse_large_tokenizer(transformer, name)
 
 
+def refuse_as_teacher(model: SentenceTransformer, name: str) -> None:
+    """Refuse a model that would fail on texts that are neither queries nor documents.
+
+    Raises:
+        InputError: A Router without a route by default, a tokenizer that knows more than the model.
+    """
+    for router in (module for module in model if isinstance(module, Router)):
+        mapped: Any = router.route_mappings
+        known = any((None, kind) in mapped for kind in ("text", None))
+        if not known and "text" not in router.sub_modules and router.default_route is None:
+            raise InputError(
+                f"model_name_or_path: {name!r}: expected a Router with a default_route, for texts "
+                f"that are queries and documents alike, found {', '.join(router.sub_modules)} alone"
+            )
+    for transformer in transformers_of(model):
+        _refuse_large_tokenizer(transformer, name)
+
+
 def _word_embeddings(model: SentenceTransformer) -> Iterator[WordEmbeddings]:
     return (module for module in model.modules() if isinstance(module, WordEmbeddings))
 

@@ -14,6 +14,7 @@ from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherWriter, sidecar_path
 from embedtune.errors import InputError, require_positive
 from embedtune.models.loading import cap_length, load_sentence_transformer, refuse_filled
+from embedtune.models.unsupported import refuse_as_teacher
 from embedtune.whole_files import naming, part_folder, refuse_in_the_way
 
 log = logging.getLogger("embedtune")
@@ -65,6 +66,7 @@ def teach(
     _refuse_to_replace(files, paths)
     rows = Rows(paths)
     teacher = load_sentence_transformer(model, trust_remote_code=trust_remote_code)
+    refuse_as_teacher(teacher, model)
     if teacher.default_prompt_name is not None and not prompt:
         default = teacher.prompts[teacher.default_prompt_name]
         log.info("%s: its default prompt %r is left out; prompt gives one", model, default)
