@@ -281,6 +281,15 @@ def test_predict_writes_what_encode_gives_in_order(tiny_bert, name):
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
+def test_a_prediction_that_cuts_texts_shorter_than_the_model_says_so(tiny_bert, caplog):
+    Path("texts.txt").write_text("a text\n")
+    argv = ["predict", f"--model.model_name_or_path={tiny_bert}", "--data.predict_path=texts.txt"]
+    main([*argv, "--trainer.accelerator=cpu"])
+    assert "texts are cut" not in caplog.text
+    main([*argv, "--trainer.accelerator=cpu", "--data.query_max_len=8"])
+    assert "texts are cut at 8 tokens, by data.query_max_len; the model itself" in caplog.text
+
+
 def test_a_prediction_of_some_rows_is_refused(tiny_bert, capsys):
     name = write("lines.txt", [f"text {i}" for i in range(20)])
     argv = ["predict", "--model.model_name_or_path", str(tiny_bert), "--data.predict_path", name]

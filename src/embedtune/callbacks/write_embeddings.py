@@ -11,6 +11,7 @@ from torch import Tensor
 from embedtune.data.batch import Batch
 from embedtune.data.datamodule import EmbeddingDataModule
 from embedtune.errors import InputError
+from embedtune.training.module import EmbeddingModule
 from embedtune.whole_files import part_of, put, remove
 
 log = logging.getLogger("embedtune")
@@ -39,6 +40,15 @@ class WriteEmbeddings(pl.Callback):
                 f"trainer.limit_predict_batches: expected 1.0, for embeddings.npy has a row for "
                 f"each text, found {limit}"
             )
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say where texts are cut shorter than the model's own ``encode`` would."""
+        data: EmbeddingDataModule = cast(Any, trainer).datamodule
+        encoder = cast(EmbeddingModule, pl_module).encoder
+        cut, longest = data.collator(encoder, "predict").query_max_len, encoder.longest("query")
+        if cut < longest:
+            said = "texts are cut at %s tokens, by data.query_max_len; the model itself takes %s"
+            log.info(said, f"{cut:,}", f"{longest:,}")
 
     def on_predict_batch_end(
         self,

@@ -35,7 +35,8 @@ def usual_lr(encoder: Encoder, row_format: Format) -> float:
     """
     width = layer_width(encoder.model)
     rate = STATIC_LR if width is None else USUAL_LR * USUAL_WIDTH / width
-    return rate * DISTILL_FACTOR if row_format == Format.DISTILL else rate
+    rate *= DISTILL_FACTOR if row_format == Format.DISTILL else 1
+    return float(f"{rate:.6g}")  # as people read it, in card and report
 
 
 def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
