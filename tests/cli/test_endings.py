@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -264,6 +265,20 @@ def test_the_best_is_the_most_of_metrics_and_the_least_of_losses(monitor, mode):
     assert checkpoint.mode == mode
 
 
+def refusals(other: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[str]:
+    """Yield what is said where another model is given for a checkpoint's: to go on, to export."""
+    for command in (
+        lambda: fit(other, "--trainer.max_epochs=2", "--ckpt_path=last"),
+        lambda: main(
+            ["export", "run/checkpoints/last.ckpt", "exported", f"--model_name_or_path={other}"]
+        ),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            command()
+        assert caught.value.code == 2
+        yield capsys.readouterr().err
+
+
 def test_another_base_model_is_not_gone_on_with(tiny_bert, tmp_path, capsys):
     """Whose weights would fit, and whose words are others."""
     fit(tiny_bert, "--trainer.max_epochs=1")
@@ -274,14 +289,7 @@ def test_another_base_model_is_not_gone_on_with(tiny_bert, tmp_path, capsys):
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     last, same = "run/checkpoints/last.ckpt", str(shutil.copytree(tiny_bert, tmp_path / "same"))
     main(["export", last, "exported", "--model_name_or_path", same])
-    for command in (
-        lambda: fit(other, "--trainer.max_epochs=2", "--ckpt_path=last"),
-        lambda: main(["export", last, "exported", "--model_name_or_path", str(other)]),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            command()
-        assert caught.value.code == 2
-        told = capsys.readouterr().err
+    for told in refusals(other, capsys):
         assert "model_name_or_path: expected the base model of the checkpoint, found" in told
 
 
@@ -370,15 +378,7 @@ def test_a_base_model_of_another_structure_is_refused(
     other = shutil.copytree(tiny_bert, tmp_path / "other")
     known = json.loads((other / file).read_text())
     (other / file).write_text(json.dumps(known | settings))
-    last = "run/checkpoints/last.ckpt"
-    for command in (
-        lambda: fit(other, "--trainer.max_epochs=2", "--ckpt_path=last"),
-        lambda: main(["export", last, "exported", "--model_name_or_path", str(other)]),
-    ):
-        with pytest.raises(SystemExit) as caught:
-            command()
-        assert caught.value.code == 2
-        said = capsys.readouterr().err
+    for said in refusals(other, capsys):
         assert "expected the base model of the checkpoint (Transformer, Pooling" in said
         assert told in said.partition("found another")[2]
 
