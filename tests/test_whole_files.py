@@ -14,6 +14,7 @@ import pytest
 from embedtune.errors import InputError
 from embedtune.whole_files import (
     FORMER,
+    discard,
     naming,
     part_of,
     put,
@@ -208,6 +209,24 @@ with writing(Path(sys.argv[1])) as part:
     print("writing", flush=True)
     time.sleep(600)
 """
+
+
+def test_of_what_is_discarded_a_kill_leaves_no_half(tmp_path, monkeypatch):
+    """Under its name, that is: what is left is swept."""
+
+    def dies(path: Path) -> None:
+        (path / "file").unlink()
+        raise KeyboardInterrupt
+
+    folder = folder_of(tmp_path / "a.ckpt", "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("embedtune.whole_files.shutil.rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            discard(folder)
+    assert names(tmp_path) == ["a.ckpt.part"]
+    discard(folder_of(folder, "another of that name"))
+    assert names(tmp_path) == []
+    discard(folder)  # nothing
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nothing is swept there")

@@ -239,6 +239,17 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def discard(path: Path) -> None:
+    """Remove what is whole, so that a kill leaves it whole, or as what a sweep takes.
+
+    A folder is removed file by file; under its own name a half of it would stay for good.
+    """
+    if path.is_dir() and not path.is_symlink():
+        remove(part_of(path))
+        path = path.rename(part_of(path))
+    remove(path)
+
+
 def _lock(path: Path) -> int | None:
     """Lock a path until the returned descriptor is closed, or this process ends however it does.
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from embedtune.checkpoints.find import LAST, last_checkpoint, moved
 from embedtune.checkpoints.read import read_facts
 from embedtune.errors import InputError
-from embedtune.whole_files import part_of, put, remove
+from embedtune.whole_files import discard, part_of, put, remove
 
 
 def finish_save(keepers: Iterable[ModelCheckpoint], saved: Path) -> None:
@@ -36,7 +36,7 @@ def finish_save(keepers: Iterable[ModelCheckpoint], saved: Path) -> None:
         before = read_facts(last)
     now = read_facts(saved)
     for path in _kept(before, own, folder) - _kept(now, own, folder) - {saved}:
-        remove(path)
+        discard(path)
     asked = {keeper.save_last for keeper in own}
     if "link" in asked:
         remove(last)

@@ -14,7 +14,7 @@ from embedtune.checkpoints.damage import (
 from embedtune.checkpoints.pickles import refuse_code_in_file
 from embedtune.checkpoints.shards import refuse_code
 from embedtune.errors import InputError
-from embedtune.whole_files import naming, part_of, put, remove, sweep_together
+from embedtune.whole_files import discard, naming, part_of, put, remove, sweep_together
 
 CHECKPOINTS = "*.ckpt"
 """What a process that died while saving has left a part of, beside those before it."""
@@ -77,3 +77,8 @@ class SavesFolders(ParallelStrategy):
         if self.is_global_zero:
             write_shard_digests(part_of(folder))
             put(part_of(folder), folder)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a folder in a way that a kill leaves no half of it."""
+        if self.is_global_zero:
+            discard(Path(filepath))
