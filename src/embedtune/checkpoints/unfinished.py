@@ -27,9 +27,8 @@ def finish_save(keepers: Iterable[ModelCheckpoint], saved: Path) -> None:
     folder = saved.parent
     last = folder / LAST
     own = [keeper for keeper in keepers if Path(str(keeper.dirpath)).resolve() == folder.resolve()]
-    if last_checkpoint(folder) != saved or saved == last or not own:
-        return
-    if saved.suffix != last.suffix:  # what was about to be replaced, by the same name
+    is_former = saved.suffix != last.suffix  # it was about to be replaced, by the same name
+    if not own or saved == last or is_former or last_checkpoint(folder) != saved:
         return
     before: dict[str, Any] = {}
     with contextlib.suppress(InputError):  # it leads nowhere, or is damaged

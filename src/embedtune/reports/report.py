@@ -73,13 +73,15 @@ def write_report(
     """
     curves, config = read_curves(folder), folder / "config.yaml"
     given = (base, trained, intervals, curves)
-    whole = base_width or width, width
+    own_widths = base_width or width, width
     # A wider base model has other metrics at the trained one's full width than at its own.
-    full = WHOLE if whole[0] > width else width
+    full = WHOLE if own_widths[0] > width else width
     before, after, between, over_steps = (arrange(metrics, full) for metrics in given)
     queries = {comparison.name: compare_queries(comparison) for comparison in comparisons}
     sets = [
-        SetReport(n, before[n], metrics, between[n], over_steps[n], queries.get(n), full, whole)
+        SetReport(
+            n, before[n], metrics, between[n], over_steps[n], queries.get(n), full, own_widths
+        )
         for n, metrics in after.items()
     ]
     sets.sort(key=lambda one: one.main not in TITLES)  # losses last
@@ -133,7 +135,7 @@ class SetReport(NamedTuple):
 
     Attributes:
         full: Under which width the metrics of whole embeddings are.
-        whole: The full widths of the base model and of the trained one.
+        own_widths: The full widths of the base model and of the trained one.
     """
 
     name: str
@@ -143,7 +145,7 @@ class SetReport(NamedTuple):
     curves: ByWidth
     queries: Queries | None
     full: int
-    whole: tuple[int, int]
+    own_widths: tuple[int, int]
 
     @property
     def widths(self) -> list[int]:
@@ -174,7 +176,9 @@ class SetReport(NamedTuple):
         base, curves = self.base.get(self.main, {}), self.curves.get(self.main, {})
         start = {width: {0: value} for width, value in base.items()}
         over_steps = {width_name(w): start.get(w, {}) | curve for w, curve in curves.items()}
-        sides = zip(("base", "trained"), (base, self.trained[self.main]), self.whole, strict=True)
+        sides = zip(
+            ("base", "trained"), (base, self.trained[self.main]), self.own_widths, strict=True
+        )
         by_width = {
             name: {own if w == self.full else w: v for w, v in values.items()}
             for name, values, own in sides
