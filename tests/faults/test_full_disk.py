@@ -42,6 +42,13 @@ def fit_under(strategy: str, model: Path, rows: str) -> list[str]:
     return fit(model, rows, "--trainer.strategy", strategy)
 
 
+def go_on(save_last: str, model: Path, rows: str = "former.jsonl", epochs: int = 2) -> list[str]:
+    """Return the arguments that go on with the run of :func:`make_killed`."""
+    more = ("--trainer.default_root_dir", f"killed-{save_last}", "--ckpt_path", "last")
+    more += ("--checkpoint.save_last", save_last, "--trainer.max_epochs", str(epochs))
+    return fit(model, "former.jsonl", *more)
+
+
 def teach(model: Path, rows: str) -> list[str]:
     return ["teach", "--model", str(model), "--data", rows, "--out", "store"]
 
@@ -61,9 +68,9 @@ def export(model: Path, rows: str) -> list[str]:
     return ["export", f"{Path(rows).stem}.ckpt", "exported", "--model_name_or_path", str(model)]
 
 
-def hold_fit(folder: Path) -> None:
-    assert is_verified(folder / "run/model")
-    kept = [last_checkpoint(path) for path in (folder / "run").glob("checkpoints*")]
+def hold_fit(root: str, folder: Path) -> None:
+    assert is_verified(folder / root / "model")
+    kept = [last_checkpoint(path) for path in (folder / root).glob("checkpoints*")]
     for path in filter(None, kept):
         read_weights(path)
 
@@ -87,15 +94,23 @@ class Case(NamedTuple):
     holds: Callable[[Path], None]
 
 
+def case_of_fit(arguments: Callable[[Path, str], list[str]], root: str = "run") -> Case:
+    return Case(arguments, [f"{root}/model"], partial(hold_fit, root))
+
+
 CASES = {
-    "fit": Case(fit, ["run/model"], hold_fit),
+    "fit": case_of_fit(fit),
+    "fsdp": case_of_fit(partial(fit_under, "fsdp")),
+    "zero2": case_of_fit(partial(fit_under, "zero2")),
+    "go-on": case_of_fit(partial(go_on, "link"), "killed-link"),
+    "copy-last": case_of_fit(partial(go_on, "true"), "killed-true"),
     "teach": Case(teach, ["store"], hold_store),
     "predict": Case(predict, ["run/embeddings.npy"], lambda folder: None),
     "evaluate": Case(evaluate, ["measured/evaluation.json", "measured/quality.png"], hold_measured),
-    **{name: Case(partial(fit_under, name), ["run/model"], hold_fit) for name in ("fsdp", "zero2")},
     "export": Case(export, ["exported"], lambda folder: is_verified(folder / "exported")),
 }
-
+AGAIN = ("fit", "fsdp", "zero2")
+"""Cases whose second start is another run, and keeps the checkpoints of the first."""
 
 WORDS = {False: "full", True: "killed"}
 FAST = [("fit", False), ("teach", True)]
@@ -117,10 +132,24 @@ def template(tiny_bert, tmp_path_factory) -> Path:
         shutil.copy((folder / "run/checkpoints/last.ckpt").resolve(), folder / f"{name}.ckpt")
         if name == "new":
             shutil.rmtree(folder / "run")
+    for save_last in ("link", "true"):
+        make_killed(folder, tiny_bert, save_last)
     for case in CASES.values():
-        if case.holds is not hold_fit:
+        if case.arguments in (teach, predict, evaluate, export):
             run(folder, case.arguments(tiny_bert, "former.jsonl"))
     return folder
+
+
+def make_killed(folder: Path, model: Path, save_last: str) -> None:
+    """Make a run of an epoch that was killed in its last save: its former one is still there."""
+    saved = folder / f"killed-{save_last}" / "checkpoints"
+    arguments = go_on(save_last, model, epochs=1)
+    run(folder, [*arguments, "--trainer.max_steps", "2"])
+    shutil.copytree(saved, folder / "former-save", symlinks=True)
+    run(folder, arguments)
+    (saved / "last.ckpt").unlink()
+    shutil.copytree(folder / "former-save", saved, symlinks=True, dirs_exist_ok=True)
+    shutil.rmtree(folder / "former-save")
 
 
 def write_plain_set(folder: Path, name: str) -> None:
@@ -152,6 +181,10 @@ def states(folder: Path, leaves: list[str]) -> list[dict[str, bytes]]:
         kept = {at: file for at, file in named.items() if ".part/" not in at}
         found.append({at: kept[at].read_bytes() for at in kept if not at.endswith(".former")})
     return found
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.glob("*/checkpoints*/*"))
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -193,6 +226,7 @@ def test_a_write_that_fails_costs_nothing_that_was_there(
         assert code == 0, output
         assert states(folder, case.leaves) == new
         assert not leftovers(folder)
+        assert checkpoints(folder) == checkpoints(tmp_path / "whole") or name in AGAIN
         shutil.rmtree(folder)
         sys.stdout.write(f"{name}, {WORDS[dies]} at write point {point} of {count}: held\n")
 
