@@ -43,6 +43,14 @@ def fit(model: Path, **settings) -> EmbeddingModule:
     return module
 
 
+@pytest.mark.parametrize(("negatives", "expected"), [({}, 0.03), ({"neg": ["another"]}, 0.06)])
+def test_hard_negatives_take_twice_of_it(tiny_bert, rows, monkeypatch, negatives, expected):
+    made = [{**json.loads(line), **negatives} for line in rows.read_text().splitlines()]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in made))
+    monkeypatch.setattr("embedtune.training.settled_loss.derive_temperature", lambda sample: 0.03)
+    assert fit(tiny_bert).loss.temperature == expected
+
+
 def test_a_given_temperature_and_a_given_loss_are_as_given(tiny_bert, rows):
     assert fit(tiny_bert, temperature=0.5).loss.temperature == 0.5
     assert fit(tiny_bert, loss=InfoNCE()).loss.temperature == 0.05
