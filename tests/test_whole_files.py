@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -173,6 +174,38 @@ def test_a_folder_that_cannot_be_replaced_keeps_its_name(tmp_path, monkeypatch):
         put(part, path)
     assert (path / "file").read_text() == "old"
     assert not path.with_name(path.name + FORMER).exists()
+
+
+class KilledError(Exception):
+    """What ends a block as a kill would."""
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("call", ["rename", "replace", "rmtree"])
+def test_a_kill_while_a_folder_is_replaced_costs_nothing(tmp_path, monkeypatch, call, again):
+    """Before its former is set aside, before it takes the place, when the former is half gone."""
+    path = folder_of(tmp_path / "last.ckpt", "old")
+    former = path.with_name(path.name + FORMER)
+
+    def killed(*args, **kwargs):
+        if call == "rmtree":
+            (former / "file").unlink(missing_ok=True)
+        raise KilledError
+
+    for kills in range(1 + again):
+        remove(part_of(path))
+        part = folder_of(part_of(path), f"new {kills}")
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil if call == "rmtree" else Path, call, killed)
+            with pytest.raises(KilledError):
+                put(part, path)
+        whole = path if path.exists() else former
+        assert (whole / "file").read_text() == ("new 0" if call == "rmtree" else "old")
+    sweep_together(tmp_path, "*.ckpt")
+    assert names(tmp_path) == [whole.name]
+    put(folder_of(part_of(path), "newest"), path)
+    assert names(tmp_path) == ["last.ckpt"]
+    assert (path / "file").read_text() == "newest"
 
 
 def test_a_file_does_not_take_the_place_of_a_folder(tmp_path):

@@ -52,6 +52,7 @@ def put(part: Path, path: Path) -> None:
         refuse_folder(path)
     _reach_disk(part)
     former = path.with_name(path.name + FORMER)
+    bring_back(path)
     remove(former)
     if part.is_dir() and path.exists():  # files are replaced at once
         path.rename(former)
@@ -216,11 +217,15 @@ def sweep(folder: Path, name: str | None = None) -> None:
 def sweep_together(folder: Path, names: str) -> None:
     """Remove what killed processes have left in ``folder`` at places of :func:`part_of`.
 
+    And folders that they had replaced, but not removed yet.
+
     Args:
         folder: Where nobody else writes what ends in this.
         names: A pattern of what was written.
     """
     _sweep(folder.glob(names + PART))
+    formers = [path for path in folder.glob(names + FORMER) if path.is_dir()]
+    _sweep(former for former in formers if former.with_suffix("").exists())
 
 
 def _sweep(leftovers: Iterable[Path]) -> None:
