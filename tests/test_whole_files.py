@@ -1,5 +1,6 @@
 """What is written is whole or not there, whoever else writes and whenever a process dies."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -169,6 +170,7 @@ def test_a_folder_that_cannot_be_replaced_keeps_its_name(tmp_path, monkeypatch):
     def fail(self, target):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("embedtune.whole_files._swap", lambda one, other: False)
     monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(OSError, match="No space left"):
         put(part, path)
@@ -180,16 +182,27 @@ class KilledError(Exception):
     """What ends a block as a kill would."""
 
 
+@pytest.fixture(params=["swapped", "renamed twice"])
+def swaps(request, monkeypatch) -> bool:
+    """Whether the system swaps names, as Linux does."""
+    if request.param == "swapped":
+        if sys.platform != "linux":
+            pytest.skip("it swaps no names")
+        return True
+    monkeypatch.setattr("embedtune.whole_files._swap", lambda one, other: False)
+    return False
+
+
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("call", ["rename", "replace", "rmtree"])
-def test_a_kill_while_a_folder_is_replaced_costs_nothing(tmp_path, monkeypatch, call, again):
+def test_a_kill_while_a_folder_is_replaced_costs_nothing(tmp_path, monkeypatch, swaps, call, again):
     """Before its former is set aside, before it takes the place, when the former is half gone."""
     path = folder_of(tmp_path / "last.ckpt", "old")
     former = path.with_name(path.name + FORMER)
 
     def killed(*args, **kwargs):
         if call == "rmtree":
-            (former / "file").unlink(missing_ok=True)
+            (Path(args[0]) / "file").unlink(missing_ok=True)
         raise KilledError
 
     for kills in range(1 + again):
@@ -197,15 +210,43 @@ def test_a_kill_while_a_folder_is_replaced_costs_nothing(tmp_path, monkeypatch, 
         part = folder_of(part_of(path), f"new {kills}")
         with monkeypatch.context() as patch:
             patch.setattr(shutil if call == "rmtree" else Path, call, killed)
-            with pytest.raises(KilledError):
+            with contextlib.suppress(KilledError):
                 put(part, path)
         whole = path if path.exists() else former
-        assert (whole / "file").read_text() == ("new 0" if call == "rmtree" else "old")
+        is_there = swaps or call == "rmtree"
+        assert whole == path or not is_there
+        assert (whole / "file").read_text().startswith("new" if is_there else "old")
     sweep_together(tmp_path, "*.ckpt")
     assert names(tmp_path) == [whole.name]
     put(folder_of(part_of(path), "newest"), path)
     assert names(tmp_path) == ["last.ckpt"]
     assert (path / "file").read_text() == "newest"
+
+
+@pytest.mark.parametrize("former", ["file", "folder", "link"])
+def test_a_name_that_does_not_reach_the_disk_stays_the_former_s(
+    tmp_path, monkeypatch, swaps, former
+):
+    path, target = tmp_path / "model", folder_of(tmp_path / "target", "old")
+    if former == "link":
+        path.symlink_to(target)
+    elif former == "file":
+        path.write_text("old")
+    else:
+        folder_of(path, "old")
+    part, fsync = folder_of(part_of(path), "new"), os.fsync
+
+    def fail_for_the_name(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(tmp_path):
+            raise OSError(errno.EIO, "lost")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_for_the_name)
+    with pytest.raises(OSError, match="lost"):
+        put(part, path)
+    kept = path if swaps else path.with_name(path.name + FORMER)
+    assert (kept if former == "file" else kept / "file").read_text() == "old"
+    assert kept.is_symlink() == (former == "link")
 
 
 def test_a_file_does_not_take_the_place_of_a_folder(tmp_path):

@@ -4,11 +4,13 @@ It is written beside its place, under a name that ends in ``.part``, reaches the
 renamed. What a killed process left beside is swept by the next one that writes there.
 """
 
+import ctypes
 import errno
 import glob
 import os
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +27,9 @@ PART = ".part"
 RANDOM = "[a-z0-9_]" * 8
 """What ``tempfile`` makes a name its own by, as a pattern."""
 FORMER = ".former"
-"""What a folder is called that is about to be replaced: two folders cannot be swapped at once."""
+"""What a folder is called that is about to be replaced where two cannot be swapped at once."""
+AT_WORKING_FOLDER, SWAP = -100, 2
+"""Of Linux: AT_FDCWD and RENAME_EXCHANGE."""
 
 LOST = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EIO") if hasattr(errno, name)}
 """Errors by which the system says that what was written has not reached the disk."""
@@ -54,15 +58,27 @@ def put(part: Path, path: Path) -> None:
     former = path.with_name(path.name + FORMER)
     bring_back(path)
     remove(former)
-    if part.is_dir() and path.exists():  # files are replaced at once
-        path.rename(former)
+    is_replaced = part.is_dir() and path.exists()  # files are replaced at once
+    is_swapped = is_replaced and _swap(part, path)
     try:
-        part.replace(path)
+        if not is_swapped:
+            if is_replaced:
+                path.rename(former)
+            part.replace(path)
+        _sync(path.parent)
     except OSError:
+        if is_swapped:
+            _swap(part, path)
         bring_back(path)
         raise
-    _sync(path.parent)
-    remove(former)
+    remove(part if is_swapped else former)
+
+
+def _swap(one: Path, other: Path) -> bool:
+    """Let two names stand for each other's file or folder, at once, where the system can: Linux."""
+    swaps = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    names = [(AT_WORKING_FOLDER, os.fsencode(path)) for path in (one, other)]
+    return swaps is not None and swaps(*names[0], *names[1], SWAP) == 0
 
 
 def put_together(parts: Mapping[Path, Path]) -> None:

@@ -168,6 +168,11 @@ int renameat(int a, const char *from, int b, const char *to) {
     return name_fails(to, 1) ? -1 : real(a, from, b, to);
 }
 
+int renameat2(int a, const char *from, int b, const char *to, unsigned flags) {
+    REAL(int, "renameat2", int, const char *, int, const char *, unsigned);
+    return name_fails(to, 1) ? -1 : real(a, from, b, to, flags);
+}
+
 int symlink(const char *target, const char *path) {
     REAL(int, "symlink", const char *, const char *);
     return path_fails(path) ? -1 : real(target, path);

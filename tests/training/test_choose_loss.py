@@ -54,14 +54,14 @@ def fit(model: Path, *flags: str) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--model.use_mrl", "true", "--model.mrl_dims", "16,8")])
 def test_sentence_pairs_take_cosent_at_a_scale_of_the_model(tiny_bert, caplog, flags):
-    """A quarter of what tells relevant texts from others: the model's temperature, upside down."""
+    """A quarter of 1 / the temperature that pairs take, which is half of that of lists."""
     write([[0.0], [0.5], [1.0]])
     fit(tiny_bert, *flags)
     (scale,) = re.findall(r"CoSENT\(scale=([\d.]+)\)", caplog.text)
     write(LISTS)
     fit(tiny_bert)
     (temperature,) = re.findall(r"ListwiseKL\(.*, temperature=([\d.]+)", caplog.text)
-    assert float(scale) == pytest.approx(0.25 / float(temperature), rel=0.1)
+    assert float(scale) == pytest.approx(0.25 / (float(temperature) / 2), rel=0.1)
 
 
 def test_a_given_scale_stays(tiny_bert, caplog):

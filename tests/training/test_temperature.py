@@ -43,9 +43,18 @@ def fit(model: Path, **settings) -> EmbeddingModule:
     return module
 
 
-@pytest.mark.parametrize(("negatives", "expected"), [({}, 0.03), ({"neg": ["another"]}, 0.06)])
-def test_hard_negatives_take_twice_of_it(tiny_bert, rows, monkeypatch, negatives, expected):
-    made = [{**json.loads(line), **negatives} for line in rows.read_text().splitlines()]
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({}, 0.03),
+        ({"neg": ["another"]}, 0.06),
+        ({"pos": ["one", "another"], "scores": [1.0, 0.0]}, 0.06),
+    ],
+)
+def test_rows_with_negatives_of_their_own_take_twice_of_it(
+    tiny_bert, rows, monkeypatch, more, expected
+):
+    made = [{**json.loads(line), **more} for line in rows.read_text().splitlines()]
     rows.write_text("".join(json.dumps(row) + "\n" for row in made))
     monkeypatch.setattr("embedtune.training.settled_loss.derive_temperature", lambda sample: 0.03)
     assert fit(tiny_bert).loss.temperature == expected

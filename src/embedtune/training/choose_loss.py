@@ -25,7 +25,8 @@ GRADUAL = 4
 """Times the temperature that tells relevant texts from others, for pairs that are alike by degrees
 (docs/quality.md)."""
 HARD = 2
-"""Times the same, where rows bring hard negatives: more of them then count (docs/quality.md)."""
+"""Times the same, for rows that bring texts of their own to tell relevant ones from: more of these
+then count (docs/quality.md)."""
 FINEST = 0.01
 """Share of the spread of scores that float32 may leave untold."""
 FLATTEST, STEEPEST = SPREAD / 5, SPREAD * 5
@@ -58,8 +59,7 @@ def choose_loss(
         of_pairs = row_format == Format.SCORED and _main_rows(data).list_lengths.max() < 2
         loss = default_loss(row_format, temperature, of_pairs=of_pairs)
         if temperature is None and derive_temperature and row_format in WITH_ONE:
-            times = HARD if row_format == Format.TRIPLET else 1
-            _take_temperature(loss, times * derive_temperature())
+            _take_temperature(loss, derive_temperature(), row_format)
     _refuse_without_signal(loss, data)
     _settle_teacher_temperature(loss, data)
     if mrl_dims is None:
@@ -118,15 +118,15 @@ def refuse_other_format(loss: Loss | None, row_format: Format) -> None:
         )
 
 
-def _take_temperature(loss: Any, temperature: float) -> None:
-    """Give a format's own loss the temperature that follows from the model."""
+def _take_temperature(loss: Any, temperature: float, row_format: Format) -> None:
+    """Give a format's own loss the temperature that follows from that of a model."""
     said = "by how alike texts are to the base model"
     if isinstance(loss, CoSENT):
         loss.scale = float(f"{1 / (GRADUAL * temperature):.2g}")
         log.info("scale %.2g, %s", loss.scale, said)
     else:
-        loss.temperature = temperature
-        log.info("temperature %.2g, %s", temperature, said)
+        loss.temperature = temperature * (1 if row_format == Format.PAIR else HARD)
+        log.info("temperature %.2g, %s", loss.temperature, said)
 
 
 def _settle_teacher_temperature(loss: Loss, data: EmbeddingDataModule) -> None:
