@@ -1,10 +1,12 @@
 """What AdamW decays, and the course of the learning rate."""
 
+import csv
+import json
 import logging
 from pathlib import Path
 
 import pytest
-import torch
+from forks import Ranks, embedtune
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 
@@ -13,7 +15,7 @@ from embedtune.cli import main
 from embedtune.data.records import Format
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import EncoderSpec
-from embedtune.training.optimizer import build_optimizer, build_schedule, usual_lr
+from embedtune.training.optimizer import build_optimizer, plan_rates, usual_lr
 
 
 def test_biases_and_norms_are_not_decayed(tiny_bert, tiny_qwen):
@@ -36,13 +38,8 @@ def test_biases_and_norms_are_not_decayed(tiny_bert, tiny_qwen):
 
 @pytest.mark.parametrize(("name", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])
 def test_the_learning_rate_rises_and_follows_its_schedule(name, last):
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    schedule = build_schedule(optimizer, name, num_steps=20, warmup_proportion=0.25)
-    rates = []
-    for _ in range(21):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
+    share = plan_rates(name, num_steps=20, warmup_proportion=0.25)
+    rates = [share(step) for step in range(21)]
     assert rates[:6] == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[20] == pytest.approx(last, abs=1e-6)
 
@@ -82,3 +79,41 @@ def test_a_given_rate_is_the_rate(tiny_bert, tmp_path, monkeypatch, caplog):
     for far, said in (("1e-2", "may ruin"), ("1e-6", "hardly moves")):
         main([*arguments, f"--model.lr={far}", f"--trainer.default_root_dir={far}"])
         assert f"model.lr: {float(far):.3g} {said}" in caplog.text
+
+
+OTHER_STEPS = {
+    "larger batches": (["--data.batch_size=16"], 4 + 2 * 1),
+    "accumulated": (["--trainer.accumulate_grad_batches=3"], 4 + 2 * 2),
+    "a limit": (["--trainer.limit_train_batches=2"], 4 + 2 * 2),
+    "other data": (["--data.train_path=[train.jsonl,train.jsonl]"], 4 + 2 * 8),
+    "steps": (["--trainer.max_epochs=-1", "--trainer.max_steps=7"], 7),
+    "the same": ([], 3 * 4),
+}
+"""Flags that a fit goes on with after an epoch of 4 steps, and the steps that it then has."""
+WAYS = [("auto", name) for name in OTHER_STEPS] + [("fsdp", "larger batches")]
+
+
+@pytest.mark.parametrize(("strategy", "name"), WAYS)
+def test_a_fit_that_goes_on_ends_where_its_schedule_does(tiny_bert, tmp_path, strategy, name):
+    """Though the epoch before had other steps than those to come."""
+    rows = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(16)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        *("fit", f"--model.model_name_or_path={tiny_bert}", "--data.train_path=train.jsonl"),
+        *("--trainer.accelerator=cpu", "--save_on_epoch_end=false", "--data.batch_size=4"),
+        *("--model.lr=1e-3", f"--trainer.strategy={strategy}", "--trainer.default_root_dir=run"),
+    ]
+    flags, steps = OTHER_STEPS[name]
+    for more in (
+        ["--trainer.max_epochs=1"],
+        ["--trainer.max_epochs=3", "--ckpt_path=last", *flags],
+    ):
+        fit = Ranks(embedtune, [*command, *more], folder=tmp_path)
+        assert fit.wait() == [0], fit.output()
+    assert f"  steps          {steps} (" in fit.output()
+    assert f"| Steps | `{steps}` |" in (tmp_path / "run/model/README.md").read_text()
+    with (tmp_path / "run/metrics.csv").open() as file:
+        logged = [row["train/lr"] for row in csv.DictReader(file) if row["train/lr"]]
+    share = plan_rates("cosine", steps, warmup_proportion=0.1)
+    rates = [1e-3 * share(step) for step in range(4, steps)]
+    assert [float(rate) for rate in logged[4:]] == pytest.approx(rates)

@@ -1,5 +1,6 @@
 """What a fit trains with, whatever a checkpoint brings: the configuration wins."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,11 +31,19 @@ class FitSettings:
         if self._is_used(trainer):
             self._kept = _settings_of(trainer.optimizers[0], lr / self.lr)
 
-    def restore(self, trainer: Any, lr: float) -> None:
-        """Let them win, at the step where the fit goes on."""
+    def restore(self, trainer: Any, lr: float, share: Callable[[int], float]) -> None:
+        """Let them win, at the step where the fit goes on.
+
+        Args:
+            trainer: That of the fit.
+            lr: The peak rate.
+            share: Of the peak rate, at each step of this fit, which may have more or fewer than was
+                known before its checkpoint was loaded.
+        """
         if not self._kept:  # a callback tries steps before the fit
             self.keep(trainer, lr)
         if self._is_used(trainer):
+            self.schedule.lr_lambdas = [share] * len(self._kept)
             _restore(trainer.optimizers[0], self.schedule, self._kept)
 
     def _is_used(self, trainer: Any) -> bool:

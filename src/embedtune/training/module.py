@@ -1,12 +1,13 @@
 """The LightningModule: encoder, projection and loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from embedtune.checkpoints.resume import Place, refuse_other_weights, start_epoch
 from embedtune.data.batch import Batch
@@ -51,8 +52,8 @@ from embedtune.training.loss_inputs import target_of
 from embedtune.training.optimizer import (
     Schedule,
     build_optimizer,
-    build_schedule,
     count_steps,
+    plan_rates,
     refuse_schedule,
 )
 from embedtune.training.precision import autocast_dtype
@@ -148,7 +149,7 @@ class EmbeddingModule(pl.LightningModule):
         self.base_metrics: dict[str, float] = {}
         self.base_per_query: dict[str, PerQuery] = {}
         self._measured = Validation(-1, {}, {})
-        self._place, self._step_means = Place(), StepMeans()
+        self._start, self._place, self._step_means = Place(), Place(), StepMeans()
         self.compiles, self.grad_cache, self._cache = compile, grad_cache, GradientCache()
         spec = EncoderSpec(
             str(model_name_or_path),  # which Python may have as a Path
@@ -181,7 +182,8 @@ class EmbeddingModule(pl.LightningModule):
         strategy: Any = self.trainer.strategy
         device = strategy.root_device
         if stage == "fit":
-            self._place, self._measured = Place(), Validation(-1, {}, {})  # of a fit before
+            self._start = self._place = Place()  # not those of a fit before
+            self._measured = Validation(-1, {}, {})
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
             prepare_training(self.encoder)
             if self.trainer.max_steps < 0:
@@ -381,21 +383,23 @@ class EmbeddingModule(pl.LightningModule):
 
     @property
     def num_steps(self) -> int:
-        """Optimiser steps of the whole run."""
-        return count_steps(self.trainer, self.data.batches_per_epoch, self.lr_schedule)
+        """Optimiser steps of the whole run, those before a checkpoint included."""
+        batches = self.data.batches_per_epoch
+        return count_steps(self.trainer, batches, self.lr_schedule, self._start)
 
     def configure_optimizers(self) -> Any:
         """Return AdamW and a schedule that moves every step."""
         assert self.lr is not None, "settled with the loss"
         optimizer = build_optimizer(self, self.lr, self.weight_decay)
-        schedule = build_schedule(
-            optimizer, self.lr_schedule, self.num_steps, self.warmup_proportion
-        )
+        schedule = LambdaLR(optimizer, self._plan_rates())
         for group in optimizer.param_groups:
             # A subclass may leave the schedule, whose first rate is 0; it is set in on_train_start.
             group["lr"] = group["initial_lr"]
         self._settings = FitSettings(schedule, self.lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _plan_rates(self) -> Callable[[int], float]:
+        return plan_rates(self.lr_schedule, self.num_steps, self.warmup_proportion)
 
     def on_train_start(self) -> None:
         """Let the configuration win over the rates and the decay that a checkpoint remembers."""
@@ -406,7 +410,7 @@ class EmbeddingModule(pl.LightningModule):
         accumulated = accumulated_in(self.trainer, self._place.epoch)
         self.trainer.accumulate_grad_batches = accumulated
         if self._settings is not None:  # not a subclass's own
-            self._settings.restore(self.trainer, cast(float, self.lr))
+            self._settings.restore(self.trainer, cast(float, self.lr), self._plan_rates())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take the structure that the checkpoint's weights fit."""
@@ -418,7 +422,8 @@ class EmbeddingModule(pl.LightningModule):
         set_temperatures(self.loss, checkpoint.get("temperatures", {}), self._settled.derived)
         if self._trainer is not None and self.trainer.training:
             before = go_on(checkpoint, self.trainer, self.data)
-            self._place, self._measured = before.place, before.measured
+            self._start = self._place = before.place
+            self._measured = before.measured
             self.base_metrics = {**before.base_losses, **self.base_metrics}
             base = self._kept_spec().model_name_or_path
             tell_of_another_base(checkpoint["encoder_spec"], base)

@@ -1,13 +1,15 @@
 """Parameter groups, the number of steps and the learning-rate schedule."""
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import SGD, AdamW
 from transformers import get_scheduler
 
+from embedtune.checkpoints.resume import Place
 from embedtune.data.records import Format
 from embedtune.errors import InputError, require_choice
 from embedtune.models.encoder import Encoder
@@ -82,11 +84,20 @@ def refuse_schedule(name: str, warmup_proportion: float) -> None:
         )
 
 
-def count_steps(trainer: Any, batches_per_epoch: int, schedule: str) -> int:
+def count_steps(
+    trainer: Any, batches_per_epoch: int, schedule: str, start: Place | None = None
+) -> int:
     """Return the optimiser steps of a whole fit; of one epoch where it has no end.
 
     Lightning's ``estimated_stepping_batches`` would set up the loaders before a checkpoint restores
     its place in the data.
+
+    Args:
+        trainer: It tells the epochs or steps.
+        batches_per_epoch: As many as there are now.
+        schedule: Of the learning rate.
+        start: Where the fit goes on; the steps before count as made, though an epoch may have had
+            more or fewer of them.
 
     Raises:
         InputError: The fit has no end, and a schedule that needs one.
@@ -95,11 +106,16 @@ def count_steps(trainer: Any, batches_per_epoch: int, schedule: str) -> int:
     def per_epoch(epoch: int) -> int:
         return math.ceil(batches_per_epoch / accumulated_in(trainer, epoch))
 
+    def until(epochs: int) -> int:
+        last = min(epochs, last_change(trainer))  # all later epochs have as many steps
+        return sum(map(per_epoch, range(last))) + per_epoch(last) * (epochs - last)
+
+    start = Place() if start is None else start
     epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
     by_epochs = math.inf
     if epochs >= 0:
-        last = min(epochs, last_change(trainer))  # all later epochs have as many steps
-        by_epochs = sum(map(per_epoch, range(last))) + per_epoch(last) * (epochs - last)
+        usual = until(start.epoch) + start.batch // accumulated_in(trainer, start.epoch)
+        by_epochs = until(epochs) + start.step - usual
     by_steps = trainer.max_steps if trainer.max_steps >= 0 else math.inf
     steps = min(by_epochs, by_steps)
     if steps == math.inf and schedule != "constant":
@@ -110,13 +126,12 @@ def count_steps(trainer: Any, batches_per_epoch: int, schedule: str) -> int:
     return max(1, int(per_epoch(0) if steps == math.inf else steps))
 
 
-def build_schedule(
-    optimizer: Optimizer, name: str, num_steps: int, warmup_proportion: float
-) -> LambdaLR:
-    """Return a schedule that rises linearly over the warm-up and then follows ``name``.
+def plan_rates(name: str, num_steps: int, warmup_proportion: float) -> Callable[[int], float]:
+    """Return what gives the share of the peak rate that each step has, from 0 on.
+
+    It rises linearly over the warm-up and then follows ``name``.
 
     Args:
-        optimizer: Its learning rate is the peak.
         name: ``cosine`` or ``linear`` fall to zero at ``num_steps``, ``constant`` stays.
         num_steps: Optimiser steps of the whole run.
         warmup_proportion: Share of the steps that warm up.
@@ -130,9 +145,8 @@ def build_schedule(
             "model.warmup_proportion: expected less than half of the fit's only step, which would "
             f"have a rate of 0, found {warmup_proportion}"
         )
-    return get_scheduler(
-        SCHEDULES[name],
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=num_steps,
+    nothing = SGD([nn.Parameter(torch.zeros(1))])
+    planned = get_scheduler(
+        SCHEDULES[name], nothing, num_warmup_steps=warmup, num_training_steps=num_steps
     )
+    return planned.lr_lambdas[0]
