@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from embedtune.data import teacher_store
-from embedtune.data.teacher_store import TeacherStore, TeacherWriter, sidecar_path
+from embedtune.data.rows import Rows
+from embedtune.data.teacher_store import (
+    TeacherStore,
+    TeacherWriter,
+    open_teacher,
+    sidecar_path,
+)
 from embedtune.errors import InputError
 
 
@@ -31,6 +37,25 @@ def test_two_stores_concatenate_along_the_width(tmp_path):
     store = TeacherStore([tmp_path / "a", tmp_path / "b"], rows=10, width=9)
     whole = np.concatenate([first, second], axis=1)
     assert np.array_equal(np.stack([store[i] for i in range(10)]), whole)
+
+
+@pytest.mark.parametrize(
+    ("counts", "widths", "is_told"),
+    [([4, 4], [2, 2], True), ([3, 5], [3, 5], True), ([3, 5], [4, 4], False), ([8], [4], False)],
+)
+def test_stores_that_may_be_of_a_file_each_are_told(tmp_path, caplog, counts, widths, is_told):
+    """Of 4 rows of width 4 each, or of width 2 of all 8 rows: the sizes are the same."""
+    files, stores = [], []
+    for i, count in enumerate(counts):
+        files.append(tmp_path / f"{i}.jsonl")
+        files[-1].write_text("".join(f'{{"query": "{i} {j}"}}\n' for j in range(count)))
+    for i, width in enumerate(widths):
+        stores.append(str(tmp_path / f"{i}.f32"))
+        memmap(stores[-1], sum(counts), width, seed=i)
+    store = open_teacher(Rows(files), stores, None, "data.teacher_path")
+    assert store.widths == widths
+    said = f"read side by side, as {' + '.join(map(str, widths))} values of each of the 8 rows"
+    assert (said in caplog.text) == is_told
 
 
 @pytest.mark.parametrize(

@@ -128,7 +128,9 @@ def _about_data(data: EmbeddingDataModule, module: EmbeddingModule) -> dict[str,
         )
     elif known["teacher_width"] is not None:
         origin = "" if data.teacher_embedding_dim else ", taken from the files' sizes"
-        lines["teacher"] = f"width {known['teacher_width']}{origin}"
+        teacher: Any = data.datasets["train"].teacher
+        widths = " + ".join(map(str, teacher.widths))
+        lines["teacher"] = f"width {widths}{origin}"
     lines["global batch"] = (
         f"{sampler.global_batch_size} = {sampler.batch_size} x {sampler.num_ranks} rank(s)"
     )

@@ -67,7 +67,7 @@ class Rows:
         self.prompt: str | None = known["prompts"][0] if len(known["prompts"]) == 1 else None
         self.has_prompts = any(known["prompts"])
         self.queries_digest: str = known["queries_digest"]
-        self._rows_per_file: list[int] = known["rows_per_file"]
+        self.rows_per_file: list[int] = known["rows_per_file"]
 
     def __len__(self) -> int:
         """Return the number of rows."""
@@ -80,7 +80,7 @@ class Rows:
 
     def place(self, row: int) -> str:
         """Return ``file:line`` of a row (counted from 0)."""
-        for path, count in zip(self.paths, self._rows_per_file, strict=True):
+        for path, count in zip(self.paths, self.rows_per_file, strict=True):
             if row < count:
                 return f"{path}:{row + 1}"
             row -= count

@@ -72,9 +72,10 @@ class TeacherStore:
                 or other texts' rows, or values that are not finite or of another type.
         """
         self._maps = [self._open(Path(path), rows, queries_digest) for path in paths]
-        self.width = sum(store.shape[1] for store in self._maps)
+        self.widths = [store.shape[1] for store in self._maps]
+        self.width = sum(self.widths)
         if width is not None and width != self.width:
-            widths = " + ".join(str(store.shape[1]) for store in self._maps)
+            widths = " + ".join(map(str, self.widths))
             raise InputError(
                 f"data.teacher_embedding_dim: found {width}, but {_names(paths)} with {rows} rows "
                 f"hold {widths} = {self.width} values a row"
@@ -312,4 +313,19 @@ def open_teacher(
     stores = [paths] if isinstance(paths, str) else list(paths)
     if not stores:
         raise InputError(f"{key}: expected the teacher's memory map, found an empty list")
-    return TeacherStore(stores, len(rows), width, rows.queries_digest)
+    store = TeacherStore(stores, len(rows), width, rows.queries_digest)
+    _tell_of_one_each(store, stores, rows, key)
+    return store
+
+
+def _tell_of_one_each(store: TeacherStore, stores: Sequence[str], rows: Rows, key: str) -> None:
+    """Warn of memory maps that may be of a file of rows each: by their sizes one cannot tell."""
+    described = any(sidecar_path(Path(path)).exists() for path in stores)
+    sizes = [width * len(rows) for width in store.widths]
+    if described or len(stores) < 2 or sizes != [n * store.width for n in rows.rows_per_file]:
+        return
+    log.warning(
+        "%s: read side by side, as %s values of each of the %s rows; if each has the %d values of "
+        "the rows of one file, write them into one, one after another",
+        *(key, " + ".join(map(str, store.widths)), f"{len(rows):,}", store.width),
+    )
