@@ -1,6 +1,7 @@
 """Say before the first step what was understood."""
 
 import logging
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
