@@ -13,6 +13,7 @@ from embedtune.callbacks.earlier_run import EarlierRun, MetricsFile
 from embedtune.callbacks.end_on_signal import EndOnSignal
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.last_step import LastStep
 from embedtune.callbacks.missed_validation import MissedValidation
 from embedtune.callbacks.one_fit import OneFit
 from embedtune.callbacks.out_of_memory import OutOfMemory
@@ -32,6 +33,7 @@ __all__ = [
     "EndOnSignal",
     "ExportModel",
     "Finite",
+    "LastStep",
     "MetricsFile",
     "MissedValidation",
     "OneFit",

@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -13,7 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-from embedtune.checkpoints.find import LAST, folder_of
+from embedtune.callbacks.last_step import save_last
 from embedtune.distributed import exchange
 
 log = logging.getLogger("embedtune")
@@ -78,18 +77,8 @@ class StopOnSignal(pl.Callback):
         if not number:
             return
         name = signal.Signals(number).name
-        saved = self._save(trainer)
+        saved = save_last(trainer)
         if trainer.is_global_zero:
             on = f"saved {saved}; go on with --ckpt_path last" if saved else "nothing is saved"
             log.warning("%s: stopped after step %s: %s", name, f"{trainer.global_step:,}", on)
         sys.exit(128 + number)
-
-    def _save(self, trainer: pl.Trainer) -> Path | None:
-        folder = folder_of(trainer.checkpoint_callbacks)
-        if folder is None:
-            return None
-        path = folder / LAST
-        if trainer.is_global_zero and path.is_symlink():
-            path.unlink()  # torch's writer would follow it, to the best checkpoint
-        trainer.save_checkpoint(path)
-        return path

@@ -33,7 +33,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     if last not in whole:
         return next(iter(whole), None)
     newer = whole[: whole.index(last)]  # a copied folder has other times
-    return next((path for path in newer if _step(path) > _step(last)), last)
+    return next((path for path in newer if step_of(path) > step_of(last)), last)
 
 
 def _is_whole(path: Path) -> bool:
@@ -43,7 +43,8 @@ def _is_whole(path: Path) -> bool:
     return False
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """Return the optimiser steps that a checkpoint was saved after, -1 of one that is damaged."""
     with contextlib.suppress(InputError):
         return int(read_facts(path).get("global_step", 0))
     return -1

@@ -11,6 +11,7 @@ from embedtune.callbacks.earlier_run import EarlierRun
 from embedtune.callbacks.end_on_signal import EndOnSignal
 from embedtune.callbacks.export_model import ExportModel
 from embedtune.callbacks.finite import Finite
+from embedtune.callbacks.last_step import LastStep
 from embedtune.callbacks.missed_validation import MissedValidation
 from embedtune.callbacks.one_fit import OneFit
 from embedtune.callbacks.out_of_memory import OutOfMemory
@@ -97,7 +98,7 @@ def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Ca
         callbacks += [MissedValidation()]
         callbacks += [Finite(config.skip_nonfinite), StopOnSignal()]
         callbacks += [baseline, summary, Throughput(), *early_stopping(config)]
-        callbacks += [RunReport(summary, baseline)]
+        callbacks += [RunReport(summary, baseline), LastStep()]
         callbacks += [ExportModel(config.save_on_epoch_end, config.num_max_checkpoints)]
         callbacks += [EarlierRun()]
     elif command == "predict":

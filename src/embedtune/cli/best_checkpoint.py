@@ -42,6 +42,7 @@ def keep_the_latest(asked: Any, folder: str) -> ModelCheckpoint:
         every_n_train_steps=asked.every_n_train_steps,
         every_n_epochs=asked.every_n_epochs,
         train_time_interval=asked.train_time_interval,
+        save_on_train_epoch_end=True,  # though an epoch may end without a validation
     )
 
 

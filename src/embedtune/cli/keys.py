@@ -92,6 +92,8 @@ def settle(config: Any) -> None:
         trainer.max_epochs = EPOCHS if trainer.max_steps < 0 else -1
     if checkpoint.monitor:
         keep_the_best(checkpoint)
+    elif checkpoint.save_on_train_epoch_end is None:
+        checkpoint.save_on_train_epoch_end = True  # though an epoch may end without a validation
     checkpoint.mode = checkpoint.mode or "min"
     if trainer.fast_dev_run:
         checkpoint.save_last = False  # the one that Lightning would write, too

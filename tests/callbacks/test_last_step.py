@@ -1,0 +1,52 @@
+"""``last.ckpt`` is of the step that the exported model is of, wherever a fit validates and saves."""
+
+import json
+
+import pytest
+import torch
+from forks import Ranks, embedtune
+from sentence_transformers import SentenceTransformer
+
+from embedtune.checkpoints import last_checkpoint, read_facts
+from embedtune.checkpoints.read import read_weights
+
+WAYS = {
+    "validated every second epoch": (["--trainer.check_val_every_n_epoch=2"], 12),
+    "within epochs": (["--trainer.val_check_interval=3"], 12),
+    "ended within an epoch": (["--trainer.val_check_interval=2", "--trainer.max_steps=7"], 7),
+    "saved by steps": (["--checkpoint.every_n_train_steps=5"], 12),
+    "saved by more steps than there are": (["--checkpoint.every_n_train_steps=50"], 12),
+    "with the best": (
+        ["--checkpoint.monitor=val/loss/loss", "--trainer.val_check_interval=3"],
+        12,
+    ),
+    "a copy": (["--checkpoint.save_last=true", "--checkpoint.every_n_train_steps=5"], 12),
+    "under fsdp": (["--checkpoint.every_n_train_steps=5", "--trainer.strategy=fsdp"], 12),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_last_checkpoint_is_of_the_last_step(tiny_bert, tmp_path, way):
+    flags, steps = WAYS[way]
+    rows = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(16)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        *("fit", f"--model.model_name_or_path={tiny_bert}", "--data.train_path=train.jsonl"),
+        *("--data.val_path={loss: train.jsonl}", "--data.batch_size=4", "--model.lr=1e-2"),
+        *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_epochs=3"),
+        *("--trainer.default_root_dir=run", *flags),
+    ]
+    fit = Ranks(embedtune, command, folder=tmp_path)
+    assert fit.wait() == [0], fit.output()
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert last_checkpoint(last.parent) == last
+    assert read_facts(last)["global_step"] == steps
+    if "monitor" in str(flags):
+        return
+    model = SentenceTransformer(str(tmp_path / "run/model"), device="cpu")
+    exported = model.state_dict()
+    weights = {k.removeprefix("encoder.model."): v for k, v in read_weights(last).items()}
+    assert all(
+        torch.equal(exported[name], value) for name, value in weights.items() if name in exported
+    )
+    assert weights.keys() & exported.keys()
