@@ -1,4 +1,4 @@
-"""``last.ckpt`` is of the step that the exported model is of, wherever a fit validates and saves."""
+"""``last.ckpt`` is of the step that the exported model is of, wherever a fit validates or saves."""
 
 import json
 

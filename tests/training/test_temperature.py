@@ -1,6 +1,7 @@
 """The temperature that follows from how alike texts are to a model."""
 
 import json
+import logging
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -68,14 +69,20 @@ def test_a_given_temperature_and_a_given_loss_are_as_given(tiny_bert, rows):
     assert wrapped.loss.temperature == fit(tiny_bert).loss.temperature != 0.05
 
 
-def test_a_checkpoint_brings_the_temperature_that_it_was_trained_with(tiny_bert, rows):
+def test_a_checkpoint_brings_the_temperature_that_it_was_trained_with(tiny_bert, rows, caplog):
     """Without training rows none could follow, and the loss would be another."""
     model = ["--model.model_name_or_path", str(tiny_bert), "--trainer.accelerator", "cpu"]
     same = [*model, "--data.val_path", "train.jsonl"]
     main(["fit", *same, "--data.train_path", "train.jsonl", "--save_on_epoch_end", "false"])
     checkpoint = torch.load("run/checkpoints/last.ckpt", weights_only=False)
     assert checkpoint["temperatures"]["temperature"] != InfoNCE().temperature
+    caplog.set_level(logging.INFO, logger="embedtune")
+    said = "losses have temperature 0.05: a fit derives others"
+    main(["validate", *same])
+    assert said in caplog.text
+    caplog.clear()
     main(["validate", *same, "--ckpt_path", "last"])
+    assert said not in caplog.text
     measured = json.loads(Path("run/metrics.json").read_text())["metrics"]
     expected = checkpoint["training_facts"]["metrics"]
     assert measured["val/train/loss"] == pytest.approx(expected["val/train/loss"], rel=1e-4)

@@ -334,6 +334,7 @@ class EmbeddingModule(pl.LightningModule):
                 f"model.mrl_dims: expected widths up to the model's {self.encoder.width}, "
                 f"found {widest}"
             )
+        self._settled.tell(self)
         self.evaluation.restart()
 
     on_test_start = on_validation_start

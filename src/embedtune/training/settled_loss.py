@@ -56,14 +56,17 @@ class SettledLoss:
         derive = derived if is_fit else None
         module.loss = choose_loss(module.loss, module.temperature, mrl_dims, module.data, derive)
         self.derived = set(temperatures_of(module.loss)) - given
-        if self._given is not None and self.derived and not module.trainer.ckpt_path:
-            found = ", ".join(f"{k} {v:.3g}" for k, v in temperatures_of(module.loss).items())
-            log.info("losses have %s: a fit derives others, model.temperature gives one", found)
         usual = usual_lr(module.encoder, module.data.format)
         module.lr = usual if module.lr is None else module.lr
         if is_fit:
             self._has_settled = True
             tell_of_far_rate(module.lr, usual)
+
+    def tell(self, module: Any) -> None:
+        """Say with what losses are measured alone, where no checkpoint has brought that of a fit."""
+        if self._given is not None and self.derived and module.is_base:
+            found = ", ".join(f"{k} {v:.3g}" for k, v in temperatures_of(module.loss).items())
+            log.info("losses have %s: a fit derives others, model.temperature gives one", found)
 
     def forget(self, module: Any) -> None:
         """Forget the loss that was chosen to evaluate alone: a fit derives more from its data."""
