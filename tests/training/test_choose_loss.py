@@ -5,13 +5,16 @@ import logging
 import re
 from pathlib import Path
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 
+from embedtune import EmbeddingDataModule, EmbeddingModule
 from embedtune.cli import main
 from embedtune.data.records import Format
 from embedtune.data.rows import Rows
 from embedtune.errors import InputError
+from embedtune.losses import Distillation, ListwiseKL
 from embedtune.training.choose_loss import default_loss
 
 LISTS = [[3.5, -2.0, 0.5], [4.0, -4.0], [1.0, 0.0, 0.0, -1.0]]
@@ -62,6 +65,29 @@ def test_sentence_pairs_take_cosent_at_a_scale_of_the_model(tiny_bert, caplog, f
     fit(tiny_bert)
     (temperature,) = re.findall(r"ListwiseKL\(.*, temperature=([\d.]+)", caplog.text)
     assert float(scale) == pytest.approx(0.25 / (float(temperature) / 2), rel=0.1)
+
+
+def test_a_given_loss_stays_as_it_was_given(tiny_bert):
+    """Widths and what is derived from one's data are none of another module's."""
+    lists, distill = ListwiseKL(), Distillation()
+    for scale in (1, 3):
+        write([[scale * score for score in scores] for scores in LISTS])
+        module = EmbeddingModule(str(tiny_bert), loss=lists)
+        train(module, EmbeddingDataModule("train.jsonl"))
+        derived = ListwiseKL().derive_teacher_temperature(Rows([Path("train.jsonl")]).score_spread)
+        assert module.loss.teacher_temperature == pytest.approx(derived)
+        assert lists.teacher_temperature is None
+    Path("train.jsonl").write_text("".join(f'{{"query": "text {i}"}}\n' for i in range(4)))
+    np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32).tofile("teacher.f32")
+    data = EmbeddingDataModule("train.jsonl", teacher_path="teacher.f32")
+    module = EmbeddingModule(str(tiny_bert), loss=distill, use_mrl=True, mrl_dims=[2, 8])
+    train(module, data)
+    assert (module.loss.mrl_dims, distill.mrl_dims) == ([2, 8], None)
+
+
+def train(module: EmbeddingModule, data: EmbeddingDataModule) -> None:
+    trainer = pl.Trainer(max_steps=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(module, data)
 
 
 def test_a_given_scale_stays(tiny_bert, caplog):

@@ -1,5 +1,6 @@
 """Choose the loss of a run by the format of its data."""
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,8 @@ def choose_loss(
         loss = default_loss(row_format, temperature, of_pairs=of_pairs)
         if temperature is None and derive_temperature and row_format in WITH_ONE:
             _take_temperature(loss, derive_temperature(), row_format)
+    elif isinstance(unwrapped(loss), Distillation | ListwiseKL):
+        loss = copy.deepcopy(loss)  # another module may be given the same, with other data
     _refuse_without_signal(loss, data)
     _settle_teacher_temperature(loss, data)
     if mrl_dims is None:

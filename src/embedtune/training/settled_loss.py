@@ -63,7 +63,7 @@ class SettledLoss:
             tell_of_far_rate(module.lr, usual)
 
     def tell(self, module: Any) -> None:
-        """Say with what losses are measured alone, where no checkpoint has brought that of a fit."""
+        """Say with what losses are measured alone, where no checkpoint has brought a fit's."""
         if self._given is not None and self.derived and module.is_base:
             found = ", ".join(f"{k} {v:.3g}" for k, v in temperatures_of(module.loss).items())
             log.info("losses have %s: a fit derives others, model.temperature gives one", found)
