@@ -1,6 +1,7 @@
 """``last.ckpt`` is of the step that the exported model is of, wherever a fit validates or saves."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -50,3 +51,28 @@ def test_the_last_checkpoint_is_of_the_last_step(tiny_bert, tmp_path, way):
         torch.equal(exported[name], value) for name, value in weights.items() if name in exported
     )
     assert weights.keys() & exported.keys()
+
+
+def test_what_ends_a_fit_early_or_lets_it_train_nothing_is_said(tiny_bert, tmp_path):
+    rows = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        *("fit", f"--model.model_name_or_path={tiny_bert}", "--data.train_path=train.jsonl"),
+        *("--data.batch_size=4", "--trainer.accelerator=cpu", "--save_on_epoch_end=false"),
+    ]
+    timed = [*command, "--trainer.max_epochs=9000", "--trainer.max_time=00:00:00:02"]
+    nothing = "nothing is left to train after step {}: trainer.{}"
+    said = []
+    for arguments in (
+        [*timed, "--trainer.default_root_dir=timed"],
+        [*timed, "--trainer.default_root_dir=timed", "--ckpt_path=last"],
+        [*command, "--trainer.max_epochs=1"],
+        [*command, "--trainer.max_epochs=1", "--ckpt_path=last"],
+    ):
+        fit = Ranks(embedtune, arguments, folder=tmp_path)
+        assert fit.wait() == [0], fit.output()
+        said.append(fit.output())
+    (steps,) = re.findall(r"trainer.max_time: the fit ends after step ([\d,]+) of 18,000", said[0])
+    assert nothing.format(steps, "max_time, which counts the time before too") in said[1]
+    assert "nothing is left" not in said[0] + said[2]
+    assert nothing.format(2, "max_epochs or max_steps is reached") in said[3]

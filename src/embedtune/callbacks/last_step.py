@@ -1,11 +1,16 @@
 """Save the last step of a fit, wherever it ends."""
 
+import logging
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Timer
 
 from embedtune.checkpoints.find import LAST, folder_of, step_of
+from embedtune.training.module import EmbeddingModule
+
+log = logging.getLogger("embedtune")
 
 
 def save_last(trainer: pl.Trainer) -> Path | None:
@@ -26,11 +31,27 @@ def save_last(trainer: pl.Trainer) -> Path | None:
 class LastStep(pl.Callback):
     """Let ``last.ckpt`` be of the last step, before the model of that is exported.
 
-    ``checkpoint.every_n_train_steps`` and the like may have saved an earlier one last.
+    ``checkpoint.every_n_train_steps`` and the like may have saved an earlier one last. It also says
+    what ends a fit before its time, or lets it train nothing at all.
     """
+
+    def __init__(self) -> None:
+        """Have trained nothing yet."""
+        self._trains = False
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget the fit before."""
+        self._trains = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Know that something is left to train."""
+        self._trains = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save it where it is not saved."""
+        if _is_time_up(trainer):
+            steps = f"{trainer.global_step:,} of {cast(EmbeddingModule, pl_module).num_steps:,}"
+            log.warning("trainer.max_time: the fit ends after step %s", steps)
         folder = folder_of(trainer.checkpoint_callbacks)
         if folder is None or cast(Any, trainer).fast_dev_run:
             return
@@ -38,3 +59,17 @@ class LastStep(pl.Callback):
         is_older = last.exists() and step_of(last) < trainer.global_step
         if trainer.strategy.broadcast(is_older):
             save_last(trainer)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say why a fit that goes on has trained nothing."""
+        if self._trains or trainer.ckpt_path is None:
+            return
+        why = "trainer.max_epochs or max_steps is reached"
+        if _is_time_up(trainer):
+            why = "trainer.max_time, which counts the time before too, is used up"
+        log.warning("nothing is left to train after step %s: %s", f"{trainer.global_step:,}", why)
+
+
+def _is_time_up(trainer: Any) -> bool:
+    timers = (callback for callback in trainer.callbacks if isinstance(callback, Timer))
+    return any((timer.time_remaining() or 1) <= 0 for timer in timers)
