@@ -107,7 +107,7 @@ def test_what_is_best_is_what_was_measured(tiny_bert, caplog):
         read_facts(next(Path("run/checkpoints").glob(f"{name}*.ckpt"))) for name in ("best", "last")
     )
     assert best["training_facts"]["metrics"][MONITOR] == pytest.approx(max(curve("run")))
-    assert last["global_step"] == 15
+    assert last["global_step"] == 16
 
 
 def test_a_fit_that_was_ended_early_trains_no_more(tiny_bert, caplog):
