@@ -16,6 +16,7 @@ from embedtune.checkpoints.read import read_facts
 from embedtune.data.beir import RetrievalSet
 from embedtune.evaluation.intervals import Interval
 from embedtune.reports.changes import Comparison
+from embedtune.reports.curves import last_validation, read_curves
 from embedtune.reports.report import report_path, write_report
 from embedtune.training.facts import monitored
 from embedtune.training.module import EmbeddingModule
@@ -89,8 +90,12 @@ class RunReport(pl.Callback):
         if keeper is not None:
             facts = read_facts(Path(keeper.best_model_path))["training_facts"]
             metrics, intervals = facts["metrics"], facts.get("intervals") or {}
-        told = choice(trainer).said
-        self._write(trainer, module, told, metrics, intervals, self._found)
+        told, found = choice(trainer).said, self._found
+        if not metrics and (missing := _not_measured(trainer, module)):
+            log.info(missing)
+            # What was found is of another step.
+            told, found = f"{told}. {missing[0].upper()}{missing[1:]}", {}
+        self._write(trainer, module, told, metrics, intervals, found)
         log.info("wrote %s", Path(trainer.default_root_dir) / "report.html")
 
     def _write(
@@ -125,3 +130,13 @@ class RunReport(pl.Callback):
             monitor=monitored(trainer),
             base_width=self.baseline.width,
         )
+
+
+def _not_measured(trainer: pl.Trainer, module: EmbeddingModule) -> str:
+    """Tell that the model at the end was not measured; nothing where no set ever was."""
+    measured = last_validation(read_curves(Path(trainer.default_root_dir)))
+    last = max(measured, module.measured_after)
+    if not (last or module.base_metrics):
+        return ""
+    after = f"the last validation came after step {last:,}" if last else "no validation came"
+    return f"this model was not measured: {after}"

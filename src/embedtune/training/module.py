@@ -322,6 +322,11 @@ class EmbeddingModule(pl.LightningModule):
         return measured.metrics if measured.step == self.trainer.global_step else {}
 
     @property
+    def measured_after(self) -> int:
+        """After which step something was last measured; 0 where nothing is known of that."""
+        return self._measured.step if self._measured.metrics else 0
+
+    @property
     def intervals(self) -> dict[str, Interval]:
         """In which interval each of these metrics lies above the base model's, where known."""
         return self._measured.intervals if self.metrics else {}

@@ -1,0 +1,87 @@
+"""report.html of real fits: what was measured, after which step, and why the fit ended."""
+
+import json
+import re
+import signal
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from embedtune.cli import main
+from embedtune.reports.curves import read_curves
+
+METRIC = "val/sts/spearman"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("train.jsonl", [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(20)])
+    texts = [f"{'abcdefgh'[i % 8]} {i * 7 % 5} {'xyz'[i % 3]}" for i in range(24)]
+    pairs = [
+        {"query": t, "pos": [texts[(5 * i) % 24]], "scores": [i * 7 % 11]}
+        for i, t in enumerate(texts)
+    ]
+    write("sts.jsonl", pairs)
+
+
+def write(path: str, rows: list[dict]) -> None:
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def fit(model, *more: str) -> None:
+    """Run a fit of 10 batches an epoch."""
+    given = {
+        "model.model_name_or_path": model,
+        "model.lr": 1e-2,
+        "data.train_path": "train.jsonl",
+        "data.val_path.sts": "sts.jsonl",
+        "data.batch_size": 2,
+        "trainer.default_root_dir": "run",
+        "trainer.accelerator": "cpu",
+        "trainer.precision": "32-true",
+        "trainer.enable_progress_bar": False,
+        "trainer.max_epochs": 1,
+        "save_on_epoch_end": False,
+        "log_with": "csv",
+    }
+    main(["fit", *(f"--{name}={value}" for name, value in given.items()), *more])
+
+
+def report() -> str:
+    """Return the words of the report, and what its charts tell those who do not see them."""
+    html = Path("run/report.html").read_text("utf-8")
+    html = re.sub(r"<style>.*?</style>", "", html, flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]+>", " ", html)).split())
+
+
+def validated() -> list[int]:
+    """Return after which steps the chart has points, but for the base model's."""
+    return [step for step in read_curves(Path("run"))[METRIC] if step]
+
+
+# --- A last step without a validation -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "last"),
+    [
+        (("--trainer.max_epochs=-1", "--trainer.max_steps=14"), 10),
+        (("--trainer.val_check_interval=4",), 8),
+        (("--trainer.check_val_every_n_epoch=2", "--trainer.max_epochs=3"), 20),
+    ],
+)
+def test_what_was_measured_stays_where_the_last_step_was_not(tiny_bert, more, last):
+    fit(tiny_bert, *more)
+    text = report()
+    assert "No verdict: this model was not measured" in text
+    assert "No set was evaluated" not in text
+    assert f"This model was not measured: the last validation came after step {last}" in text
+    assert re.search(r"sts Spearman not measured -?[.\d]+ → – –", text.replace("−", "-"))
+    assert re.search(rf"at step 0 to \S+ at step {last}\b", text)
+
+
+def test_without_any_validation_the_base_model_stands_alone(tiny_bert):
+    fit(tiny_bert, "--trainer.max_steps=3")
+    assert "This model was not measured: no validation came" in report()
