@@ -7,6 +7,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from told_losses import told
 
 from embedtune.cli import main
 from embedtune.reports.curves import read_curves
@@ -85,3 +86,20 @@ def test_what_was_measured_stays_where_the_last_step_was_not(tiny_bert, more, la
 def test_without_any_validation_the_base_model_stands_alone(tiny_bert):
     fit(tiny_bert, "--trainer.max_steps=3")
     assert "This model was not measured: no validation came" in report()
+
+
+# --- Steps of the chart ---------------------------------------------------------------------
+
+
+def test_a_validation_lies_at_the_steps_that_were_done_before_it(tiny_bert):
+    """Also in the middle of accumulated batches, where no step has just ended."""
+    every = ("--trainer.val_check_interval=5", "--trainer.accumulate_grad_batches=3")
+    fit(tiny_bert, *every, "--trainer.max_epochs=2")
+    assert validated() == [1, 4, 5, 8]
+
+
+def test_so_does_one_before_the_first_step_of_a_run_that_goes_on(tiny_bert):
+    with pytest.raises(SystemExit):
+        fit(tiny_bert, *told(9, signal.SIGTERM))
+    fit(tiny_bert, "--ckpt_path=last", "--trainer.max_epochs=2")
+    assert validated() == [10, 20]

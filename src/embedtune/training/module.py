@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -374,8 +375,23 @@ class EmbeddingModule(pl.LightningModule):
         metrics = self.evaluation.collect(self.widths, self.device, compared_by)
         intervals = self.evaluation.intervals(self.base_per_query)
         self._measured = Validation(self.trainer.global_step, metrics, intervals)
+        is_fit = self.trainer.state.fn == TrainerFn.FITTING
         for name, value in metrics.items():
-            self.log(name, value, prog_bar=name.endswith("/loss"), batch_size=1)
+            is_shown = name.endswith("/loss")
+            self.log(name, value, prog_bar=is_shown, logger=not is_fit, batch_size=1)
+        if is_fit:
+            self._log_after_step(metrics)
+
+    def _log_after_step(self, metrics: dict[str, float]) -> None:
+        """Log at the last step that was done, counted from 0 as Lightning counts.
+
+        Its own count is that of the next step where no step has just ended: in the middle of
+        accumulated batches, and before the first step of a run that goes on.
+        """
+        for logger in self.trainer.loggers:
+            row = {**metrics, "epoch": self.trainer.current_epoch}
+            logger.log_metrics(row, step=self.trainer.global_step - 1)
+            logger.save()
 
     on_test_epoch_end = on_validation_epoch_end
 
