@@ -59,7 +59,7 @@ def report() -> str:
 
 def validated() -> list[int]:
     """Return after which steps the chart has points, but for the base model's."""
-    return [step for step in read_curves(Path("run"))[METRIC] if step]
+    return [step for step in read_curves(Path("run")).get(METRIC, {}) if step]
 
 
 # --- A last step without a validation -------------------------------------------------------
@@ -103,3 +103,26 @@ def test_so_does_one_before_the_first_step_of_a_run_that_goes_on(tiny_bert):
         fit(tiny_bert, *told(9, signal.SIGTERM))
     fit(tiny_bert, "--ckpt_path=last", "--trainer.max_epochs=2")
     assert validated() == [10, 20]
+
+
+# --- Other data than before -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(2, [10, 15, 20]), (1, [])])
+def test_the_chart_has_no_values_of_old_data(tiny_bert, epochs, expected):
+    """Also where nothing is left to train; where there is, the place gone on from is measured."""
+    every = "--trainer.val_check_interval=5"
+    fit(tiny_bert, every, "--data.val_path.old=train.jsonl")
+    assert validated() == [5, 10]
+    rows = Path("sts.jsonl").read_text().splitlines(keepends=True)
+    Path("sts.jsonl").write_text("".join(rows[:9]))
+    more = ("--data.val_path.old=train.jsonl", "--ckpt_path=last")
+    fit(tiny_bert, every, f"--trainer.max_epochs={epochs}", *more)
+    assert validated() == expected
+    curves = read_curves(Path("run"))
+    assert list(curves["val/old/loss"]) == [0, 5, *(expected or [10])]
+    assert len(curves["train/loss"]) == 10 * epochs
+    if expected:
+        text = report().replace("−", "-")
+        base, start = re.search(r"sts Spearman .*? (\S+) → .*? (\S+) at step 0 to", text).groups()
+        assert float(base) == pytest.approx(float(start), abs=1e-3)

@@ -328,6 +328,15 @@ def test_curves_start_at_the_base_model(tmp_path):
     assert "loss: 1 at step 1 to 1 at step 4" in html
 
 
+def test_they_start_there_whatever_the_file_has_at_step_0(tmp_path):
+    write_csv(
+        tmp_path / "metrics.csv",
+        {"step": 0, "val/scifact/ndcg@10": 0.1},
+        {"epoch": 0, "step": 3, "val/scifact/ndcg@10": 0.7},
+    )
+    assert "384: .645 at step 0 to .7 at step 4" in write(tmp_path)
+
+
 def test_all_that_is_logged_of_training_is_drawn(tmp_path):
     parts = ["loss", "loss/384", "loss/64", "cosine", "lr"]
     speed = ["examples_per_s", "padding_efficiency", "input_wait"]

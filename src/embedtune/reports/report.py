@@ -185,7 +185,11 @@ class SetReport(NamedTuple):
         y = Axis(TITLES.get(self.main, self.main))
         base, curves = self.base.get(self.main, {}), self.curves.get(self.main, {})
         start = {width: {0: value} for width, value in base.items()}
-        over_steps = {width_name(w): start.get(w, {}) | curve for w, curve in curves.items()}
+        # What was measured of the base model wins over what the file has at step 0.
+        over_steps = {
+            width_name(w): {**start.get(w, {}), **curve, **start.get(w, {})}
+            for w, curve in curves.items()
+        }
         trained = self.trained.get(self.main, {})
         sides = zip(("base", "trained"), (base, trained), self.own_widths, strict=True)
         by_width = {

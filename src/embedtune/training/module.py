@@ -149,6 +149,7 @@ class EmbeddingModule(pl.LightningModule):
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
         self.base_per_query: dict[str, PerQuery] = {}
+        self.changed_sets: list[str] = []  # since the checkpoint that a fit goes on from
         self._measured = Validation(-1, {}, {})
         self._start, self._place, self._step_means = Place(), Place(), StepMeans()
         self.compiles, self.grad_cache, self._cache = compile, grad_cache, GradientCache()
@@ -184,7 +185,7 @@ class EmbeddingModule(pl.LightningModule):
         device = strategy.root_device
         if stage == "fit":
             self._start = self._place = Place()  # not those of a fit before
-            self._measured = Validation(-1, {}, {})
+            self._measured, self.changed_sets = Validation(-1, {}, {}), []
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
             prepare_training(self.encoder)
             if self.trainer.max_steps < 0:
@@ -444,7 +445,7 @@ class EmbeddingModule(pl.LightningModule):
         if self._trainer is not None and self.trainer.training:
             before = go_on(checkpoint, self.trainer, self.data)
             self._start = self._place = before.place
-            self._measured = before.measured
+            self._measured, self.changed_sets = before.measured, before.changed_sets
             self.base_metrics = {**before.base_losses, **self.base_metrics}
             base = self._kept_spec().model_name_or_path
             tell_of_another_base(checkpoint["encoder_spec"], base)
