@@ -126,3 +126,23 @@ def test_the_chart_has_no_values_of_old_data(tiny_bert, epochs, expected):
         text = report().replace("−", "-")
         base, start = re.search(r"sts Spearman .*? (\S+) → .*? (\S+) at step 0 to", text).groups()
         assert float(base) == pytest.approx(float(start), abs=1e-3)
+
+
+# --- Ends before the last step --------------------------------------------------------------
+
+
+def test_early_stopping_says_when_and_why_it_ends_a_fit(tiny_bert, caplog):
+    patient = (f"--checkpoint.monitor={METRIC}", "--early_stopping_patience=1", "--model.lr=1e-12")
+    with caplog.at_level("INFO", logger="embedtune"):
+        fit(tiny_bert, *patient, "--trainer.max_epochs=6")
+    why = "early stopping has ended this fit after step 20 of 60: 1 validation without a better"
+    assert caplog.text.count(f"{why} {METRIC} than ") == 1
+    assert why.capitalize() in report()
+    fit(tiny_bert, *patient, "--trainer.max_epochs=6", "--ckpt_path=last")
+    assert why.capitalize() in report()
+
+
+def test_a_fit_that_trained_all_its_steps_was_not_ended_by_it(tiny_bert, caplog):
+    patient = (f"--checkpoint.monitor={METRIC}", "--early_stopping_patience=1", "--model.lr=1e-12")
+    fit(tiny_bert, *patient, "--trainer.max_epochs=2")
+    assert "arly stopping" not in caplog.text + report()

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.best_model import best_keeper, choice
+from embedtune.callbacks.early_stopping import EarlyStopping
 from embedtune.callbacks.run_summary import RunSummary
 from embedtune.checkpoints.read import read_facts
 from embedtune.data.beir import RetrievalSet
@@ -94,7 +95,10 @@ class RunReport(pl.Callback):
         if not metrics and (missing := _not_measured(trainer, module)):
             log.info(missing)
             # What was found is of another step.
-            told, found = f"{told}. {missing[0].upper()}{missing[1:]}", {}
+            told, found = _and(told, missing), {}
+        for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, EarlyStopping):
+                told = _and(told, callback.said)
         self._write(trainer, module, told, metrics, intervals, found)
         log.info("wrote %s", Path(trainer.default_root_dir) / "report.html")
 
@@ -130,6 +134,10 @@ class RunReport(pl.Callback):
             monitor=monitored(trainer),
             base_width=self.baseline.width,
         )
+
+
+def _and(told: str, more: str) -> str:
+    return f"{told}. {more[0].upper()}{more[1:]}" if more else told
 
 
 def _not_measured(trainer: pl.Trainer, module: EmbeddingModule) -> str:
