@@ -146,3 +146,18 @@ def test_a_fit_that_trained_all_its_steps_was_not_ended_by_it(tiny_bert, caplog)
     patient = (f"--checkpoint.monitor={METRIC}", "--early_stopping_patience=1", "--model.lr=1e-12")
     fit(tiny_bert, *patient, "--trainer.max_epochs=2")
     assert "arly stopping" not in caplog.text + report()
+
+
+@pytest.mark.parametrize(
+    ("at", "measured"),
+    [(7, "What is shown was measured after step 5"), (2, "was not measured: no validation came")],
+)
+def test_a_fit_that_a_signal_has_stopped_is_not_called_running(tiny_bert, at, measured):
+    with pytest.raises(SystemExit) as caught:
+        fit(tiny_bert, *told(at, signal.SIGTERM), "--trainer.val_check_interval=5")
+    assert caught.value.code == 143
+    text = report()
+    stopped = f"SIGTERM: stopped after step {at + 1}: saved run/checkpoints/last.ckpt; go on with"
+    assert f"{stopped} --ckpt_path last. " in text
+    assert measured in text
+    assert "is running" not in text

@@ -324,9 +324,9 @@ class EmbeddingModule(pl.LightningModule):
         return measured.metrics if measured.step == self.trainer.global_step else {}
 
     @property
-    def measured_after(self) -> int:
-        """After which step something was last measured; 0 where nothing is known of that."""
-        return self._measured.step if self._measured.metrics else 0
+    def last_measured(self) -> Validation:
+        """What was last measured, whatever was trained since; no metrics: nothing is known."""
+        return self._measured
 
     @property
     def intervals(self) -> dict[str, Interval]:
