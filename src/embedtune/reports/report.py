@@ -77,17 +77,7 @@ def write_report(
     own_widths = base_width or width, width
     # A wider base model has other metrics at the trained one's full width than at its own.
     full = WHOLE if own_widths[0] > width else width
-    before, after, between, over_steps = (arrange(metrics, full) for metrics in given)
-    queries = {comparison.name: compare_queries(comparison) for comparison in comparisons}
-    # Without values of the model, all that was ever measured is worth a look.
-    names = dict.fromkeys([*after, *before, *(() if after else over_steps)])
-    sets = [
-        SetReport(
-            n, before[n], after[n], between[n], over_steps[n], queries.get(n), full, own_widths
-        )
-        for n in names
-    ]
-    sets.sort(key=lambda one: one.main not in TITLES)  # losses last
+    sets = _sets([arrange(metrics, full) for metrics in given], comparisons, full, own_widths)
     text = (importlib.resources.files("embedtune.reports") / "report.html.jinja").read_text("utf-8")
     blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
@@ -114,6 +104,24 @@ def write_report(
     path = report_path(folder)
     write_text(path, page)
     return path
+
+
+def _sets(
+    arranged: Sequence[Mapping[str, ByWidth]],
+    comparisons: Sequence[Comparison],
+    full: int,
+    own_widths: tuple[int, int],
+) -> list["SetReport"]:
+    base, trained, _, curves = arranged
+    queries = {comparison.name: compare_queries(comparison) for comparison in comparisons}
+    # Without values of the model, all that was ever measured is worth a look.
+    names = dict.fromkeys([*trained, *base, *(() if trained else curves)])
+    own = {name: [one.get(name, {}) for one in arranged] for name in names}
+    sets = [
+        SetReport(name, before, after, ends, over_steps, queries.get(name), full, own_widths)
+        for name, (before, after, ends, over_steps) in own.items()
+    ]
+    return sorted(sets, key=lambda one: one.main not in TITLES)  # losses last
 
 
 def _verdict(sets: Sequence["SetReport"], monitor: str | None, full: int) -> str:
