@@ -328,6 +328,15 @@ def test_curves_start_at_the_base_model(tmp_path):
     assert "loss: 1 at step 1 to 1 at step 4" in html
 
 
+def test_they_start_there_whatever_the_file_has_at_step_0(tmp_path):
+    write_csv(
+        tmp_path / "metrics.csv",
+        {"step": 0, "val/scifact/ndcg@10": 0.1},
+        {"epoch": 0, "step": 3, "val/scifact/ndcg@10": 0.7},
+    )
+    assert "384: .645 at step 0 to .7 at step 4" in write(tmp_path)
+
+
 def test_all_that_is_logged_of_training_is_drawn(tmp_path):
     parts = ["loss", "loss/384", "loss/64", "cosine", "lr"]
     speed = ["examples_per_s", "padding_efficiency", "input_wait"]
@@ -352,6 +361,32 @@ def test_what_is_missing_is_said(tmp_path):
     assert "There is no loss to draw" in text
     assert "config.yaml is not in the run folder" in text
     assert "No set was evaluated" in words(write(tmp_path, base={}, trained={}))
+
+
+def test_a_model_that_was_not_measured_leaves_the_base_model_and_the_curves(tmp_path):
+    write_csv(
+        tmp_path / "metrics.csv",
+        {"epoch": 0, "step": 3, "val/scifact/ndcg@10": 0.9, "val/pairs/loss": 1.5},
+    )
+    comparison = Comparison("scifact", retrieval_set(2), found(None, 1), found(1, 4))
+    given = {"trained": {}, "intervals": {}, "monitor": "val/scifact/ndcg@10"}
+    html = write(tmp_path, **given)
+    text = words(html)
+    assert "<h1>No verdict: this model was not measured</h1>" in html
+    assert "scifact nDCG@10 not measured .645 → – –" in text
+    assert "pairs loss not measured – → –" in text
+    assert "384: .645 at step 0 to .9 at step 4" in html
+    assert "base: .5 at dimensions 32 to .645 at dimensions 384" in html
+    assert "trained: " not in html
+    assert "Rose most" not in text
+    assert "Rose most" in words(write(tmp_path, comparisons=[comparison]))
+
+
+def test_a_set_that_the_best_model_was_not_measured_on_is_shown(tmp_path):
+    base = {"val/scifact/ndcg@10": 0.645, "val/b/ndcg@10": 0.3}
+    text = words(write(tmp_path, base=base, trained={"val/scifact/ndcg@10": 0.7}))
+    assert "Better on scifact, not measured on b" in text
+    assert "b nDCG@10 not measured .300 → – –" in text
 
 
 def test_a_base_model_without_the_wide_widths_leaves_them_open(tmp_path):

@@ -6,7 +6,7 @@ A fit that is refused before its first step, or tries one batch alone, leaves ev
 import glob
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -55,19 +55,22 @@ class MetricsFile(CSVLogger):
             self._held.append((metrics, step))
 
     @rank_zero_only
-    def start(self, step: int) -> None:
+    def start(self, step: int, changed_sets: Sequence[str] = ()) -> None:
         """Rename the file of an earlier run, and write the rows held back.
 
         Args:
             step: Steps of that run which this one goes on from; what it tells of them comes first.
+            changed_sets: What it tells of these is left out: it was measured on other data.
         """
         if self._held is None:
             return
         earlier = _set_aside(Path(self.save_dir) / "metrics.csv")
         held, self._held = self._held, None
+        begins = tuple(f"{name}/" for name in changed_sets)
         for row in read_rows(earlier) if earlier and step else ():
-            if row.step < step:
-                self.log_metrics(row.values, row.step)
+            values = {name: v for name, v in row.values.items() if not name.startswith(begins)}
+            if row.step < step and values.keys() - {"epoch"}:
+                self.log_metrics(values, row.step)
         self.save()  # before a kill could leave less than there was
         for metrics, at in held:
             self.log_metrics(metrics, at)
@@ -92,21 +95,32 @@ class EarlierRun(pl.Callback):
         self._has_begun = True
         if cast(Any, trainer).fast_dev_run:
             return
-        step = cast(EmbeddingModule, pl_module).place.step if goes_on_here(trainer) else 0
-        for logger in trainer.loggers:
-            if isinstance(logger, MetricsFile):
-                logger.start(step)
+        _start_files(trainer, cast(EmbeddingModule, pl_module))
         self._keep_earlier(trainer)
         trainer.strategy.barrier()
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Rename it for a fit that had nothing left to train, too."""
-        if not self._has_begun:
-            self._keep_earlier(trainer)
+        """Rename it for a fit that had nothing left to train, too.
+
+        Its metrics stay, but for those that were measured on other data.
+        """
+        if self._has_begun:
+            return
+        module = cast(EmbeddingModule, pl_module)
+        if module.changed_sets and goes_on_here(trainer) and not cast(Any, trainer).fast_dev_run:
+            _start_files(trainer, module)
+        self._keep_earlier(trainer)
 
     def _keep_earlier(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero and not goes_on_here(trainer):
             _keep_earlier(Path(trainer.default_root_dir), set(_places(trainer)))
+
+
+def _start_files(trainer: pl.Trainer, module: EmbeddingModule) -> None:
+    step = module.place.step if goes_on_here(trainer) else 0
+    for logger in trainer.loggers:
+        if isinstance(logger, MetricsFile):
+            logger.start(step, module.changed_sets)
 
 
 def goes_on_here(trainer: pl.Trainer) -> bool:

@@ -53,7 +53,8 @@ class LastStep(pl.Callback):
             steps = f"{trainer.global_step:,} of {cast(EmbeddingModule, pl_module).num_steps:,}"
             log.warning("trainer.max_time: the fit ends after step %s", steps)
         folder = folder_of(trainer.checkpoint_callbacks)
-        if folder is None or cast(Any, trainer).fast_dev_run:
+        keeps = any(getattr(keeper, "save_last", None) for keeper in trainer.checkpoint_callbacks)
+        if folder is None or not keeps or cast(Any, trainer).fast_dev_run:
             return
         last = folder / LAST
         is_older = last.exists() and step_of(last) < trainer.global_step

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.best_model import best_keeper, choice
+from embedtune.callbacks.early_stopping import EarlyStopping
 from embedtune.callbacks.run_summary import RunSummary
+from embedtune.callbacks.stop_on_signal import StopOnSignal
 from embedtune.checkpoints.read import read_facts
 from embedtune.data.beir import RetrievalSet
 from embedtune.evaluation.intervals import Interval
 from embedtune.reports.changes import Comparison
+from embedtune.reports.curves import last_validation, read_curves
 from embedtune.reports.report import report_path, write_report
 from embedtune.training.facts import monitored
 from embedtune.training.module import EmbeddingModule
@@ -82,6 +85,25 @@ class RunReport(pl.Callback):
         self.summary.collect(trainer, module)
         self._write_end(trainer, module)
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Write that a signal has stopped the fit, which the last report calls running."""
+        said = [c.said for c in cast(Any, trainer).callbacks if isinstance(c, StopOnSignal)]
+        if not any(said) or cast(Any, trainer).fast_dev_run:
+            return
+        module = cast(EmbeddingModule, pl_module)
+        last, found = module.last_measured, module.evaluation.found
+        if not last.metrics:
+            more = _not_measured(trainer, module)
+        else:
+            more = f"what is shown was measured after step {last.step:,}"
+        told = _and("".join(said), more)
+        try:
+            self._write(trainer, module, told, last.metrics, last.intervals, found)
+        except OSError as error:  # the exit code is to tell of the signal
+            log.warning("the report is not of the last step: %s", error)
+
     def _write_end(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
         if not trainer.is_global_zero:
             return
@@ -89,8 +111,15 @@ class RunReport(pl.Callback):
         if keeper is not None:
             facts = read_facts(Path(keeper.best_model_path))["training_facts"]
             metrics, intervals = facts["metrics"], facts.get("intervals") or {}
-        told = choice(trainer).said
-        self._write(trainer, module, told, metrics, intervals, self._found)
+        told, found = choice(trainer).said, self._found
+        if not metrics and (missing := _not_measured(trainer, module)):
+            log.info(missing)
+            # What was found is of another step.
+            told, found = _and(told, missing), {}
+        for callback in cast(Any, trainer).callbacks:
+            if isinstance(callback, EarlyStopping):
+                told = _and(told, callback.said)
+        self._write(trainer, module, told, metrics, intervals, found)
         log.info("wrote %s", Path(trainer.default_root_dir) / "report.html")
 
     def _write(
@@ -125,3 +154,18 @@ class RunReport(pl.Callback):
             monitor=monitored(trainer),
             base_width=self.baseline.width,
         )
+
+
+def _and(told: str, more: str) -> str:
+    return f"{told}. {more[0].upper()}{more[1:]}" if more else told
+
+
+def _not_measured(trainer: pl.Trainer, module: EmbeddingModule) -> str:
+    """Tell that the model at the end was not measured; nothing where no set ever was."""
+    measured = last_validation(read_curves(Path(trainer.default_root_dir)))
+    own = module.last_measured
+    last = max(measured, own.step if own.metrics else 0)
+    if not (last or module.base_metrics):
+        return ""
+    after = f"the last validation came after step {last:,}" if last else "no validation came"
+    return f"this model was not measured: {after}"

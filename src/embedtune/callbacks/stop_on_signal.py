@@ -30,11 +30,14 @@ class StopOnSignal(pl.Callback):
     """Finish the step, save ``last.ckpt``, say how to go on, and exit with 128 + the signal.
 
     A signal to any rank stops all; a second one to this process ends it at once.
+
+    Attributes:
+        said: What it has said of that; empty as long as no signal has stopped the fit.
     """
 
     def __init__(self) -> None:
         """Start without a signal."""
-        self._received = 0
+        self._received, self.said = 0, ""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Keep Lightning from saving within a signal of SLURM, in the middle of a step."""
@@ -47,7 +50,7 @@ class StopOnSignal(pl.Callback):
 
         Lightning gives all of them back when a fit ends, however it ends.
         """
-        self._received = 0
+        self._received, self.said = 0, ""
         if not takes_signals():
             log.info("signals: none stops this fit, for it runs in a thread that cannot take them")
             return
@@ -78,7 +81,8 @@ class StopOnSignal(pl.Callback):
             return
         name = signal.Signals(number).name
         saved = save_last(trainer)
+        on = f"saved {saved}; go on with --ckpt_path last" if saved else "nothing is saved"
+        self.said = f"{name}: stopped after step {trainer.global_step:,}: {on}"
         if trainer.is_global_zero:
-            on = f"saved {saved}; go on with --ckpt_path last" if saved else "nothing is saved"
-            log.warning("%s: stopped after step %s: %s", name, f"{trainer.global_step:,}", on)
+            log.warning(self.said)
         sys.exit(128 + number)

@@ -11,7 +11,7 @@ from embedtune.evaluation import intervals
 from embedtune.evaluation.intervals import Interval, outcome
 from embedtune.evaluation.metrics import ndcg
 
-OUTCOMES = (*intervals.OUTCOMES, "not compared", "no verdict")
+OUTCOMES = (*intervals.OUTCOMES, "not compared", "not measured", "no verdict")
 
 MAX_QUERIES = 6  # that rose most, and as many that fell most
 
@@ -54,6 +54,8 @@ class Change(NamedTuple):
     @property
     def outcome(self) -> str:
         """One of :data:`OUTCOMES`."""
+        if self.trained is None:
+            return "not measured"
         if self.difference is None or math.isnan(self.difference):
             return "not compared"
         return outcome(self.interval) if self.is_score else "no verdict"

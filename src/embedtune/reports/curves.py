@@ -48,6 +48,12 @@ def read_curves(folder: Path) -> dict[str, dict[int, float]]:
     return curves
 
 
+def last_validation(curves: Mapping[str, Mapping[int, float]]) -> int:
+    """Return the last step after which curves have a value of ``data.val_path``, 0 for none."""
+    validated = [curve for name, curve in curves.items() if name.startswith("val/")]
+    return max((step for curve in validated for step in curve), default=0)
+
+
 def width_name(width: int) -> str:
     """Return how a width is called.
 

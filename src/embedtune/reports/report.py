@@ -63,7 +63,8 @@ def write_report(
         facts: What the run understood, a text a label.
         base: The base model's metrics, ``val/<set>/<metric>`` at its full width and
             ``val/<set>/<metric>/<width>``; some or all may be missing.
-        trained: The same of the model in ``folder/model``.
+        trained: The same of the model in ``folder/model``; empty where it was not measured, and
+            then the base's values and the curves are shown alone.
         width: Full width of the trained model.
         model_note: A sentence that tells which model that is.
         comparisons: What both find in the retrieval test sets.
@@ -76,15 +77,7 @@ def write_report(
     own_widths = base_width or width, width
     # A wider base model has other metrics at the trained one's full width than at its own.
     full = WHOLE if own_widths[0] > width else width
-    before, after, between, over_steps = (arrange(metrics, full) for metrics in given)
-    queries = {comparison.name: compare_queries(comparison) for comparison in comparisons}
-    sets = [
-        SetReport(
-            n, before[n], metrics, between[n], over_steps[n], queries.get(n), full, own_widths
-        )
-        for n, metrics in after.items()
-    ]
-    sets.sort(key=lambda one: one.main not in TITLES)  # losses last
+    sets = _sets([arrange(metrics, full) for metrics in given], comparisons, full, own_widths)
     text = (importlib.resources.files("embedtune.reports") / "report.html.jinja").read_text("utf-8")
     blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True}
     template = jinja2.Template(text, autoescape=True, undefined=jinja2.StrictUndefined, **blocks)
@@ -113,9 +106,29 @@ def write_report(
     return path
 
 
+def _sets(
+    arranged: Sequence[Mapping[str, ByWidth]],
+    comparisons: Sequence[Comparison],
+    full: int,
+    own_widths: tuple[int, int],
+) -> list["SetReport"]:
+    base, trained, _, curves = arranged
+    queries = {comparison.name: compare_queries(comparison) for comparison in comparisons}
+    # Without values of the model, all that was ever measured is worth a look.
+    names = dict.fromkeys([*trained, *base, *(() if trained else curves)])
+    own = {name: [one.get(name, {}) for one in arranged] for name in names}
+    sets = [
+        SetReport(name, before, after, ends, over_steps, queries.get(name), full, own_widths)
+        for name, (before, after, ends, over_steps) in own.items()
+    ]
+    return sorted(sets, key=lambda one: one.main not in TITLES)  # losses last
+
+
 def _verdict(sets: Sequence["SetReport"], monitor: str | None, full: int) -> str:
+    if not any(one.trained for one in sets):
+        return "No verdict: this model was not measured"
     outcomes = {
-        one.name: {w: one.at(one.main, w).outcome for w in one.trained[one.main]}
+        one.name: {w: one.at(one.main, w).outcome for w in one.known[one.main]}
         for one in sets
         if one.main in TITLES
     }
@@ -131,7 +144,7 @@ def _verdict(sets: Sequence["SetReport"], monitor: str | None, full: int) -> str
 
 
 class SetReport(NamedTuple):
-    """All about one set; the base model's metrics, intervals, curves and queries may be missing.
+    """All about one set; any of it may be missing, but not all.
 
     Attributes:
         full: Under which width the metrics of whole embeddings are.
@@ -148,9 +161,14 @@ class SetReport(NamedTuple):
     own_widths: tuple[int, int]
 
     @property
+    def known(self) -> ByWidth:
+        """What tells metrics and widths: of the trained model, else of the base, else curves."""
+        return self.trained or self.base or self.curves
+
+    @property
     def widths(self) -> list[int]:
         """All at which something was measured, the widest first."""
-        return sorted(set().union(*self.trained.values()), reverse=True)
+        return sorted(set().union(*self.known.values()), reverse=True)
 
     def at(self, metric: str, width: int) -> Change:
         """Return what became of a metric at a width."""
@@ -161,12 +179,12 @@ class SetReport(NamedTuple):
     @property
     def main(self) -> str:
         """The metric that sums the set up."""
-        return next(iter(self.trained))
+        return next(iter(self.known))
 
     @property
     def change(self) -> Change:
         """What became of that, at full width."""
-        widths = self.trained[self.main]
+        widths = self.known[self.main]
         return self.at(self.main, ALL_WIDTHS if ALL_WIDTHS in widths else max(widths))
 
     @property
@@ -175,12 +193,16 @@ class SetReport(NamedTuple):
         y = Axis(TITLES.get(self.main, self.main))
         base, curves = self.base.get(self.main, {}), self.curves.get(self.main, {})
         start = {width: {0: value} for width, value in base.items()}
-        over_steps = {width_name(w): start.get(w, {}) | curve for w, curve in curves.items()}
-        sides = zip(
-            ("base", "trained"), (base, self.trained[self.main]), self.own_widths, strict=True
-        )
+        # What was measured of the base model wins over what the file has at step 0.
+        over_steps = {
+            width_name(w): {**start.get(w, {}), **curve, **start.get(w, {})}
+            for w, curve in curves.items()
+        }
+        trained = self.trained.get(self.main, {})
+        sides = zip(("base", "trained"), (base, trained), self.own_widths, strict=True)
         by_width = {
             name: {own if w == self.full else w: v for w, v in values.items()}
             for name, values, own in sides
+            if values
         }
         return step_panels("over the steps", y, over_steps) + width_panels("by width", y, by_width)

@@ -34,11 +34,13 @@ class Before(NamedTuple):
         place: Where it starts.
         measured: What was measured of these weights.
         base_losses: Of the base model, by their names: they need the projection as it started.
+        changed_sets: Sets whose data are others than those that were measured.
     """
 
     place: Place
     measured: Validation
     base_losses: dict[str, float]
+    changed_sets: list[str]
 
 
 def go_on(checkpoint: dict[str, Any], trainer: Any, data: EmbeddingDataModule) -> Before:
@@ -68,6 +70,7 @@ def go_on(checkpoint: dict[str, Any], trainer: Any, data: EmbeddingDataModule) -
         place,
         Validation(place.step, facts.get("metrics", {}), known),
         {name: value for name, value in of_base if name.startswith(begins)},
+        changed,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -148,6 +149,7 @@ class EmbeddingModule(pl.LightningModule):
         self.evaluation = Evaluation()
         self.base_metrics: dict[str, float] = {}
         self.base_per_query: dict[str, PerQuery] = {}
+        self.changed_sets: list[str] = []  # since the checkpoint that a fit goes on from
         self._measured = Validation(-1, {}, {})
         self._start, self._place, self._step_means = Place(), Place(), StepMeans()
         self.compiles, self.grad_cache, self._cache = compile, grad_cache, GradientCache()
@@ -183,7 +185,7 @@ class EmbeddingModule(pl.LightningModule):
         device = strategy.root_device
         if stage == "fit":
             self._start = self._place = Place()  # not those of a fit before
-            self._measured = Validation(-1, {}, {})
+            self._measured, self.changed_sets = Validation(-1, {}, {}), []
             refuse_long_interval(self.trainer, self.data.batches_per_epoch)
             prepare_training(self.encoder)
             if self.trainer.max_steps < 0:
@@ -322,6 +324,11 @@ class EmbeddingModule(pl.LightningModule):
         return measured.metrics if measured.step == self.trainer.global_step else {}
 
     @property
+    def last_measured(self) -> Validation:
+        """What was last measured, whatever was trained since; no metrics: nothing is known."""
+        return self._measured
+
+    @property
     def intervals(self) -> dict[str, Interval]:
         """In which interval each of these metrics lies above the base model's, where known."""
         return self._measured.intervals if self.metrics else {}
@@ -370,8 +377,23 @@ class EmbeddingModule(pl.LightningModule):
         metrics = self.evaluation.collect(self.widths, self.device, compared_by)
         intervals = self.evaluation.intervals(self.base_per_query)
         self._measured = Validation(self.trainer.global_step, metrics, intervals)
+        is_fit = self.trainer.state.fn == TrainerFn.FITTING
         for name, value in metrics.items():
-            self.log(name, value, prog_bar=name.endswith("/loss"), batch_size=1)
+            is_shown = name.endswith("/loss")
+            self.log(name, value, prog_bar=is_shown, logger=not is_fit, batch_size=1)
+        if is_fit:
+            self._log_after_step(metrics)
+
+    def _log_after_step(self, metrics: dict[str, float]) -> None:
+        """Log at the last step that was done, counted from 0 as Lightning counts.
+
+        Its own count is that of the next step where no step has just ended: in the middle of
+        accumulated batches, and before the first step of a run that goes on.
+        """
+        for logger in self.trainer.loggers:
+            row = {**metrics, "epoch": self.trainer.current_epoch}
+            logger.log_metrics(row, step=self.trainer.global_step - 1)
+            logger.save()
 
     on_test_epoch_end = on_validation_epoch_end
 
@@ -424,7 +446,7 @@ class EmbeddingModule(pl.LightningModule):
         if self._trainer is not None and self.trainer.training:
             before = go_on(checkpoint, self.trainer, self.data)
             self._start = self._place = before.place
-            self._measured = before.measured
+            self._measured, self.changed_sets = before.measured, before.changed_sets
             self.base_metrics = {**before.base_losses, **self.base_metrics}
             base = self._kept_spec().model_name_or_path
             tell_of_another_base(checkpoint["encoder_spec"], base)
