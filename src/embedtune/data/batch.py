@@ -28,6 +28,7 @@ class Batch(NamedTuple):
         scores: float32 ``[m]`` (scored).
         teacher: float32 ``[b, D]`` (distill).
         query_id: int64 ``[b]``, hashes of the queries with the prompts of their rows.
+        query_text_id: int64 ``[b]``, text hashes of the queries, whatever their prompts.
         positive_id, negative_id: int64 text hashes ``[m]``, ``[b * k]``.
         known_positive_id: int64 ``[b, p]``, the hashes of every positive that each query has in
             its data set, 0 pads.
@@ -43,6 +44,7 @@ class Batch(NamedTuple):
     scores: Tensor | None
     teacher: Tensor | None
     query_id: Tensor
+    query_text_id: Tensor
     positive_id: Tensor
     negative_id: Tensor
     known_positive_id: Tensor

@@ -80,6 +80,7 @@ class Collator:
             scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
             teacher=torch.from_numpy(np.stack(teachers)) if teachers else None,
             query_id=_query_id(examples),
+            query_text_id=text_ids(example.query for example in examples),
             positive_id=text_ids(text.text for text in positives),
             negative_id=text_ids(text.text for text in negatives),
             known_positive_id=torch.nn.utils.rnn.pad_sequence(
