@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from embedtune import EmbeddingDataModule, EmbeddingModule
 from embedtune.data.batch import text_hashes
@@ -277,6 +278,20 @@ def test_a_query_is_no_negative_of_its_own_text(tmp_path, tiny_bert, prompt):
     # One is the negative of blue; red has none.
     expected = torch.nn.functional.softplus((blue @ one - blue @ own) / 0.5).item() / 2
     assert rest == pytest.approx([expected], abs=1e-5)
+
+
+def test_a_row_may_name_the_prompt_that_others_have_from_the_model(tmp_path, tiny_bert):
+    folder = tmp_path / "model"
+    model = SentenceTransformer(str(tiny_bert), device="cpu")
+    model.prompts["query"] = "ask: "
+    model.save_pretrained(str(folder))
+    rows = [
+        {"query": "red", "pos": ["one"], "prompt": "ask: "},
+        {"query": "red", "pos": ["two"]},
+    ]
+    assert losses(folder, write(tmp_path / "a.jsonl", rows), 2) == [0]
+    rows[0]["prompt"] = "tell: "
+    assert losses(folder, write(tmp_path / "b.jsonl", rows), 2)[0] > 0
 
 
 def test_queries_that_are_their_own_positives_keep_them(tmp_path, tiny_bert):

@@ -43,7 +43,9 @@ class KnownPositives:
     def of(self, queries: Sequence[str], prompts: Sequence[str | None]) -> list[np.ndarray | None]:
         """Return the hashes of the positives of each query under its row's prompt, int64 ``[p]``.
 
-        None for a query of one row, which holds all of them.
+        None for a query of one row, which holds all of them. A row that names the prompt that the
+        model has is not told from one that names another: the table knows of no model. A batch
+        does, and masks what it holds of both.
         """
         columns = (self._table.data.column(name) for name in SCHEMA.names)
         # Written as one batch, hence in one chunk; of no pairs there is none.

@@ -41,7 +41,7 @@ class Target(NamedTuple):
         positive_query_id: int64 ``[m]``: hash of the query that each positive belongs to.
         known_positive_id: int64 ``[b, p]``: hashes of every positive of each query, 0 pads.
         query_text_id: int64 ``[b]``: text hashes of the queries, comparable with those of
-            documents; ``query_id`` is of the row's prompt, too.
+            documents; ``query_id`` is of the prompt, too.
     """
 
     scores: Tensor | None = None
