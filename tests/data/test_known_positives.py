@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from sentence_transformers import SentenceTransformer
 
 from embedtune import EmbeddingDataModule, EmbeddingModule
 from embedtune.data.batch import text_hashes
@@ -143,7 +144,7 @@ def test_rows_whose_negatives_are_all_positives_elsewhere_are_refused(tmp_path):
         {"query": "a", "pos": ["r"], "neg": ["q", "p"]},
     ]
     one, several = (write(tmp_path / f"{n}.jsonl", rows[:n]) for n in (2, 4))
-    message = "one.jsonl:2: field 'neg': expected at least one text that is not a positive of"
+    message = "one.jsonl:2: field 'neg': expected at least one text that is neither the query "
     one = one.rename(tmp_path / "one.jsonl")
     for _ in range(2):
         with pytest.raises(InputError, match=re.escape(message) + ".*found none$"):
@@ -153,6 +154,29 @@ def test_rows_whose_negatives_are_all_positives_elsewhere_are_refused(tmp_path):
     # Read as pairs nothing is drawn.
     pairs = ExampleDataset(Rows([several], Format.PAIR))
     assert pairs[Key(0, 0)].negatives == []
+
+
+def test_the_text_of_a_query_is_never_drawn(tmp_path):
+    rows = [
+        {"query": "a", "pos": ["p"], "neg": ["a", "n"]},
+        {"query": "b", "prompt": "ask: ", "pos": ["b"], "neg": ["b", "n"]},
+        {"query": "c", "pos": ["p"], "neg": ["c", "q", "n"]},
+        {"query": "c", "pos": ["q"], "neg": ["n", "c"]},
+    ]
+    data = ExampleDataset(Rows([write(tmp_path / "rows.jsonl", rows)]), neg_nums=2)
+    for epoch in range(4):
+        for i in range(4):
+            assert data[Key(epoch, i)].negatives == ["n", "n"]
+    assert data[Key(0, 1)].positives == ["b"]
+
+
+def test_a_row_whose_negatives_are_its_query_or_positives_elsewhere_is_refused(tmp_path):
+    rows = [
+        {"query": "a", "pos": ["p"], "neg": ["n"]},
+        {"query": "a", "pos": ["q"], "neg": ["a", "p"]},
+    ]
+    with pytest.raises(InputError, match=r"rows\.jsonl:2: field 'neg': .*neither the query nor"):
+        ExampleDataset(Rows([write(tmp_path / "rows.jsonl", rows)]))
 
 
 # --- Batches --------------------------------------------------------------------------------------
@@ -238,3 +262,45 @@ def test_lists_know_the_texts_of_every_list_of_their_query(tmp_path):
         else:
             expected = text_hashes(texts[row["query"]])
             assert sorted(example.known_positive_id) == sorted(expected)
+
+
+@pytest.mark.parametrize("prompt", [None, "ask: "])
+def test_a_query_is_no_negative_of_its_own_text(tmp_path, tiny_bert, prompt):
+    rows = [
+        {"query": "red", "pos": ["one"], "prompt": prompt},
+        {"query": "blue", "pos": ["red"]},
+    ]
+    rest = losses(tiny_bert, write(tmp_path / "a.jsonl", rows), 2, temperature=0.5)
+    texts = [f"{prompt or ''}red", "one", "blue", "red"]
+    module = EmbeddingModule(str(tiny_bert))
+    encoded = module.encoder.model.encode(texts, convert_to_tensor=True)
+    _, one, blue, own = torch.nn.functional.normalize(encoded, dim=1)
+    # One is the negative of blue; red has none.
+    expected = torch.nn.functional.softplus((blue @ one - blue @ own) / 0.5).item() / 2
+    assert rest == pytest.approx([expected], abs=1e-5)
+
+
+def test_a_row_may_name_the_prompt_that_others_have_from_the_model(tmp_path, tiny_bert):
+    folder = tmp_path / "model"
+    model = SentenceTransformer(str(tiny_bert), device="cpu")
+    model.prompts["query"] = "ask: "
+    model.save_pretrained(str(folder))
+    rows = [
+        {"query": "red", "pos": ["one"], "prompt": "ask: "},
+        {"query": "red", "pos": ["two"]},
+    ]
+    assert losses(folder, write(tmp_path / "a.jsonl", rows), 2) == [0]
+    rows[0]["prompt"] = "tell: "
+    assert losses(folder, write(tmp_path / "b.jsonl", rows), 2)[0] > 0
+
+
+def test_queries_that_are_their_own_positives_keep_them(tmp_path, tiny_bert):
+    """As rows that dropout alone tells apart."""
+    texts = ["red", "blue", "green"]
+    rows = [{"query": text, "pos": [text]} for text in texts]
+    (found,) = losses(tiny_bert, write(tmp_path / "a.jsonl", rows), 3, temperature=0.5)
+    module = EmbeddingModule(str(tiny_bert))
+    encoded = module.encoder.model.encode(texts, convert_to_tensor=True)
+    encoded = torch.nn.functional.normalize(encoded, dim=1)
+    expected = torch.nn.functional.cross_entropy(encoded @ encoded.T / 0.5, torch.arange(3))
+    assert found == pytest.approx(expected.item(), abs=1e-5)

@@ -59,6 +59,7 @@ def test_the_fields_tell_the_format(tmp_path, row, expected):
         ([PAIR, {**PAIR, "prompt_for_query": 3}], ":2:", "field 'prompt_for_query'"),
         ([TRIPLET, {**PAIR, "neg": []}], ":2:", "field 'neg'"),
         ([TRIPLET, {**PAIR, "neg": ["p", "p"]}], ":2:", "not also a positive"),
+        ([TRIPLET, {**PAIR, "neg": ["p", "q"]}], ":2:", "not also a positive, or the query"),
         (
             [SCORED, {**SCORED, "pos": ["a", "b"]}],
             ":2:",

@@ -130,6 +130,7 @@ def loop_metrics(path, data, width, precision="float32"):
 def test_metrics_equal_a_loop_over_all_documents(model, data):
     results = evaluate_models([model], {"words": data}, WIDTHS)
     assert [(r.model, r.data, r.width) for r in results] == [(model, "words", w) for w in WIDTHS]
+    assert {result.own_width for result in results} == {32}
     for result in results:
         expected = loop_metrics(model, data, result.width)
         for precision in ("int8", "binary"):
@@ -452,22 +453,54 @@ def test_a_model_that_brings_code_along_is_evaluated_where_that_is_trusted(
     assert "+.0000 equal" in capsys.readouterr().out
 
 
-def test_widths_that_fell_alone_are_told():
-    def measured(model: str, told: dict[int, tuple[float, float] | None]) -> list[Result]:
-        return [
-            Result(
-                model, "docs", width, {"ndcg@10": 0.5}, None if ends is None else {"ndcg@10": ends}
-            )
-            for width, ends in told.items()
-        ]
+def changes(model: str, told: dict[int, tuple[float, str]], data: str = "docs") -> list[Result]:
+    """Return results of a model of width 64: by width its quality, and what follows from it."""
+    ends = {"better": (0.1, 0.2), "worse": (-0.2, -0.1), "unclear": (-0.1, 0.1)}
+    return [
+        Result(
+            *(model, data, width, {"ndcg@10": quality}),
+            intervals={"ndcg@10": ends[said]} if said else None,
+            own_width=64,
+        )
+        for width, (quality, said) in told.items()
+    ]
 
-    better, worse, unclear = (0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1)
-    base = measured("base", {64: None, 16: None, 8: None})
-    whole = measured("whole", {64: worse, 16: worse, 8: worse})
-    fallen = measured("fallen", {64: unclear, 16: worse, 8: worse})
-    table = format_table([*base, *whole, *fallen]).splitlines()
-    (told,) = (line for line in table if "alone" in line)
-    assert told.startswith(
-        "fallen is worse at 16, 8 alone: widths that a fit does not train may fall"
+
+def told_of_widths(*results: list[Result]) -> str:
+    table = format_table([result for several in results for result in several])
+    return " ".join(table.split()).partition("There is none of fewer than 6.")[2].strip()
+
+
+def test_widths_that_fell_alone_are_told():
+    base = changes("base", dict.fromkeys((64, 16, 8), (0.5, "")))
+    whole = changes("whole", {64: (0.4, "worse"), 16: (0.3, "worse"), 8: (0.3, "worse")})
+    fallen = changes("fallen", {64: (0.51, "unclear"), 16: (0.4, "worse"), 8: (0.3, "worse")})
+    good = changes("good", {64: (0.6, "better"), 8: (0.6, "better")})
+    assert told_of_widths(base, whole, good) == ""
+    assert told_of_widths(base, whole, fallen) == (
+        "fallen is worse on docs at 16, 8 alone: widths that a fit does not train may fall as the "
+        "full one rises; model.use_mrl trains those of model.mrl_dims."
     )
-    assert "alone" not in format_table([*base, *whole, *measured("good", {64: better, 8: better})])
+
+
+def test_a_width_that_fell_is_told_of_the_set_where_the_full_one_rose():
+    base = [
+        result
+        for data in ("a", "b")
+        for result in changes("base", {64: (0.5, ""), 16: (0.5, "")}, data)
+    ]
+    worse = changes("tuned", {64: (0.4, "worse"), 16: (0.3, "worse")}, "a")
+    better = changes("tuned", {64: (0.6, "better"), 16: (0.5, "unclear")}, "b")
+    assert told_of_widths(base, worse, better) == ""
+    fell = changes("tuned", {64: (0.6, "better"), 16: (0.4, "worse")}, "b")
+    assert told_of_widths(base, worse, fell).startswith("tuned is worse on b at 16 alone: widths")
+    both = changes("tuned", {64: (0.6, "better"), 16: (0.4, "worse")}, "a")
+    assert "worse on a at 16, on b at 16 alone" in told_of_widths(base, both, fell)
+
+
+def test_nothing_is_told_of_widths_where_the_full_one_fell_or_was_not_measured():
+    base = changes("base", {64: (0.5, ""), 32: (0.5, ""), 16: (0.5, "")})
+    cut = changes("tuned", {32: (0.6, "better"), 16: (0.4, "worse")})
+    assert told_of_widths(base, cut) == ""
+    fell = changes("tuned", {64: (0.49, "unclear"), 16: (0.4, "worse")})
+    assert told_of_widths(base, fell) == ""

@@ -151,6 +151,31 @@ def test_duplicates_and_known_positives_change_the_loss():
     torch.testing.assert_close(wrapped, expected)
 
 
+@pytest.mark.parametrize("multi_positive", [False, True])
+def test_the_text_of_a_query_is_neither_its_negative_nor_another_positive(multi_positive):
+    embeddings = Embeddings(*torch.randn(3, 3, 8).unbind())
+    target = Target(
+        query_id=torch.tensor([1, 2, 3]),  # the queries with the prompts of their rows
+        query_text_id=torch.tensor([10, 20, 30]),
+        positive_id=torch.tensor([11, 10, 30]),  # the second is the first query, the third itself
+        negative_id=torch.tensor([20, 10, 31]),
+        known_positive_id=torch.tensor([[11], [10], [30]]),
+        positive_query_id=torch.tensor([1, 2, 3]),
+        own=torch.arange(3),
+    )
+    loss = InfoNCE(0.1, in_batch_positives=True, multi_positive=multi_positive)
+    logits = cosine_similarity(embeddings.query, torch.cat(embeddings[1:])) / 0.1
+    kept = [0, 2, 3, 5], [0, 1, 2, 5], [0, 1, 2, 3, 4, 5]
+    expected = [
+        row[these].logsumexp(0) - row[own]
+        for own, (row, these) in enumerate(zip(logits, kept, strict=True))
+    ]
+    if multi_positive:  # the hard negative of the second query is its positive, too
+        negatives = logits[1, [0, 2, 5]].logsumexp(0)
+        expected[1] = torch.nn.functional.softplus(negatives - logits[1, [1, 4]]).mean()
+    torch.testing.assert_close(loss(embeddings, target)["loss"], torch.stack(expected).mean())
+
+
 # --- Matryoshka and plug-ins ----------------------------------------------------------------
 
 
@@ -197,11 +222,11 @@ def in_blocks(monkeypatch):
 def info_nce_at_once(loss, embeddings, target):
     """From whole matrices of similarities and masks."""
     documents = infonce.candidates(embeddings)
-    ids = [i for i in (target.positive_id, target.negative_id) if i is not None]
+    ids = torch.cat([i for i in (target.positive_id, target.negative_id) if i is not None])
     known = functional.known_positive_mask(
         target.query_id,
-        torch.cat(ids),
-        target.known_positive_id,
+        ids,
+        target.never_negative_id(),
         target.positive_query_id,
         target.own,
     )
@@ -213,6 +238,7 @@ def info_nce_at_once(loss, embeddings, target):
         own=target.own,
         num_positives=len(embeddings.positive),
         known=known,
+        left_out=target.query_text_id[:, None] == ids,
         multi_positive=loss.multi_positive,
     )
 
@@ -397,6 +423,13 @@ def test_texts_that_a_list_of_the_query_has_are_no_negatives_of_it():
         True,
         False,
     ]
+    text = torch.tensor([13, 98, 99])  # the first query is a text of its own list
+    assert gradients(query_text_id=text).tolist() == [True, True, True]
+    lies_alone = torch.arange(11, 23).view(3, 4)
+    lies_alone[1] = 97
+    text = torch.tensor([97, 98, 99])
+    found = gradients(positive_id=lies_alone.flatten(), query_text_id=text).tolist()
+    assert found == [True, False, True]
 
 
 def test_lists_need_a_teacher_temperature():

@@ -27,7 +27,8 @@ class Batch(NamedTuple):
         list_index: int64 ``[m]``: which query each positive belongs to.
         scores: float32 ``[m]`` (scored).
         teacher: float32 ``[b, D]`` (distill).
-        query_id: int64 ``[b]``, hashes of the queries with the prompts of their rows.
+        query_id: int64 ``[b]``, hashes of the queries with the prompts that they are encoded with.
+        query_text_id: int64 ``[b]``, text hashes of the queries, whatever their prompts.
         positive_id, negative_id: int64 text hashes ``[m]``, ``[b * k]``.
         known_positive_id: int64 ``[b, p]``, the hashes of every positive that each query has in
             its data set, 0 pads.
@@ -43,6 +44,7 @@ class Batch(NamedTuple):
     scores: Tensor | None
     teacher: Tensor | None
     query_id: Tensor
+    query_text_id: Tensor
     positive_id: Tensor
     negative_id: Tensor
     known_positive_id: Tensor
@@ -62,7 +64,7 @@ def text_ids(texts: Iterable[str]) -> Tensor:
 
 
 def query_hashes(queries: Iterable[str], prompts: Iterable[str | None]) -> np.ndarray:
-    """Return a hash of each query, int64 ``[n]``: under another prompt of its row it is another.
+    """Return a hash of each query, int64 ``[n]``: under another prompt it is another.
 
     A model that follows instructions is asked another thing by the same words.
     """

@@ -79,7 +79,8 @@ class Collator:
             list_index=torch.tensor(lists, dtype=torch.int64),
             scores=torch.tensor(scores, dtype=torch.float32) if scores else None,
             teacher=torch.from_numpy(np.stack(teachers)) if teachers else None,
-            query_id=_query_id(examples),
+            query_id=_query_id(queries),
+            query_text_id=text_ids(text.text for text in queries),
             positive_id=text_ids(text.text for text in positives),
             negative_id=text_ids(text.text for text in negatives),
             known_positive_id=torch.nn.utils.rnn.pad_sequence(
@@ -149,9 +150,9 @@ class Collator:
         return Text(text, "document", self.prompts["document"], self.passage_max_len)
 
 
-def _query_id(examples: Sequence[Example]) -> Tensor:
-    queries, prompts = zip(*((e.query, e.prompt) for e in examples), strict=True)
-    return torch.from_numpy(query_hashes(queries, prompts))
+def _query_id(queries: Sequence[Text]) -> Tensor:
+    asked = query_hashes((text.text for text in queries), (text.prompt for text in queries))
+    return torch.from_numpy(asked)
 
 
 def _known_positive_id(example: Example) -> Tensor:

@@ -1,6 +1,6 @@
 """Serve rows as training examples, by epoch and number."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -148,7 +148,8 @@ class ExampleDataset(torch.utils.data.Dataset[Example]):
                 hashes = text_hashes(candidates).tolist()
                 candidates = [t for t, h in zip(candidates, hashes, strict=True) if h not in its]
             generator = negatives_generator(self.seed, key)
-            negatives = draw_negatives(candidates, positives, self.neg_nums, generator)
+            unfit = {query, *positives}
+            negatives = draw_negatives(candidates, unfit, self.neg_nums, generator)
         own = positives[index - int(self._starts[row])]
         return Example(index, query, prompt, [own], negatives, positives, known)
 
@@ -166,9 +167,9 @@ def negatives_generator(seed: int, key: Key) -> np.random.Generator:
 
 
 def draw_negatives(
-    negatives: Sequence[str], positives: Sequence[str], count: int, generator: np.random.Generator
+    negatives: Sequence[str], unfit: Container[str], count: int, generator: np.random.Generator
 ) -> list[str]:
-    """Draw hard negatives of one query, none of them equal to a positive.
+    """Draw hard negatives of one query, none of them ``unfit``: its positives and its own text.
 
     Distinct texts are drawn without repetition while there are enough; with fewer than ``count``,
     all are taken as often as it goes and the remainder is drawn.
@@ -179,7 +180,7 @@ def draw_negatives(
     ... )
     True
     """
-    candidates = [text for text in dict.fromkeys(negatives) if text not in positives]
+    candidates = [text for text in dict.fromkeys(negatives) if text not in unfit]
     order: list[int] = []
     while len(order) < count:
         order.extend(generator.permutation(len(candidates)).tolist())

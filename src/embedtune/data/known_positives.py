@@ -15,7 +15,7 @@ from embedtune.errors import InputError
 
 log = logging.getLogger("embedtune")
 
-INDEX_VERSION = 2  # raised whenever the columns or their order change
+INDEX_VERSION = 3  # raised whenever the columns, their order or what is refused changes
 ROWS_PER_READ = 5_000
 
 SCHEMA = pa.schema({"query": pa.int64(), "positive": pa.int64()})
@@ -33,7 +33,7 @@ class KnownPositives:
         """Open the cached table of ``rows``, made first where there is none.
 
         Raises:
-            InputError: A row has no hard negative that is not a positive of its query.
+            InputError: A row has no hard negative that is neither its query nor a positive of it.
         """
         name = f"known positives {INDEX_VERSION} {rows.digest}"
         digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
@@ -43,7 +43,9 @@ class KnownPositives:
     def of(self, queries: Sequence[str], prompts: Sequence[str | None]) -> list[np.ndarray | None]:
         """Return the hashes of the positives of each query under its row's prompt, int64 ``[p]``.
 
-        None for a query of one row, which holds all of them.
+        None for a query of one row, which holds all of them. A row that names the prompt that the
+        model has is not told from one that names another: the table knows of no model. A batch
+        does, and masks what it holds of both.
         """
         columns = (self._table.data.column(name) for name in SCHEMA.names)
         # Written as one batch, hence in one chunk; of no pairs there is none.
@@ -100,17 +102,19 @@ def _blocks(rows: Rows, column: str, numbers: np.ndarray) -> Iterator[tuple[np.n
 def _refuse_without_negatives(
     rows: Rows, members: np.ndarray, query_id: np.ndarray, query: np.ndarray, positive: np.ndarray
 ) -> None:
-    """Refuse rows whose hard negatives are all positives of their query in other rows."""
+    """Refuse rows whose hard negatives are all their query, or its positives in other rows."""
     refused: list[int] = []
-    for numbers, block in _blocks(rows, "negatives", members):
+    blocks = (_blocks(rows, column, members) for column in ("query", "negatives"))
+    for (numbers, asked), (_, block) in zip(*blocks, strict=True):
         known = _positives_of(query_id[numbers], query, positive)
-        for row, texts, own in zip(numbers.tolist(), block.to_pylist(), known, strict=True):
-            if all(_holds(own, text) for text in texts):
+        given = zip(numbers.tolist(), asked.to_pylist(), block.to_pylist(), known, strict=True)
+        for row, own, texts, its in given:
+            if all(text == own or _holds(its, text) for text in texts):
                 refused.append(row)
     if refused:
         raise InputError(
-            f"{rows.place(refused[0])}: field 'neg': expected at least one text that is not a "
-            "positive of the same query in another row, found none"
+            f"{rows.place(refused[0])}: field 'neg': expected at least one text that is "
+            "neither the query nor a positive of it in another row, found none"
             + (f"; so in {len(refused):,} rows" if len(refused) > 1 else "")
         )
 

@@ -81,9 +81,10 @@ def parse_record(line: Line, row_format: Format) -> Record:
         negatives=_texts(line, "neg") if "neg" in needed else (),
         scores=_scores(line) if "scores" in needed else (),
     )
-    if record.negatives and not set(record.negatives) - set(record.positives):
+    if record.negatives and not set(record.negatives) - {query, *record.positives}:
         raise line.error(
-            "field 'neg': expected at least one text that is not also a positive, found none"
+            "field 'neg': expected at least one text that is not also a positive, or the query, "
+            "found none"
         )
     return record
 

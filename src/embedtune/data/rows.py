@@ -19,7 +19,7 @@ from embedtune.errors import InputError
 log = logging.getLogger("embedtune")
 
 ROWS_PER_WRITE = 5_000
-CACHE_VERSION = 6  # raised whenever the table's columns or the rules of reading change
+CACHE_VERSION = 7  # raised whenever the table's columns or the rules of reading change
 SCHEMA = pa.schema(
     {
         "query": pa.string(),

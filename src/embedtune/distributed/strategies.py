@@ -66,6 +66,8 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
                 f"trainer.strategy: expected embedtune.distributed.{ours.__name__}, "
                 f"found {type(strategy).__name__}"
             )
+    if isinstance(strategy, FSDP):
+        _refuse_scalars(strategy, trainer.lightning_module)
     if not isinstance(strategy, ZeRO):
         return
     if trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE:
@@ -75,6 +77,21 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
             "trainer.precision: expected bf16-mixed or 32-true under ZeRO on a CPU, "
             f"found {trainer.precision}"
         )
+
+
+def _refuse_scalars(strategy: FSDP, module: nn.Module) -> None:
+    """Refuse parameters that have no dimension to be divided along.
+
+    Raises:
+        InputError: A loss, or the model, has one.
+    """
+    for name, parameter in module.named_parameters():
+        # On one rank FSDP is not told of those that are frozen.
+        if parameter.dim() == 0 and (parameter.requires_grad or strategy.world_size > 1):
+            raise InputError(
+                f"trainer.strategy: FSDP divides parameters along a dimension: expected {name} of "
+                "shape (1,), as torch.ones(1) is, or strategy ddp, found a scalar of shape ()"
+            )
 
 
 def refuse_checkpoint(strategy: Strategy, path: Path) -> None:

@@ -34,6 +34,7 @@ class Result(NamedTuple):
             quantised documents, such as ``ndcg@10/int8``.
         intervals: In which each metric's difference from the first model lies, where both were
             measured, see ``evaluation.intervals``; None of the first model itself.
+        own_width: Numbers of an embedding that is not cut; None where it is not known.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Result(NamedTuple):
     width: int
     metrics: dict[str, float]
     intervals: dict[str, Interval] | None = None
+    own_width: int | None = None
 
     @property
     def main(self) -> str:
@@ -122,7 +124,7 @@ def _evaluate(
         for width in widths:
             cut = queries[:, :width], documents[:, :width]
             metrics, values = _measure(texts, *cut, model.device, similarity)
-            yield Result(name, set_as_given, width, metrics), values
+            yield Result(name, set_as_given, width, metrics, own_width=own), values
 
 
 def _encode(encode: Callable[..., Any], texts: Sequence[str]) -> Tensor:

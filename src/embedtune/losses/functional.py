@@ -22,6 +22,7 @@ def info_nce(
     own: Int[Tensor, " b"] | None = None,
     num_positives: int | None = None,
     known: Bool[Tensor, "b n"] | None = None,
+    left_out: Bool[Tensor, "b n"] | None = None,
     multi_positive: bool = False,
 ) -> Float[Tensor, ""]:
     """Return InfoNCE (van den Oord et al. 2018, eq. 4), the mean over queries.
@@ -34,6 +35,7 @@ def info_nce(
         own: Column of each query's own positive; by default its own number.
         num_positives: Columns that are positives; by default as many as queries.
         known: Other columns that are positives of a query too, hence none of its negatives.
+        left_out: Which of these are no positives either: a query's own text would teach nothing.
         multi_positive: Take the mean over the own and the known positives of -log softmax, each
             against the negatives alone (Khosla et al. 2020, eq. 2, without the other positives in
             the denominator); else the known are left out.
@@ -52,8 +54,8 @@ def info_nce(
         ignored[:, :num_positives] = True
     logits = similarity / temperature
     if known is not None and multi_positive:
-        positive |= known
-        return _multi_positive_nce(logits, positive, ignored | positive)
+        positive |= known if left_out is None else known & ~left_out
+        return _multi_positive_nce(logits, positive, ignored | positive | known)
     if known is not None:
         ignored |= known
     # Masked after the division: a large finite value divided by a small temperature overflows.
@@ -85,7 +87,8 @@ def known_positive_mask(
     Args:
         query_id: 64-bit hashes of the queries.
         candidate_id: Hashes of the candidates, the ``m`` positives first.
-        known_positive_id: Hashes of every positive of each query, padded with 0.
+        known_positive_id: Hashes of every positive of each query, and of what else is none of its
+            negatives, padded with 0.
         positive_query_id: Hashes of the queries that the positives belong to.
         own: Column of each query's own positive.
     """

@@ -24,9 +24,9 @@ class InfoNCE(Loss):
     """Cross-entropy of the own positive against negatives (van den Oord et al. 2018).
 
     Candidates that are known positives of a query (see :func:`~functional.known_positive_mask`) are
-    never its negatives. Similarities are computed a block of queries at a time, and again in the
-    backward pass (Chen et al. 2016), so that memory grows with the texts, not with queries x
-    documents.
+    never its negatives, nor are those with its own text, whatever the prompts. Similarities are
+    computed a block of queries at a time, and again in the backward pass (Chen et al. 2016), so
+    that memory grows with the texts, not with queries x documents.
     """
 
     formats = frozenset({Format.PAIR, Format.TRIPLET})
@@ -76,7 +76,8 @@ class InfoNCE(Loss):
         def block_loss(query: Tensor, start: int) -> Tensor:
             block = slice(start, start + rows)
             similarities = nested_cosine_similarities(query, documents, dims, norms)
-            known = _known_positives(target, block)
+            known = _no_negatives(target, block)
+            own_text = _own_text(target, block) if self.multi_positive else None
             losses = [
                 functional.info_nce(
                     similarity,
@@ -85,6 +86,7 @@ class InfoNCE(Loss):
                     own=own[block],
                     num_positives=num_positives,
                     known=known,
+                    left_out=own_text,
                     multi_positive=self.multi_positive,
                 )
                 for similarity in similarities
@@ -98,19 +100,33 @@ class InfoNCE(Loss):
         return list(torch.stack(blocks).sum(dim=0).unbind())
 
 
-def _known_positives(target: Target, block: slice) -> Tensor | None:
-    """Return the known positives of a block of queries among all candidates, ``[rows, n]``."""
-    if target.positive_id is None:
+def _no_negatives(target: Target, block: slice) -> Tensor | None:
+    """Return which candidates are known positives or the text of a query, ``[rows, n]``."""
+    ids = _candidate_ids(target)
+    if ids is None:
         return None
-    ids = [i for i in (target.positive_id, target.negative_id) if i is not None]
     given: Any = target  # its hashes come together
     return functional.known_positive_mask(
         given.query_id[block],
-        torch.cat(ids),
-        given.known_positive_id[block],
+        ids,
+        given.never_negative_id(block),
         given.positive_query_id,
         given.own[block],
     )
+
+
+def _own_text(target: Target, block: slice) -> Tensor | None:
+    """Return which candidates have the text of a query, ``[rows, n]``."""
+    ids = _candidate_ids(target)
+    if ids is None or target.query_text_id is None:
+        return None
+    return target.query_text_id[block, None] == ids
+
+
+def _candidate_ids(target: Target) -> Tensor | None:
+    if target.positive_id is None:
+        return None
+    return torch.cat([i for i in (target.positive_id, target.negative_id) if i is not None])
 
 
 def candidates(embeddings: Embeddings) -> Tensor:

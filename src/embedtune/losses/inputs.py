@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -39,6 +40,8 @@ class Target(NamedTuple):
         query_id, positive_id, negative_id: int64 text hashes, ``[b]``, ``[m]``, ``[b * k]``.
         positive_query_id: int64 ``[m]``: hash of the query that each positive belongs to.
         known_positive_id: int64 ``[b, p]``: hashes of every positive of each query, 0 pads.
+        query_text_id: int64 ``[b]``: text hashes of the queries, comparable with those of
+            documents; ``query_id`` is of the prompt, too.
     """
 
     scores: Tensor | None = None
@@ -50,3 +53,14 @@ class Target(NamedTuple):
     negative_id: Tensor | None = None
     positive_query_id: Tensor | None = None
     known_positive_id: Tensor | None = None
+    query_text_id: Tensor | None = None
+
+    def never_negative_id(self, rows: slice = slice(None)) -> Tensor | None:
+        """Return hashes of texts that are no negatives of queries, ``[rows, p + 1]``, 0 pads.
+
+        They are its known positives and its own text. Prompts do not matter to that: a document
+        that says what the query says is no answer to push away, however either is asked.
+        """
+        if self.known_positive_id is None or self.query_text_id is None:
+            return None if self.known_positive_id is None else self.known_positive_id[rows]
+        return torch.cat([self.known_positive_id[rows], self.query_text_id[rows, None]], dim=1)

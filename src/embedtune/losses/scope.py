@@ -83,6 +83,7 @@ def in_scope(
         teacher=_all(target.teacher, shares.queries),
         query_id=_all(target.query_id, shares.queries),
         known_positive_id=_all(known, shares.queries),
+        query_text_id=_all(target.query_text_id, shares.queries),
     )
 
 

@@ -41,7 +41,7 @@ class ListwiseKL(Loss):
                 (:meth:`derive_teacher_temperature`).
             in_batch_negatives: Over lists, compare each also with the texts of the other lists of
                 the global batch, which the teacher gives a probability of 0; those that a list of
-                an equal query has as well are left out.
+                an equal query has as well are left out, and so is the query's own text.
             other_weight: How many texts one of another list stands for; by the default rows gain as
                 much as lists as they do as triplets (docs/quality.md).
         """
@@ -108,7 +108,7 @@ def _kl_over_candidates(
     known = functional.known_positive_mask(
         given.query_id,
         given.positive_id,
-        given.known_positive_id,
+        given.never_negative_id(),
         given.positive_query_id,
         given.own,
     )

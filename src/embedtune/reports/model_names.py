@@ -21,9 +21,15 @@ def short_names(results: Sequence[Result]) -> dict[str, str]:
     return {model: model for model in parts}
 
 
-def set_titles(results: Sequence[Result]) -> dict[tuple[str, str], str]:
-    """Return a title of each test set and main metric: a name that tells it apart, and both."""
+def set_names(results: Sequence[Result]) -> dict[str, str]:
+    """Return a name of each test set that tells it apart."""
     names = {result.data: set_name(Path(result.data)) for result in results}
     if len(set(names.values())) < len(names):
         names = {data: data for data in names}
+    return names
+
+
+def set_titles(results: Sequence[Result]) -> dict[tuple[str, str], str]:
+    """Return a title of each test set and main metric: a name that tells it apart, and both."""
+    names = set_names(results)
     return {(r.data, r.main): f"{names[r.data]}, {TITLES.get(r.main, r.main)}" for r in results}

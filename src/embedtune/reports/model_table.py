@@ -1,5 +1,6 @@
 """A table of models by test set and width."""
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -7,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from embedtune.evaluation.compare import Result
 from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, outcome
 from embedtune.reports.curves import ALL_WIDTHS
-from embedtune.reports.model_names import NAME, set_titles, short_names
+from embedtune.reports.model_names import NAME, set_names, set_titles, short_names
 
 
 def format_table(results: Sequence[Result]) -> str:
@@ -69,27 +70,35 @@ def _changes(firsts: Sequence[Result | None], own: Sequence[Result | None]) -> l
 
 
 def _fallen_widths(results: Sequence[Result], names: Mapping[str, str]) -> list[str]:
-    """Tell of models that are worse than the first at small widths and not at their full one."""
-    told: dict[tuple[str, str], dict[int, str]] = {}
-    for result in results:
-        if result.intervals is not None:
-            by_width = told.setdefault((result.model, result.data), {})
-            by_width[result.width] = outcome(result.intervals.get(result.main))
-    fallen: dict[str, set[int]] = {}
-    for (model, _), by_width in told.items():
-        if by_width[max(by_width)] != "worse":
-            worse = {width for width, said in by_width.items() if said == "worse"}
-            fallen.setdefault(model, set()).update(worse)
+    """Tell of models that are worse than the first at small widths of a set and rose at their own.
+
+    What was not measured at a model's own width says nothing of how that one went.
+    """
+    cells = {(r.data, r.main, r.model, r.width): r for r in results}
+    sets = set_names(results)
+    told: dict[str, list[str]] = {}
+    for (data, main), model in itertools.product(set_titles(results), names):
+        own = {r.width: r for place, r in cells.items() if place[:3] == (data, main, model)}
+        full = next(iter(own.values())).own_width if own else None
+        before = cells.get((data, main, results[0].model, full or 0))
+        if full not in own or before is None or not own[full].quality() > before.quality():
+            continue
+        worse = [width for width, after in own.items() if _fell(after)]
+        if worse:
+            at = ", ".join(map(str, sorted(worse, reverse=True)))
+            told.setdefault(model, []).append(f"on {sets[data]} at {at}")
     lines = []
-    for model, widths in fallen.items():
-        if widths:
-            at = ", ".join(map(str, sorted(widths, reverse=True)))
-            lines += textwrap.wrap(
-                f"{names[model]} is worse at {at} alone: widths that a fit does not train may fall "
-                "as the full one rises; model.use_mrl trains those of model.mrl_dims.",
-                100,
-            )
+    for model, places in told.items():
+        lines += textwrap.wrap(
+            f"{names[model]} is worse {', '.join(places)} alone: widths that a fit does not train "
+            "may fall as the full one rises; model.use_mrl trains those of model.mrl_dims.",
+            100,
+        )
     return ["", *lines] if lines else []
+
+
+def _fell(after: Result) -> bool:
+    return outcome((after.intervals or {}).get(after.main)) == "worse"
 
 
 def _explained(first: str) -> list[str]:

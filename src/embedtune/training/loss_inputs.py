@@ -19,4 +19,5 @@ def target_of(batch: Batch) -> Target:
         negative_id=batch.negative_id if len(batch.negative_id) else None,
         positive_query_id=batch.query_id[batch.list_index],
         known_positive_id=batch.known_positive_id,
+        query_text_id=batch.query_text_id,
     )
