@@ -5,10 +5,12 @@ is a C compiler, what they write can be counted, and be let fail (``failing_at``
 """
 
 import atexit
+import contextlib
 import ctypes
 import gc
 import multiprocessing
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -21,6 +23,8 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
+PORTS = (15_000, 32_000)
+"""Below those that Linux gives to connections."""
 CONTEXT: Any = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -143,9 +147,9 @@ def _run(
 
 
 def _of_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """Return what ``torchrun`` tells a rank of several, nothing to a process alone."""
+    """Return what ``torchrun`` tells a rank of several, and a process alone no more than a port."""
     if ranks == 1:
-        return {}
+        return {"MASTER_PORT": str(port)}
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
     told |= {"GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     told |= {"TORCHELASTIC_RUN_ID": "forks", "OMP_NUM_THREADS": 1}
@@ -153,6 +157,12 @@ def _of_rank(rank: int, ranks: int, port: int) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Return a port that nobody listens at, and that the system gives to no connection meanwhile.
+
+    A process that trains several times needs it again each time.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*PORTS)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
