@@ -47,3 +47,12 @@ def write_plain_beir(folder: Path, split: str = "dev") -> str:
     qrels = "".join(f"q{i}\td{4 * i}\t1\n" for i in range(27))
     (folder / "qrels" / f"{split}.tsv").write_text(f"query-id\tcorpus-id\tscore\n{qrels}")
     return str(folder)
+
+
+def write_pairs_and_sts(count: int) -> None:
+    """Write ``train.jsonl``, so many pairs, and ``sts.jsonl``, scored pairs, here."""
+    rows = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(count)]
+    lines(Path("train.jsonl"), rows)
+    texts = [f"{'abcdefgh'[i % 8]} {i * 7 % 5} {'xyz'[i % 3]}" for i in range(24)]
+    scored = [(text, texts[(5 * i) % 24], i * 7 % 11) for i, text in enumerate(texts)]
+    lines(Path("sts.jsonl"), [{"query": a, "pos": [b], "scores": [s]} for a, b, s in scored])

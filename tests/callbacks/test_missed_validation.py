@@ -1,13 +1,13 @@
 """What is measured, kept and ended by it does not depend on where a run was stopped."""
 
 import csv
-import json
 import re
 import shutil
 import signal
 from pathlib import Path
 
 import pytest
+from testset_files import write_pairs_and_sts
 from told_losses import told
 
 from embedtune.checkpoints import last_checkpoint, read_facts
@@ -21,17 +21,7 @@ MONITOR = "val/sts/spearman"
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write("train.jsonl", [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(16)])
-    texts = [f"{'abcdefgh'[i % 8]} {i * 7 % 5} {'xyz'[i % 3]}" for i in range(24)]
-    pairs = [
-        {"query": t, "pos": [texts[(5 * i) % 24]], "scores": [i * 7 % 11]}
-        for i, t in enumerate(texts)
-    ]
-    write("sts.jsonl", pairs)
-
-
-def write(path: str, rows: list[dict]) -> None:
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pairs_and_sts(16)
 
 
 def fit(model, root: str, *more: str) -> None:

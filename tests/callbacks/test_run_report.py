@@ -1,12 +1,12 @@
 """report.html of real fits: what was measured, after which step, and why the fit ended."""
 
-import json
 import re
 import signal
 from html import unescape
 from pathlib import Path
 
 import pytest
+from testset_files import write_pairs_and_sts
 from told_losses import told
 
 from embedtune.cli import main
@@ -18,17 +18,7 @@ METRIC = "val/sts/spearman"
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write("train.jsonl", [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(20)])
-    texts = [f"{'abcdefgh'[i % 8]} {i * 7 % 5} {'xyz'[i % 3]}" for i in range(24)]
-    pairs = [
-        {"query": t, "pos": [texts[(5 * i) % 24]], "scores": [i * 7 % 11]}
-        for i, t in enumerate(texts)
-    ]
-    write("sts.jsonl", pairs)
-
-
-def write(path: str, rows: list[dict]) -> None:
-    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pairs_and_sts(20)
 
 
 def fit(model, *more: str) -> None:
