@@ -3,6 +3,7 @@
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_a_fit_that_goes_on_ends_where_its_schedule_does(tiny_bert, tmp_path, st
         fit = Ranks(embedtune, [*command, *more], folder=tmp_path)
         assert fit.wait() == [0], fit.output()
     assert f"  steps          {steps} (" in fit.output()
+    assert re.findall(r"steps: (\d+): a model hardly", fit.output()) in ([], [str(steps)])
     assert f"| Steps | `{steps}` |" in (tmp_path / "run/model/README.md").read_text()
     with (tmp_path / "run/metrics.csv").open() as file:
         logged = [row["train/lr"] for row in csv.DictReader(file) if row["train/lr"]]

@@ -186,10 +186,10 @@ class EmbeddingModule(pl.LightningModule):
         if stage == "fit":
             self._start = self._place = Place()  # not those of a fit before
             self._measured, self.changed_sets = Validation(-1, {}, {}), []
-            refuse_long_interval(self.trainer, self.data.batches_per_epoch)
+            batches = self.data.batches_per_epoch
+            refuse_long_interval(self.trainer, batches)
+            count_steps(self.trainer, batches, self.lr_schedule)  # refuses what has no end
             prepare_training(self.encoder)
-            if self.trainer.max_steps < 0:
-                tell_of_few_steps(self.num_steps)
         self.encoder.pack(device, autocast_dtype(str(self.trainer.precision)))
         if stage == "fit" and device.type == "cpu":
             freed_memory.keep_freed()
@@ -427,6 +427,8 @@ class EmbeddingModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Let the configuration win over the rates and the decay that a checkpoint remembers."""
         self.is_base = False
+        if self.trainer.max_steps < 0:
+            tell_of_few_steps(self.num_steps)  # which a checkpoint may have changed
         if not self._place.batch:
             start_epoch(self.trainer)
         # In the middle of an epoch no callback sets it, and before this hook it refuses another.
