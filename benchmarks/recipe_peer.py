@@ -17,6 +17,8 @@ BATCH, EPOCHS = 32, 2
 """As embedtune has them by default: both see as many examples."""
 LR, DISTILL_LR = 2e-5, 1e-4
 SCALE = 20.0
+LONG = ("t2rank100.list", "t2rank100.triplet")
+"""Tasks whose padded batches take more than 24 GiB: activations are computed again in backward."""
 
 
 def train(
@@ -45,6 +47,7 @@ def train(
         learning_rate=LR if teacher is None else DISTILL_LR,
         warmup_steps=0.1,
         use_cpu=True,
+        gradient_checkpointing=task.name.startswith(LONG),
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
