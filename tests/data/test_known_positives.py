@@ -50,7 +50,7 @@ def positives_by_query(rows: list[dict]) -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("block", [7, 10_000])
 def test_the_index_holds_the_positives_of_queries_of_several_rows(tmp_path, block, monkeypatch):
-    monkeypatch.setattr("embedtune.data.known_positives.ROWS_PER_READ", block)
+    monkeypatch.setattr("embedtune.data.rows.ROWS_PER_WRITE", block)
     monkeypatch.setenv("EMBEDTUNE_CACHE", str(tmp_path / "cache"))
     rows = random_rows(120, seed=block)
     halves = [write(tmp_path / f"{i}.jsonl", rows[i::2]) for i in (0, 1)]

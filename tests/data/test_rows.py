@@ -40,6 +40,14 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     }
 
 
+def test_no_more_long_texts_than_fit_are_held_before_they_are_written(tmp_path):
+    """Rows are counted where texts are short; Arrow's own limit is 2 GiB of text in a column."""
+    texts = [f"{i} " + "long text " * 2**20 for i in range(3)]
+    rows = Rows([write(tmp_path / "f.jsonl", [{"query": "q", "pos": [t]} for t in texts])])
+    assert [len(chunk) for chunk in rows.table.data.column("positives").chunks] == [2, 1]
+    assert [rows.table[i]["positives"] for i in range(3)] == [[text] for text in texts]
+
+
 def test_a_file_that_is_written_while_it_is_read_is_refused(tmp_path, monkeypatch):
     """Though it ends as it was."""
     path = write(tmp_path / "f.jsonl", [{"query": f"old {i}"} for i in range(9)])

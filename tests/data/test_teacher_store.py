@@ -1,6 +1,7 @@
 """A teacher store that does not fit its data is an error, never a misaligned read."""
 
 import json
+import pickle
 import re
 from pathlib import Path
 
@@ -37,6 +38,19 @@ def test_two_stores_concatenate_along_the_width(tmp_path):
     store = TeacherStore([tmp_path / "a", tmp_path / "b"], rows=10, width=9)
     whole = np.concatenate([first, second], axis=1)
     assert np.array_equal(np.stack([store[i] for i in range(10)]), whole)
+
+
+def test_workers_are_handed_the_places_of_the_files_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    memmap(Path("a"), 1000, 6)
+    memmap(Path("b"), 1000, 3, seed=1)
+    store = TeacherStore(["a", "b"], rows=1000)
+    sent = pickle.dumps(store)
+    assert len(sent) < 1000
+    monkeypatch.chdir("/")
+    again = pickle.loads(sent)
+    assert (again.width, again.widths) == (9, [6, 3])
+    assert all(np.array_equal(again[i], store[i]) for i in (0, 999))
 
 
 @pytest.mark.parametrize(

@@ -161,6 +161,14 @@ def test_the_table_is_opened_again_without_tokenising(tmp_path, collator):
             TokenTable(other, like(collator, Silent), key)
 
 
+def test_the_key_tells_how_names_of_special_tokens_in_a_text_are_taken(encoder, collator):
+    text = collator.document("a [SEP] b")
+    key, (ids,) = collator.tokens_key, collator.token_ids([text])
+    encoder.model.tokenizer.split_special_tokens = True
+    assert collator.token_ids([text])[0].tolist() != ids.tolist()
+    assert collator.tokens_key != key
+
+
 def test_an_interrupted_table_is_not_there(tmp_path, collator, cache):
     rows = Rows([write(tmp_path, ROWS["pair"])])
     before = set(cache.rglob("*"))

@@ -132,6 +132,7 @@ class Collator:
         rules = [
             tokenizer,
             model.tokenizer.truncation_side,
+            model.tokenizer.split_special_tokens,  # the backend does not write it down
             model.tokenizer.chat_template,
             model[0].get_config_dict() if hasattr(model[0], "get_config_dict") else None,
             [self.prompts[role] for role in ROLES],

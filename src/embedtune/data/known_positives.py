@@ -16,7 +16,6 @@ from embedtune.errors import InputError
 log = logging.getLogger("embedtune")
 
 INDEX_VERSION = 3  # raised whenever the columns, their order or what is refused changes
-ROWS_PER_READ = 5_000
 
 SCHEMA = pa.schema({"query": pa.int64(), "positive": pa.int64()})
 
@@ -88,15 +87,14 @@ def _pairs(rows: Rows) -> Iterator[pa.RecordBatch]:
 
 
 def _blocks(rows: Rows, column: str, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, pa.Array]]:
-    """Yield some rows' values of a column block by block, with the rows' ascending numbers."""
-    values = rows.table.data.column(column)
-    for start in range(0, len(rows), ROWS_PER_READ):
-        first, end = np.searchsorted(numbers, [start, start + ROWS_PER_READ])
+    """Yield some rows' values of a column write by write, with the rows' ascending numbers."""
+    start = 0
+    for values in rows.table.data.column(column).chunks:
+        first, end = np.searchsorted(numbers, [start, start + len(values)])
         if first < end:
             block = numbers[first:end]
-            # A slice first: of a whole column all would be copied.
-            near = values.slice(start, ROWS_PER_READ).combine_chunks()
-            yield block, near.take(pa.array(block - start))
+            yield block, values.take(pa.array(block - start))
+        start += len(values)
 
 
 def _refuse_without_negatives(

@@ -36,6 +36,11 @@ class Line(NamedTuple):
     number: int
     fields: dict[str, Any]
 
+    @property
+    def present(self) -> set[str]:
+        """Names of the fields that it has; null is what many tools write for a field without."""
+        return {name for name, value in self.fields.items() if value is not None}
+
     def error(self, message: str) -> InputError:
         """Return an error that starts with this line's place."""
         return InputError(f"{self.path}:{self.number}: {message}")

@@ -122,9 +122,9 @@ class OpenedData:
             return
         paths = resolve_paths(given, f"data.{part}_path")
         declared = self.files.declared
-        fields = next((line.fields for line in read_lines(paths)), {})
-        is_triplet = declared == Format.TRIPLET and "neg" in fields
-        rows = Rows(paths, None if "scores" in fields and not is_triplet else declared)
+        present = next((line.present for line in read_lines(paths)), set())
+        is_triplet = declared == Format.TRIPLET and "neg" in present
+        rows = Rows(paths, None if "scores" in present and not is_triplet else declared)
         if rows.ignored_fields:
             log.info("%s: ignored fields: %s", name, ", ".join(rows.ignored_fields))
         if rows.format == Format.SCORED:

@@ -51,7 +51,7 @@ def detect_format(line: Line) -> Format:
     Raises:
         InputError: The fields fit no format, or fit two.
     """
-    present = {name for name, value in line.fields.items() if value is not None}
+    present = line.present
     if {"neg", "scores"} <= present:
         raise line.error(
             "fields 'neg' and 'scores' are both present, so the format is ambiguous; "

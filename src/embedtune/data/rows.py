@@ -4,7 +4,6 @@ import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,8 @@ from embedtune.errors import InputError
 
 log = logging.getLogger("embedtune")
 
-ROWS_PER_WRITE = 5_000
+ROWS_PER_WRITE, CHARACTERS_PER_WRITE = 5_000, 2**24
+"""What is held in memory before it is written: as many rows, or fewer whose texts are as long."""
 CACHE_VERSION = 7  # raised whenever the table's columns or the rules of reading change
 SCHEMA = pa.schema(
     {
@@ -153,7 +153,7 @@ class _Reading:
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         log.info("reading %s", ", ".join(map(str, self._reader.paths)))
-        for records in _batched(self._reader, ROWS_PER_WRITE):
+        for records in _batched(self._reader):
             for record in records:
                 self._queries.update(query_digest(record.query))
             columns = dict(zip(Record._fields, zip(*records, strict=True), strict=True))
@@ -179,7 +179,14 @@ def query_digest(query: str) -> bytes:
     return hashlib.blake2b(query.encode(), digest_size=8).digest()
 
 
-def _batched(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
-    iterator = iter(records)
-    while batch := list(islice(iterator, size)):
+def _batched(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    characters = 0
+    for record in records:
+        batch.append(record)
+        characters += sum(map(len, (record.query, *record.positives, *record.negatives)))
+        if len(batch) == ROWS_PER_WRITE or characters >= CHARACTERS_PER_WRITE:
+            yield batch
+            batch, characters = [], 0
+    if batch:
         yield batch

@@ -81,6 +81,14 @@ class TeacherStore:
                 f"hold {widths} = {self.width} values a row"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what would be sent to another process as a copy of the whole file."""
+        return {**vars(self), "_maps": [(store.filename, store.shape) for store in self._maps]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Map the files, which were checked where they were opened."""
+        vars(self).update(state, _maps=[_map(*place) for place in state["_maps"]])
+
     def __getitem__(self, row: int) -> np.ndarray:
         """Return the teacher embedding of one row, float32 ``[width]``."""
         return np.concatenate([store[row] for store in self._maps])
@@ -112,13 +120,17 @@ class TeacherStore:
             if known is not None:
                 _compare(path, known, rows, width, queries_digest)
                 _refuse_damaged(path, known)
-            store = np.memmap(path, dtype=np.float32, mode="r", shape=(rows, width))
+            store = _map(path, (rows, width))
         except OSError as error:
             raise unreadable(str(path), error) from None
         if known is None:
             _refuse_other_types(path, store)
         _check_values(path, store)
         return store
+
+
+def _map(path: str | Path, shape: tuple[int, int]) -> np.memmap:
+    return np.memmap(path, dtype=np.float32, mode="r", shape=shape)
 
 
 def read_description(path: Path) -> Description | None:

@@ -1,0 +1,41 @@
+"""Each set is opened for what can be measured on it, and a field that is null counts as absent."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from embedtune.data.opened import Files, OpenedData
+from embedtune.data.records import Format
+
+PAIR = {"query": "q", "pos": ["p"]}
+BOTH = frozenset({Format.PAIR, Format.TRIPLET})
+
+
+def opened(folder: Path, train: dict, val: dict, declared: Format | None) -> OpenedData:
+    paths: dict[str, str | None] = {"test": None, "predict": None}
+    for part, row in (("train", train), ("val", val)):
+        path = folder / f"{part}.jsonl"
+        path.write_text(json.dumps(row) + "\n")
+        paths[part] = str(path)
+    files = Files(paths, dict.fromkeys(paths), declared, teacher_width=None, neg_nums=2, seed=1)
+    data = OpenedData(files)
+    data.open("train")
+    data.open("val", BOTH)
+    return data
+
+
+@pytest.mark.parametrize("declared", [Format.PAIR, Format.TRIPLET])
+def test_rows_with_null_scores_are_of_the_declared_format(tmp_path, declared):
+    row = {**PAIR, "neg": ["n"], "scores": None}
+    data = opened(tmp_path, row, row, declared)
+    assert data.datasets["val/val"].rows.format == declared
+    assert not data.testsets
+
+
+@pytest.mark.parametrize("more", [{}, {"neg": None}])
+def test_scored_rows_measure_what_is_trained_on_others(tmp_path, more):
+    val = {**PAIR, **more, "scores": [0.5]}
+    data = opened(tmp_path, {**PAIR, "neg": ["n"]}, val, Format.TRIPLET)
+    assert list(data.testsets) == ["val/val"]
+    assert list(data.datasets) == ["train"]
