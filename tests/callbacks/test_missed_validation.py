@@ -69,11 +69,14 @@ def weights(root: str) -> bytes:
     ("at", "more"),
     [
         (3, ()),  # at the end of an epoch
+        (7, ("--trainer.max_epochs=-1", "--trainer.max_steps=12")),
         (1, ("--trainer.val_check_interval=2",)),
         (5, ("--trainer.val_check_interval=3", "--trainer.check_val_every_n_epoch=null")),
     ],
 )
 def test_a_run_that_is_stopped_before_a_validation_makes_up_for_it(tiny_bert, at, more):
+    """For all of it: what is monitored comes after the batches of another set."""
+    more = (*more, "--data.val_path.pairs=train.jsonl")
     fit(tiny_bert, "whole", *more)
     stopped(tiny_bert, "run", at, *more)
     fit(tiny_bert, "run", "--ckpt_path=last", *more)

@@ -6,9 +6,10 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from testset_files import write_pairs_and_sts
+from testset_files import write_pairs_and_sts, write_plain_beir
 from told_losses import told
 
+from embedtune.callbacks import run_report
 from embedtune.cli import main
 from embedtune.reports.curves import read_curves
 
@@ -76,6 +77,42 @@ def test_what_was_measured_stays_where_the_last_step_was_not(tiny_bert, more, la
 def test_without_any_validation_the_base_model_stands_alone(tiny_bert):
     fit(tiny_bert, "--trainer.max_steps=3")
     assert "This model was not measured: no validation came" in report()
+
+
+# --- What rose and fell ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def written(monkeypatch) -> list[dict]:
+    """Return what reports are written of."""
+    calls: list[dict] = []
+    monkeypatch.setattr(run_report, "write_report", lambda *args, **facts: calls.append(facts))
+    return calls
+
+
+def kept(mode: str, *more: str) -> tuple[str, ...]:
+    """Return the flags of a fit whose first model is the best by ``max``, its last by ``min``."""
+    write_plain_beir(Path("beir"))
+    sets = ("--data.val_path.beir=beir", "--data.val_path.pairs=train.jsonl")
+    by = ("--checkpoint.monitor=val/pairs/loss", f"--checkpoint.mode={mode}", "--model.lr=1e-3")
+    return (*sets, *by, "--trainer.max_epochs=2", *more)
+
+
+def test_the_queries_are_those_of_the_best_model_whatever_its_name(tiny_bert, written):
+    fit(tiny_bert, *kept("min", "--checkpoint.filename=best"))
+    first, last, end = (facts["comparisons"][0].trained for facts in written)
+    assert end.equal(last)
+    assert not end.equal(first)
+
+
+def test_those_of_a_later_model_are_not_shown_of_it(tiny_bert, written):
+    """A run that goes on does not know what the best one before it has found."""
+    with pytest.raises(SystemExit):
+        fit(tiny_bert, *kept("max"), *told(14, signal.SIGTERM), "--trainer.val_check_interval=5")
+    fit(tiny_bert, *kept("max", "--ckpt_path=last", "--trainer.val_check_interval=5"))
+    assert "is the model of step 5, the best" in written[-1]["model_note"]
+    assert written[-2]["comparisons"]
+    assert written[-1]["comparisons"] == []
 
 
 # --- Steps of the chart ---------------------------------------------------------------------

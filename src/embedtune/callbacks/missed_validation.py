@@ -22,5 +22,7 @@ class MissedValidation(pl.Callback):
         if trainer.ckpt_path is None or is_measured or not validates_at(module.place, trainer):
             return
         running.validating = True
-        running.fit_loop.epoch_loop.val_loop.run()
+        validation = running.fit_loop.epoch_loop.val_loop
+        validation.restarting = False  # else it would count the batches of the one before as done
+        validation.run()
         running.training = True

@@ -41,9 +41,13 @@ class RunReport(pl.Callback):
             baseline: What the base model found.
         """
         self.summary, self.baseline = summary, baseline
-        self._best = ""
-        self._found: dict[str, Tensor] = {}
         self._has_ended = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self._best: tuple[str, float] | None = None
+        self._last: dict[str, Tensor] = {}
+        self._found: dict[str, Tensor] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a folder in the place of the report before the fit, not at its end."""
@@ -53,20 +57,18 @@ class RunReport(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forget the fit before."""
         self._has_ended = False
+        self._forget()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember which checkpoint was the best before a run goes on."""
-        keeper = best_keeper(trainer)
-        self._best = "" if keeper is None else keeper.best_model_path
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Keep what the best model so far has found: one may be saved after its validation."""
+        self._keep_of_best(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep what the best model so far has found, and write."""
+        """Keep what this model has found, and write."""
         if trainer.sanity_checking or cast(Any, trainer).fast_dev_run:
             return
-        module, keeper = cast(EmbeddingModule, pl_module), best_keeper(trainer)
-        if keeper is None or keeper.best_model_path != self._best:
-            self._best = "" if keeper is None else keeper.best_model_path
-            self._found = dict(module.evaluation.found)
+        module = cast(EmbeddingModule, pl_module)
+        self._last = dict(module.evaluation.found)
         running = f"The fit is running: step {trainer.global_step:,} of {module.num_steps:,}"
         intervals = module.intervals
         self._write(trainer, module, running, module.metrics, intervals, module.evaluation.found)
@@ -104,14 +106,23 @@ class RunReport(pl.Callback):
         except OSError as error:  # the exit code is to tell of the signal
             log.warning("the report is not of the last step: %s", error)
 
+    def _keep_of_best(self, trainer: pl.Trainer) -> None:
+        """Let what was found last be that of the best model, if that was saved since."""
+        keeper, best = best_keeper(trainer), None
+        if keeper is not None:  # by its score as well, for each may have the same name
+            best = keeper.best_model_path, float(cast(Tensor, keeper.best_model_score))
+        if best != self._best:
+            self._best, self._found = best, self._last
+
     def _write_end(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
         if not trainer.is_global_zero:
             return
+        self._keep_of_best(trainer)
         metrics, intervals, keeper = module.metrics, module.intervals, best_keeper(trainer)
         if keeper is not None:
             facts = read_facts(Path(keeper.best_model_path))["training_facts"]
             metrics, intervals = facts["metrics"], facts.get("intervals") or {}
-        told, found = choice(trainer).said, self._found
+        told, found = choice(trainer).said, self._last if keeper is None else self._found
         if not metrics and (missing := _not_measured(trainer, module)):
             log.info(missing)
             # What was found is of another step.
