@@ -92,6 +92,15 @@ def test_so_it_is_where_the_model_also_sees_images(tmp_path):
     assert not encoder.packs
 
 
+@pytest.mark.parametrize(("name", "packs"), [("MistralConfig", True), ("PhimoeConfig", False)])
+def test_a_window_that_attention_is_not_told_of_needs_padding(tmp_path, name, packs):
+    # Wider than the texts that are tried. Of Phimoe it is in the mask alone.
+    sizes = {**zoo_models.DECODER, "sliding_window": 40}
+    encoder = load(zoo_models.decoder(name, sizes=sizes), tmp_path)
+    encoder.pack(CPU)
+    assert encoder.packs == packs
+
+
 def test_a_limit_beyond_the_positions_scales_them_too(tmp_path):
     scaled("dynamic", 32)(tmp_path)
     zoo_models.edit(tmp_path, "sentence_bert_config.json", max_seq_length=64)
