@@ -1,6 +1,7 @@
 """Write a sentence-transformers folder, and prove that it is the model that was trained."""
 
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -123,6 +124,9 @@ def _write(folder: Path, encoder: Encoder, facts: TrainingFacts | None) -> None:
     finally:
         if encoder.normalizes:
             del model[-1]
+    for code in folder.glob("*/*.py"):
+        # sentence-transformers writes it beside a module's weights, and looks for it here.
+        shutil.copy(code, folder)
     write_model_card(folder, encoder, facts)
     weights = sorted(folder.rglob("*.safetensors"))
     others = (path for path in sorted(folder.rglob("*")) if path.is_file())
