@@ -301,6 +301,14 @@ def test_an_export_does_not_replace_its_base(tiny_bert, tmp_path, monkeypatch):
     assert contents(base) == before
 
 
+def test_what_is_mounted_cannot_be_replaced(encoder, tmp_path, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path).name == "volume")
+    with pytest.raises(InputError, match=r"volume: expected .* one to replace, found a mounted"):
+        export_encoder(encoder, tmp_path / "volume")
+    export_encoder(encoder, tmp_path / "volume" / "model")
+
+
 @pytest.mark.parametrize("name", [".", "/", "", "..", "model/.."])
 def test_a_place_without_a_name_is_refused(encoder, tmp_path, monkeypatch, capsys, name):
     monkeypatch.chdir(tmp_path)

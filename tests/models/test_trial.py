@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 import zoo_models
 from sentence_transformers.base.modules import Dense, Router
 from sentence_transformers.sentence_transformer.modules import Pooling
@@ -55,6 +56,47 @@ def test_texts_are_not_packed_where_the_longest_scales_the_positions_of_all(
         rope["original_max_position_embeddings"] = 16
         build = zoo_models.decoder("LlamaConfig", rope_parameters=rope)
     encoder = load(build, tmp_path)
+    encoder.pack(CPU)
+    assert encoder.packs == packs
+
+
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [8.0] * 4,
+    "original_max_position_embeddings": 20,
+}
+
+
+def sees_images(folder) -> None:
+    """Write a model of texts and images, whose configuration has one of texts in it."""
+    text = zoo_models.configured(
+        transformers.LlamaConfig, zoo_models.DECODER, rope_parameters=LONGROPE
+    )
+    images = transformers.CLIPVisionConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    config = transformers.LlavaConfig(text_config=text, vision_config=images, image_token_id=4)
+    zoo_models.enlarge(transformers.LlavaModel(config)).save_pretrained(folder / "bare")
+    tokenizer = zoo_models.decoder_tokenizer()
+    transformers.LlavaProcessor(transformers.CLIPImageProcessor(), tokenizer).save_pretrained(
+        folder / "bare"
+    )
+    zoo_models.save([zoo_models.Transformer(str(folder / "bare")), Pooling(16)], folder)
+
+
+def test_so_it_is_where_the_model_also_sees_images(tmp_path):
+    encoder = load(sees_images, tmp_path)
+    encoder.pack(CPU)
+    assert not encoder.packs
+
+
+@pytest.mark.parametrize(("name", "packs"), [("MistralConfig", True), ("PhimoeConfig", False)])
+def test_a_window_that_attention_is_not_told_of_needs_padding(tmp_path, name, packs):
+    # Wider than the texts that are tried. Of Phimoe it is in the mask alone.
+    sizes = {**zoo_models.DECODER, "sliding_window": 40}
+    encoder = load(zoo_models.decoder(name, sizes=sizes), tmp_path)
     encoder.pack(CPU)
     assert encoder.packs == packs
 

@@ -1,5 +1,7 @@
 """Write a sentence-transformers folder, and prove that it is the model that was trained."""
 
+import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -95,6 +97,8 @@ def refuse_to_replace(folder: Path, base: str) -> None:
     if folder.name in ("", ".."):
         raise InputError(f"expected the name of a folder to export to, found {str(folder)!r}")
     refuse_in_the_way(folder, f"{folder}: expected no folder or an exported model")
+    if os.path.ismount(folder):  # which no other folder can take the place of
+        raise InputError(f"{folder}: expected no folder or one to replace, found a mounted one")
     if Path(base).resolve().is_relative_to(folder.resolve()):
         raise InputError(f"{folder}: expected another folder than the base model's, found {base}")
     written = written_names(folder) | {UNVERIFIED}
@@ -120,6 +124,9 @@ def _write(folder: Path, encoder: Encoder, facts: TrainingFacts | None) -> None:
     finally:
         if encoder.normalizes:
             del model[-1]
+    for code in folder.glob("*/*.py"):
+        # sentence-transformers writes it beside a module's weights, and looks for it here.
+        shutil.copy(code, folder)
     write_model_card(folder, encoder, facts)
     weights = sorted(folder.rglob("*.safetensors"))
     others = (path for path in sorted(folder.rglob("*")) if path.is_file())

@@ -69,6 +69,9 @@ def varlen_attention(
 
     Returns:
         ``[1, tokens, heads, head_dim]``, and no attention probabilities.
+
+    Raises:
+        ValueError: The window of the model is in the mask of padded inputs alone.
     """
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(
@@ -83,6 +86,8 @@ def varlen_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
+    if sliding_window is None:
+        _refuse_masked_window(module)
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     packed = [states[0].transpose(0, 1) for states in (query, key, value)]
     if query.is_cuda:
@@ -104,6 +109,14 @@ def varlen_attention(
         output = _attend(q, k, v, mask, dropout, scaling, causal and mask is None)
         attended.append(output.transpose(1, 2).flatten(0, 1))
     return _gather_back(torch.cat(attended), buckets)[None], None
+
+
+def _refuse_masked_window(module: torch.nn.Module) -> None:
+    """Refuse a layer that may have a window and does not tell it: packed texts have no mask."""
+    config = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
+    if window is not None and not getattr(config, "layer_types", None):
+        raise ValueError(f"expected the sliding window of {window} tokens, found none")
 
 
 class Bucket(NamedTuple):

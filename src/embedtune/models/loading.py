@@ -156,6 +156,8 @@ def _settle_document_prompt(model: SentenceTransformer, name: str) -> None:
 
 def _reason(error: Exception) -> str:
     """Return the first line of what an error says, with its kind where that says more."""
+    if "trust_remote_code" in str(error):
+        return "it brings code along; if you trust it, set trust_remote_code to true"
     said = str(error).strip().partition("\n")[0]
     if said and isinstance(error, ImportError | OSError | ValueError):
         return said

@@ -1,7 +1,7 @@
 """Make one chunk of the token features of several texts: packed one after another, or padded."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -171,7 +171,8 @@ def has_plain_attention(transformer: nn.Module) -> bool:
         return False
     if not getattr(transformer.model, "is_backend_compatible", lambda: False)():
         return False
-    kinds = set(getattr(transformer.config, "layer_types", None) or ["full_attention"])
+    config: Any = transformer.config.get_text_config()  # of a model of texts and images, too
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     known = kinds <= {"full_attention", "sliding_attention"}
     is_tried = turning_point(transformer) <= LONGEST_TRIAL
     return transformer.config._attn_implementation == "sdpa" and known and is_tried
@@ -183,7 +184,7 @@ def turning_point(transformer: nn.Module) -> int:
     A sliding window shows beyond its width, and rotary positions that are scaled for the longest
     text of a batch beyond the length from which they are.
     """
-    config: Any = transformer.config
+    config: Any = cast(Any, transformer).config.get_text_config()
     has_window = "sliding_attention" in (getattr(config, "layer_types", None) or ())
     window = config.sliding_window if has_window else 0
     longest_unscaled = unscaled(transformer)
@@ -194,6 +195,7 @@ def turning_point(transformer: nn.Module) -> int:
 def unscaled(transformer: nn.Module) -> int:
     """Return the tokens beyond which a batch's longest text scales the positions of all."""
     config: Any = getattr(transformer, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else None
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = parameters.values() if "rope_type" not in parameters else [parameters]
     found = [UNLIMITED]
