@@ -87,7 +87,9 @@ class TrainerCLI(LightningCLI):
         """Take nothing from a checkpoint but its state: YAML and flags win."""
 
     def before_instantiate_classes(self) -> None:
-        """Check the paths of the run, and give the data a seed that was drawn.
+        """Check the paths of the run, and settle what follows from other keys.
+
+        The run folder keeps the keys as they were given: with other flags other values follow.
 
         Raises:
             InputError: A folder or a file name is none, or the checkpoint is not there.
@@ -95,7 +97,8 @@ class TrainerCLI(LightningCLI):
         config = self.config[self.subcommand]
         refuse_paths(config)
         if not isinstance(config.seed_everything, bool):
-            config.data.seed = config.seed_everything
+            config.data.seed = config.seed_everything  # which may have been drawn
+        self.save_config_kwargs["given"] = config.clone()
         settle(config)
 
     def instantiate_classes(self) -> None:
