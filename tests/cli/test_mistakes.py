@@ -86,6 +86,8 @@ LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in ran
         (b"hello\n", "expected keys and their values, found a str"),
         (b"", "found an empty file"),
         (b"# nothing but a comment\n", "found an empty file"),
+        (b"trainer:\n  # max_steps: 1\ndata: {}\n", "trainer: expected keys .*, found nothing"),
+        (b"checkpoint: [1]\n", "checkpoint: expected keys and their values, found a list"),
     ],
 )
 def test_broken_yaml_is_named(content, message):
