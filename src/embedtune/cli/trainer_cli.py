@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -36,6 +37,14 @@ from embedtune.errors import InputError, TrainingError
 from embedtune.training.module import EmbeddingModule
 
 log = logging.getLogger("embedtune")
+
+SECTIONS = {
+    "model": EmbeddingModule,
+    "data": EmbeddingDataModule,
+    "trainer": pl.Trainer,
+    "checkpoint": ModelCheckpoint,
+}
+"""The class that each section of a configuration builds."""
 
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What the Trainer raises of arguments that it does not take."""
@@ -73,15 +82,15 @@ class TrainerCLI(LightningCLI):
         """Parse what :func:`main` was given, which need not be the process's own arguments.
 
         Raises:
-            InputError: A YAML file is broken, a secret withheld, or a number out of range.
+            InputError: A YAML file is broken, a secret withheld, a value null that must not be, or
+                a number out of range.
         """
         refuse_broken_configs(args)
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         refuse_withheld(config)
+        refuse_nulls(config, SECTIONS)
         refuse_numbers(config)
-        refuse_nulls("model", EmbeddingModule, config.model)
-        refuse_nulls("data", EmbeddingDataModule, config.data)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""
