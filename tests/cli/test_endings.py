@@ -162,8 +162,26 @@ def test_what_is_best_follows_from_the_metric_unless_given(tiny_bert, monitor, m
     sets = "--data.val_path={sts: sts.jsonl, pairs: train.jsonl}"
     flags = () if mode is None else (f"--checkpoint.mode={mode}",)
     fit(tiny_bert, sets, f"--checkpoint.monitor={monitor}", "--trainer.max_steps=4", *flags)
+    assert chooses(monitor, expected)
+
+
+def chooses(monitor: str, mode: str) -> bool:
+    """Tell whether the checkpoints of the last run are chosen so."""
+    keepers = read_facts(last_checkpoint(Path("run/checkpoints")))["callbacks"]
+    return any(f"{{'monitor': {monitor!r}, 'mode': {mode!r}," in keeper for keeper in keepers)
+
+
+def test_a_saved_configuration_decides_nothing_that_follows_from_its_keys(tiny_bert):
+    """What followed from them is no value of theirs: with another metric the most is best."""
+    fit(tiny_bert, "--data.val_path=sts.jsonl")
     saved = yaml.safe_load(Path("run/config.yaml").read_text())
-    assert saved["checkpoint"]["mode"] == expected
+    keys = ("mode", "filename", "save_on_train_epoch_end")
+    assert {key: saved["checkpoint"][key] for key in keys} == dict.fromkeys(keys)
+    assert saved["trainer"]["max_epochs"] is None
+    other = ("--checkpoint.monitor=val/sts/spearman", "--trainer.max_steps=9")  # of 4 an epoch
+    main(["fit", "--config=run/config.yaml", *other])
+    assert chooses("val/sts/spearman", "max")
+    assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 9
 
 
 def test_a_run_folder_may_move_and_be_seen_from_elsewhere(tiny_bert, tmp_path, monkeypatch):

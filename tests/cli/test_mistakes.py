@@ -86,6 +86,8 @@ LAUGHS = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in ran
         (b"hello\n", "expected keys and their values, found a str"),
         (b"", "found an empty file"),
         (b"# nothing but a comment\n", "found an empty file"),
+        (b"trainer:\n  # max_steps: 1\ndata: {}\n", "trainer: expected keys .*, found nothing"),
+        (b"checkpoint: [1]\n", "checkpoint: expected keys and their values, found a list"),
     ],
 )
 def test_broken_yaml_is_named(content, message):
@@ -240,11 +242,16 @@ def test_a_value_that_does_not_do_is_one_line(tiny_bert, capsys, flag, value, me
 
 
 @pytest.mark.parametrize(
-    "key", ["model.weight_decay", "model.use_mrl", "data.batch_size", "data.shuffle"]
+    "key",
+    [
+        *("model.weight_decay", "model.use_mrl", "data.batch_size", "data.shuffle"),
+        *("rank_timeout", "skip_nonfinite", "num_max_checkpoints", "save_on_epoch_end"),
+        *("trainer.max_steps", "trainer.accumulate_grad_batches", "trainer.detect_anomaly"),
+        *("trainer.overfit_batches", "trainer.strategy", "checkpoint.save_top_k"),
+    ],
 )
 def test_a_null_where_a_value_is_needed_is_one_line(tiny_bert, capsys, key):
-    section, name = key.split(".")
-    Path("null.yaml").write_text(f"{section}:\n  {name}:\n")
+    Path("null.yaml").write_text(f"log_with: csv\n{key}:\n")
     message = said(capsys, *fit(tiny_bert), "--config", "null.yaml")
     assert re.match(rf"{key}: expected .*, found null$", message), message
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -26,8 +26,8 @@ def refuse_broken_configs(args: Sequence[str]) -> None:
     """Refuse what cannot be a configuration among the files and the YAML that ``args`` give.
 
     Raises:
-        InputError: A file cannot be read, is not YAML in UTF-8, or does not hold keys; a key is
-            there twice, or follows from another.
+        InputError: A file cannot be read, is not YAML in UTF-8, or does not hold keys, or a section
+            of it does not; a key is there twice, or follows from another.
     """
     for key, value in _given(args):
         if key in (CONFIG, *SECTIONS):
@@ -69,11 +69,19 @@ def _refuse_broken(key: str, value: str, folder: Path) -> None:
     if isinstance(config, dict):
         _refuse_keys(place, config if key == CONFIG else {key: config})
     elif is_file:
-        found = "an empty file" if config is None else f"a {type(config).__name__}"
-        raise InputError(f"{place}: expected keys and their values, found {found}")
+        _refuse_no_keys(place, config, "an empty file")
     for section in SECTIONS if key == CONFIG and isinstance(config, dict) else ():
-        if isinstance(config.get(section), str):
-            _refuse_broken(section, config[section], path.parent if is_file else folder)
+        held = config.get(section, {})
+        if isinstance(held, str):
+            _refuse_broken(section, held, path.parent if is_file else folder)
+        elif not isinstance(held, dict):
+            # It would take away what an earlier file says in this section.
+            _refuse_no_keys(f"{place}: {section}", held, "nothing")
+
+
+def _refuse_no_keys(place: str, found: Any, nothing: str) -> NoReturn:
+    found = nothing if found is None else f"a {type(found).__name__}"
+    raise InputError(f"{place}: expected keys and their values, found {found}")
 
 
 def _read(place: str, given: Path | str) -> Any:

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from collections.abc import Mapping
 from typing import Any, get_args
 
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -62,19 +63,15 @@ KEYS: dict[str, tuple[Any, Any, str]] = {
 }
 """Type, default and meaning of the keys of a run."""
 
+SETTLED = ("checkpoint.mode", "trainer.max_epochs")
+"""Keys that are null unless they are given: they follow from others, see :func:`settle`."""
+
 
 def add_keys(parser: LightningArgumentParser) -> None:
     """Add the keys of a run."""
     parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-    # What is None here follows from other keys, see ``settle``.
-    parser.set_defaults(
-        {
-            "checkpoint.save_last": "link",
-            "checkpoint.enable_version_counter": False,
-            "checkpoint.mode": None,
-            "trainer.max_epochs": None,
-        }
-    )
+    ours = {"checkpoint.save_last": "link", "checkpoint.enable_version_counter": False}
+    parser.set_defaults({**ours, **dict.fromkeys(SETTLED)})
     for name, (kind, default, meaning) in KEYS.items():
         parser.add_argument(f"--{name}", type=kind, default=default, help=meaning)
     parser.link_arguments("seed_everything", "data.seed", compute_fn=_data_seed)
@@ -122,22 +119,25 @@ def refuse_numbers(config: Any) -> None:
         raise InputError(f"trainer.gradient_clip_val: expected a number from 0 on, found {clip}")
 
 
-def refuse_nulls(section: str, kind: type, values: Any) -> None:
-    """Refuse null, which the parser takes for every key, where a value of another type is needed.
+def refuse_nulls(config: Any, sections: Mapping[str, type]) -> None:
+    """Refuse null, which the parser takes for most keys, where a value of another type is needed.
 
     Args:
-        section: ``model`` or ``data``.
-        kind: The class whose arguments the keys are.
-        values: As they were parsed.
+        config: The values of a command.
+        sections: The class whose arguments the keys of each section are.
 
     Raises:
         InputError: It names the key.
     """
-    for name, parameter in inspect.signature(kind, eval_str=True).parameters.items():
-        hint, default = parameter.annotation, parameter.default
-        is_needed = hint is not Any and type(None) not in get_args(hint)
-        if is_needed and default is not parameter.empty and values.get(name, default) is None:
-            raise InputError(f"{section}.{name}: expected a value such as {default}, found null")
+    needed = {name: (kind, default) for name, (kind, default, _) in KEYS.items()}
+    for section, kind in sections.items():
+        for name, argument in inspect.signature(kind, eval_str=True).parameters.items():
+            if argument.default is not argument.empty:
+                needed[f"{section}.{name}"] = argument.annotation, argument.default
+    for key, (hint, default) in needed.items():
+        takes_null = hint is Any or type(None) in get_args(hint) or key in SETTLED
+        if not takes_null and config.get(key, default) is None:
+            raise InputError(f"{key}: expected a value such as {default}, found null")
 
 
 def _data_seed(seed_everything: bool | int) -> int:

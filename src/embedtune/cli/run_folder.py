@@ -19,6 +19,17 @@ LoggerName = Literal["csv", "tensorboard", "wandb"]
 class SaveConfig(SaveConfigCallback):
     """Write the configuration of a fit, but its secrets, to ``<default_root_dir>/config.yaml``."""
 
+    def __init__(self, parser: Any, settled: Any, given: Any, **settings: Any) -> None:
+        """Take both forms of the configuration.
+
+        Args:
+            parser: That of the fit.
+            settled: With the values that follow from others.
+            given: Without them, as it is written.
+            **settings: Of Lightning's callback.
+        """
+        super().__init__(parser, given, **settings)
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave an earlier run's file alone: the fit may still be refused."""
 

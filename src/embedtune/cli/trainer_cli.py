@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -36,6 +37,14 @@ from embedtune.errors import InputError, TrainingError
 from embedtune.training.module import EmbeddingModule
 
 log = logging.getLogger("embedtune")
+
+SECTIONS = {
+    "model": EmbeddingModule,
+    "data": EmbeddingDataModule,
+    "trainer": pl.Trainer,
+    "checkpoint": ModelCheckpoint,
+}
+"""The class that each section of a configuration builds."""
 
 REFUSALS = (MisconfigurationException, ValueError, TypeError, ImportError)
 """What the Trainer raises of arguments that it does not take."""
@@ -73,21 +82,23 @@ class TrainerCLI(LightningCLI):
         """Parse what :func:`main` was given, which need not be the process's own arguments.
 
         Raises:
-            InputError: A YAML file is broken, a secret withheld, or a number out of range.
+            InputError: A YAML file is broken, a secret withheld, a value null that must not be, or
+                a number out of range.
         """
         refuse_broken_configs(args)
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         refuse_withheld(config)
+        refuse_nulls(config, SECTIONS)
         refuse_numbers(config)
-        refuse_nulls("model", EmbeddingModule, config.model)
-        refuse_nulls("data", EmbeddingDataModule, config.data)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""
 
     def before_instantiate_classes(self) -> None:
-        """Check the paths of the run, and give the data a seed that was drawn.
+        """Check the paths of the run, and settle what follows from other keys.
+
+        The run folder keeps the keys as they were given: with other flags other values follow.
 
         Raises:
             InputError: A folder or a file name is none, or the checkpoint is not there.
@@ -95,7 +106,8 @@ class TrainerCLI(LightningCLI):
         config = self.config[self.subcommand]
         refuse_paths(config)
         if not isinstance(config.seed_everything, bool):
-            config.data.seed = config.seed_everything
+            config.data.seed = config.seed_everything  # which may have been drawn
+        self.save_config_kwargs["given"] = config.clone()
         settle(config)
 
     def instantiate_classes(self) -> None:
