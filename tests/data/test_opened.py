@@ -1,24 +1,25 @@
 """Each set is opened for what can be measured on it, and a field that is null counts as absent."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from embedtune.data.opened import Files, OpenedData
 from embedtune.data.records import Format
+from embedtune.errors import InputError
 
 PAIR = {"query": "q", "pos": ["p"]}
 BOTH = frozenset({Format.PAIR, Format.TRIPLET})
 
 
-def opened(folder: Path, train: dict, val: dict, declared: Format | None) -> OpenedData:
+def opened(folder, train: dict, val: dict, declared=None, teacher=None) -> OpenedData:
     paths: dict[str, str | None] = {"test": None, "predict": None}
     for part, row in (("train", train), ("val", val)):
         path = folder / f"{part}.jsonl"
         path.write_text(json.dumps(row) + "\n")
         paths[part] = str(path)
-    files = Files(paths, dict.fromkeys(paths), declared, teacher_width=None, neg_nums=2, seed=1)
+    teachers = dict.fromkeys(paths) | {"val": teacher}
+    files = Files(paths, teachers, declared, teacher_width=None, neg_nums=2, seed=1)
     data = OpenedData(files)
     data.open("train")
     data.open("val", BOTH)
@@ -39,3 +40,9 @@ def test_scored_rows_measure_what_is_trained_on_others(tmp_path, more):
     data = opened(tmp_path, {**PAIR, "neg": ["n"]}, val, Format.TRIPLET)
     assert list(data.testsets) == ["val/val"]
     assert list(data.datasets) == ["train"]
+
+
+def test_a_teacher_of_no_set_is_refused(tmp_path):
+    message = "data.val_teacher_path: expected distill rows in data.val_path, found none"
+    with pytest.raises(InputError, match=message):
+        opened(tmp_path, PAIR, {**PAIR, "scores": [0.5]}, teacher="nothing.f32")

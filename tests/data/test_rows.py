@@ -76,7 +76,7 @@ def test_the_cache_follows_the_content(tmp_path, monkeypatch):
     path = write(tmp_path / "f.jsonl", [{"query": "cached"}])
     Rows([path])
     Rows([path])
-    copy = tmp_path / "copy.jsonl"
+    copy = tmp_path / "copy.v2.jsonl"
     copy.write_bytes(path.read_bytes())
     Rows([copy])
     assert len(reads) == 1

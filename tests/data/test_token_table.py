@@ -151,6 +151,16 @@ def test_a_row_of_many_texts_is_written_by_itself(tmp_path, collator):
     assert [len(part) for part in table.data.column("query").chunks] == [1, 1, 2, 1]
 
 
+def test_no_more_long_texts_than_fit_are_tokenised_or_written_at_once(tmp_path, collator):
+    calls = []
+    collator.token_ids = lambda texts: calls.append(texts) or [np.arange(3)] * len(texts)
+    lengths = [9 * 2**20, 9 * 2**20, *[2**20] * 5, 1, 1]
+    rows = [{"query": f"{i}" + "a" * length} for i, length in enumerate(lengths)]
+    table = TokenTable(Rows([write(tmp_path, rows)]), collator, "key").table
+    assert [len(texts) for texts in calls] == [1, 1, 3, 3, 1]
+    assert [len(chunk) for chunk in table.data.column("query").chunks] == [2, 7]
+
+
 def test_the_table_is_opened_again_without_tokenising(tmp_path, collator):
     rows = Rows([write(tmp_path, ROWS["pair"])])
     first = TokenTable(rows, collator, "key")

@@ -57,8 +57,7 @@ def read_lines(paths: Iterable[Path]) -> Iterator[Line]:
     for file, path in enumerate(paths):
         number = 0
         blank: int | None = None
-        plain = path.with_suffix("") if path.suffix.lower() in (".gz", ".zst") else path
-        parse = _parse_text if plain.suffix.lower() == ".txt" else _parse_object
+        parse = _parse_text if suffixes_of(path)[0] == ".txt" else _parse_object
         for number, text in numbered_lines(path):
             if not text.strip():
                 blank = blank or number
@@ -69,6 +68,17 @@ def read_lines(paths: Iterable[Path]) -> Iterator[Line]:
             yield Line(path, file, number, parse(path, number, text))
         if number == 0 or blank == 1:
             raise InputError(f"{path}: expected a row a line, found an empty file")
+
+
+def suffixes_of(path: Path) -> tuple[str, str]:
+    """Return what of a file's name tells how it is read: what its lines are, and how packed.
+
+    >>> suffixes_of(Path("rows.v2.txt.GZ")), suffixes_of(Path("rows.jsonl"))
+    (('.txt', '.gz'), ('.jsonl', ''))
+    """
+    compression = path.suffix.lower() if path.suffix.lower() in (".gz", ".zst") else ""
+    plain = path.with_suffix("") if compression else path
+    return plain.suffix.lower(), compression
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -101,9 +111,10 @@ def open_text(path: Path) -> TextIO:
     Lines end where other tools count one: a carriage return alone is part of its line.
     """
     how: dict[str, Any] = {"encoding": "utf-8-sig", "newline": "\n"}
-    if path.suffix.lower() == ".gz":
+    _, compression = suffixes_of(path)
+    if compression == ".gz":
         return gzip.open(path, "rt", **how)
-    if path.suffix.lower() == ".zst":
+    if compression == ".zst":
         return io.TextIOWrapper(io.BufferedReader(_ZstdFile(path), READ_SIZE), **how)
     return path.open(**how)
 

@@ -93,6 +93,7 @@ class OpenedData:
             for name, paths in sets.items():
                 if not {f"{part}/{name}"} & {*self.datasets, *self.testsets}:
                     self._open_evaluated(part, f"{part}/{name}", paths, trained, loss_formats)
+            self._refuse_lonely_teacher(part)
         elif part not in self.datasets:
             # Queries alone are what predict takes from rows of any format.
             declared = Format.DISTILL if part == "predict" else self.files.declared
@@ -160,6 +161,13 @@ class OpenedData:
             raise InputError(
                 f"{key}: expected embeddings as wide as those of data.teacher_path, "
                 f"{trained.width}, found {teacher.width}"
+            )
+
+    def _refuse_lonely_teacher(self, part: Literal["val", "test"]) -> None:
+        """Refuse a teacher of no set: nobody would look at it."""
+        if self.files.teachers[part] and not any(n.startswith(f"{part}/") for n in self.datasets):
+            raise InputError(
+                f"data.{part}_teacher_path: expected distill rows in data.{part}_path, found none"
             )
 
     def _examples(self, part: Part, rows: Rows) -> ExampleDataset:

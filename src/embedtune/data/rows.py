@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedtune.data.cache import Facts, cache_folder, open_table
-from embedtune.data.lines import unreadable
+from embedtune.data.lines import suffixes_of, unreadable
 from embedtune.data.records import Format, Record, RecordReader
 from embedtune.errors import InputError
 
@@ -57,7 +57,7 @@ class Rows:
         reading = _Reading(self.paths, declared)
         digest = hashlib.blake2b(f"{CACHE_VERSION} {declared}".encode(), digest_size=16)
         for path in self.paths:
-            digest.update("".join(path.suffixes).encode())  # a .txt file is read in another way
+            digest.update("".join(suffixes_of(path)).encode())
             digest.update(_file_digest(path))
         self.digest = digest.hexdigest()
         path = cache_folder() / f"{self.digest}.arrow"

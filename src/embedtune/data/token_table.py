@@ -21,8 +21,9 @@ log = logging.getLogger("embedtune")
 
 TABLE_VERSION = 3  # raised whenever the columns change
 TEXTS_PER_WRITE = 20_000
-TEXTS_PER_CALL = 1_000
-"""Texts that are tokenised at once: they are padded to the longest of them."""
+TEXTS_PER_CALL, CHARACTERS_PER_CALL = 1_000, 2**22
+"""What is tokenised at once, padded to the longest: as many texts, or fewer that are long. A
+tokenizer holds all tokens of a text before it cuts it, in some 50 bytes a character."""
 
 IDS = pa.list_(pa.int32())
 SCHEMA = pa.schema({"query": IDS, "positives": pa.list_(IDS), "negatives": pa.list_(IDS)})
@@ -113,8 +114,12 @@ class _Column:
 
 def _tokenised(rows: Rows, collator: Collator) -> Iterator[pa.RecordBatch]:
     log.info("tokenising %s rows", f"{len(rows):,}")
-    for start, end in pairwise(_cuts(rows.texts_per_row)):
-        yield _tokenise(rows.table[start:end], collator)
+    texts_per_row, first = rows.texts_per_row, 0
+    for written in rows.table.data.column("query").chunks:  # with so many characters at most
+        end = first + len(written)
+        for start, stop in pairwise(_cuts(texts_per_row[first:end])):
+            yield _tokenise(rows.table[first + start : first + stop], collator)
+        first = end
 
 
 def _cuts(texts_per_row: np.ndarray) -> Iterator[int]:
@@ -138,10 +143,12 @@ def _tokenise(columns: Mapping[str, list], collator: Collator) -> pa.RecordBatch
         for name in ("positives", "negatives")
     )
     texts = list(dict.fromkeys(chain(queries, *positives, *negatives)))
-    texts.sort(key=lambda text: len(text.text))
+    texts.sort(key=lambda text: -len(text.text))
     ids: dict[Text, np.ndarray] = {}
-    for start in range(0, len(texts), TEXTS_PER_CALL):
-        part = texts[start : start + TEXTS_PER_CALL]
+    while len(ids) < len(texts):
+        rest = texts[len(ids) :]
+        most = max(1, CHARACTERS_PER_CALL // len(rest[0].text))
+        part = rest[: min(most, TEXTS_PER_CALL)]
         ids.update(zip(part, collator.token_ids(part), strict=True))
     return pa.record_batch(
         [_lists(queries, ids), _nested(positives, ids), _nested(negatives, ids)], schema=SCHEMA

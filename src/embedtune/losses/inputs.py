@@ -31,6 +31,9 @@ class Embeddings(NamedTuple):
 class Target(NamedTuple):
     """What the embeddings are trained towards; what a format does not have is None.
 
+    In the scope ``documents`` positives are those of every rank, but ``scores`` and ``list_index``
+    have this rank's alone, whose lists start at the rows ``own``.
+
     Attributes:
         scores: float32 ``[m]`` (scored).
         list_index: int64 ``[m]``: which query each positive belongs to.

@@ -13,8 +13,8 @@ Scope = Literal["rank", "documents", "global"]
 """How much of a global batch a loss sees, where several ranks share it.
 
 ``global``: every rank's queries and documents, so that every rank computes the loss that one
-process would; ``documents``: this rank's queries and every rank's documents; ``rank``: this rank's
-alone. A loss of the last two is a mean over queries.
+process would; ``documents``: this rank's queries, with the scores of their own lists, and every
+rank's documents; ``rank``: this rank's alone. A loss of the last two is a mean over queries.
 """
 Over = Literal["rank", "global"]
 """Which of these a user may choose."""
