@@ -14,6 +14,7 @@ from embedtune import EmbeddingDataModule, EmbeddingModule
 from embedtune.callbacks import finite
 from embedtune.checkpoints import last_checkpoint, read_facts, read_weights
 from embedtune.cli import main
+from embedtune.distributed import exchange
 from embedtune.errors import TrainingError
 
 ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(12)]
@@ -148,6 +149,17 @@ def test_a_step_that_is_left_out_changes_nothing(tiny_bert, monkeypatch):
     first, second, third = before
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert any(not torch.equal(second[name], third[name]) for name in first)
+
+
+def test_a_rank_without_a_gradient_exchanges_as_the_others(monkeypatch):
+    """Under FSDP a small part that is trained, such as a projection, may be all another rank's."""
+    asked: list[float] = []
+    monkeypatch.setattr(exchange, "sum_over_ranks", lambda own: asked.append(float(own)) or own)
+    trainer, module = pl.Trainer(accelerator="cpu", logger=False), pl.LightningModule()
+    module.own = torch.nn.Parameter(torch.ones(1), requires_grad=False)
+    trainer.strategy.connect(module)
+    finite.Finite().on_before_optimizer_step(trainer, module, torch.optim.SGD([module.own]))
+    assert asked == [0]
 
 
 def test_a_loss_of_zero_is_told(tiny_bert, caplog):

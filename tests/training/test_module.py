@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     WeightAveraging,
 )
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 
@@ -19,6 +20,7 @@ from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, InputEr
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.throughput import Throughput
 from embedtune.data.collate import Collator
+from embedtune.distributed import named_strategy
 from embedtune.losses import CoSENT, Distillation, InfoNCE, ListwiseKL, Matryoshka
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import EncoderSpec
@@ -415,6 +417,34 @@ def test_a_projection_is_averaged_with_the_rest(tmp_path, tiny_bert, average, ke
     torch.testing.assert_close(weight(module), torch.stack(getattr(keep, kept)).mean(dim=0))
     saved = SentenceTransformer(str(tmp_path / "model"), device="cpu")
     assert torch.equal(saved[2].linear.weight, weight(module))
+
+
+@pytest.mark.parametrize("average", [StochasticWeightAveraging(1e-2, 1), WeightAveraging()])
+def test_metrics_are_told_of_the_weights_that_they_were_measured_of(tmp_path, tiny_bert, average):
+    """One of them validates each epoch's average, the other no average at all."""
+    running = {"max_epochs": 3, "callbacks": [average, ExportModel()]}
+    data = {"val_path": {"sts": write(tmp_path, "scored")}}
+    module, _ = fit(tmp_path, tiny_bert, "pair", data, running, lr=1e-2)
+    told = [epoch for epoch in (1, 2, 3) if "value: " in card(tmp_path, epoch)]
+    assert told == ([1, 2, 3] if isinstance(average, WeightAveraging) else [1, 2])
+    for epoch in told:
+        exported = EmbeddingModule(str(tmp_path / f"checkpoints/epoch-{epoch}"))
+        sets = EmbeddingDataModule(val_path=data["val_path"])
+        found = trainer(tmp_path).validate(exported, sets, verbose=False)[-1]
+        assert f"value: {round(found['val/sts/spearman'], 4)}\n" in card(tmp_path, epoch)
+    assert bool(module.metrics) == (3 in told)
+
+
+def card(folder: Path, epoch: int) -> str:
+    return (folder / f"checkpoints/epoch-{epoch}/README.md").read_text()
+
+
+@pytest.mark.parametrize("average", [StochasticWeightAveraging(1e-2), WeightAveraging()])
+def test_parts_of_weights_are_not_averaged(tmp_path, tiny_bert, average):
+    """Before anything is trained, and not when it ends."""
+    running = {"callbacks": [average], "strategy": named_strategy("fsdp"), "devices": 1}
+    with pytest.raises((InputError, MisconfigurationException), match=r"averages whole|sharded"):
+        fit(tmp_path, tiny_bert, "pair", trainer_kwargs=running)
 
 
 def test_what_is_averaged_afterwards_is_not_exported_before(tmp_path, tiny_bert):

@@ -26,7 +26,7 @@ from embedtune.export.folder import (
 from embedtune.export.probes import embed_probes
 from embedtune.export.rebuild import export_checkpoint, rebuild
 from embedtune.models.spec import Features
-from embedtune.training.before_fit import AVERAGING
+from embedtune.training.before_fit import AVERAGING, averaged
 from embedtune.training.facts import training_facts
 from embedtune.training.module import EmbeddingModule
 from embedtune.whole_files import sweep, sweep_together
@@ -203,7 +203,8 @@ class ExportModel(pl.Callback):
         if number is None:
             return
         try:
-            export_running(trainer, module, _epoch_folder(trainer, number))
+            with averaged(trainer, module):
+                export_running(trainer, module, _epoch_folder(trainer, number))
         except (ExportError, InputError) as error:
             log.error("epoch %d is not exported: %s", number, error)
         trainer.strategy.barrier()

@@ -102,10 +102,13 @@ class Finite(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any
     ) -> None:
         """End the fit at a gradient that is no number, or leave the step out."""
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        if _has_scaler(trainer) or not gradients:  # ZeRO holds them elsewhere
+        if _has_scaler(trainer) or isinstance(trainer.strategy, ZeRO):  # it holds them elsewhere
             return
-        own = torch.stack(torch._foreach_norm(gradients)).sum()
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        # FSDP may give a rank no part of what is trained: it exchanges as the others do.
+        own = torch.zeros((), device=pl_module.device)
+        if gradients:
+            own = torch.stack(torch._foreach_norm(gradients)).sum()
         norm = exchange.sum_over_ranks(own.float())
         if _runs_ahead(trainer) and not self.skip_nonfinite:
             self._ask(trainer, optimizer, norm)

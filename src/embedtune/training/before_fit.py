@@ -1,12 +1,20 @@
 """What is settled or refused before a fit, because it would fail or mislead later."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 
 from embedtune.data.datamodule import EmbeddingDataModule
-from embedtune.distributed.strategies import refuse_unsupported, shards_parameters
+from embedtune.distributed import FSDP, ZeRO
+from embedtune.distributed.strategies import (
+    describe_strategy,
+    refuse_unsupported,
+    shards_parameters,
+)
 from embedtune.errors import InputError
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import Role
@@ -36,11 +44,28 @@ def refuse_what_fails_later(trainer: Any, module: Any) -> None:
         InputError: It names the key.
     """
     refuse_unsupported(trainer)
+    _refuse_average_of_parts(trainer)
     _refuse_other_data(trainer.datamodule)
     _refuse_another_precision(str(trainer.precision))
     _refuse_flash_in_float32(module.encoder, str(trainer.precision))
     if module.compiles:
         _refuse_compilation(trainer.strategy)
+
+
+def _refuse_average_of_parts(trainer: Any) -> None:
+    """Refuse to average what a rank does not hold as a whole, or DeepSpeed trains a copy of.
+
+    Raises:
+        InputError: A callback would, at the first validation or after the last step.
+    """
+    if trainer.state.fn != TrainerFn.FITTING or not isinstance(trainer.strategy, FSDP | ZeRO):
+        return
+    for callback in trainer.callbacks:
+        if isinstance(callback, AVERAGING):
+            raise InputError(
+                f"callbacks: {type(callback).__name__} averages whole weights: expected "
+                f"trainer.strategy ddp or one device, found {describe_strategy(trainer.strategy)}"
+            )
 
 
 def _refuse_another_precision(precision: str) -> None:
@@ -166,6 +191,25 @@ def average_all(trainer: Any, module: Any, stage: str) -> None:
     for callback in trainer.callbacks:
         if isinstance(callback, AVERAGING):
             callback.setup(trainer, module, stage)
+
+
+@contextmanager
+def averaged(trainer: Any, module: Any) -> Iterator[None]:
+    """Give a module the average of its weights, where a callback validates and saves that."""
+    callbacks = [c for c in trainer.callbacks if isinstance(c, WeightAveraging)]
+    for callback in callbacks:
+        callback.on_validation_epoch_start(trainer, module)
+    try:
+        yield
+    finally:
+        for callback in callbacks:
+            callback.on_validation_epoch_end(trainer, module)
+
+
+def has_other_weights(trainer: Any) -> bool:
+    """Tell whether a fit has ended with an average of weights, which no validation has seen."""
+    is_over = trainer.state.fn == TrainerFn.FITTING and trainer.current_epoch == trainer.max_epochs
+    return is_over and any(isinstance(c, StochasticWeightAveraging) for c in trainer.callbacks)
 
 
 def tell_of_far_rate(rate: float, usual: float) -> None:

@@ -39,6 +39,7 @@ from embedtune.training.accumulation import (
 from embedtune.training.before_fit import (
     average_all,
     compare_directions,
+    has_other_weights,
     refuse_long_interval,
     refuse_long_prompts,
     refuse_what_fails_later,
@@ -319,9 +320,9 @@ class EmbeddingModule(pl.LightningModule):
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the last validation logged, if nothing was trained since."""
-        measured = self._measured
-        return measured.metrics if measured.step == self.trainer.global_step else {}
+        """What the last validation logged, if the weights are still those."""
+        is_of_step = self._measured.step == self.trainer.global_step
+        return self._measured.metrics if is_of_step and not has_other_weights(self.trainer) else {}
 
     @property
     def last_measured(self) -> Validation:
