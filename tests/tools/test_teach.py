@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 
@@ -29,6 +30,9 @@ class Teacher:
     def __iter__(self):
         return iter(())
 
+    def __getitem__(self, index: int) -> torch.nn.Module:
+        return torch.nn.Module()
+
     def modules(self):
         return ()
 
@@ -46,7 +50,6 @@ class Teacher:
 
 def run(monkeypatch, teacher, texts, out):
     monkeypatch.setattr(module, "TEXTS_PER_WRITE", 3)
-    monkeypatch.setattr(module, "cap_length", lambda model, max_len: max_len)
     monkeypatch.setattr(module, "load_sentence_transformer", lambda *args, **options: teacher)
     data = out.parent / f"{teacher.number}.jsonl"
     data.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))

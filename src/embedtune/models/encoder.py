@@ -40,7 +40,9 @@ from embedtune.models.structure import structure_of
 from embedtune.models.tokenizer_state import tokenizers_digest
 from embedtune.models.towers import (
     UNLIMITED,
+    backbones,
     capped,
+    cutting_at,
     first_position,
     has_routes,
     longest_input,
@@ -107,7 +109,7 @@ class Encoder(nn.Module):
         self.match(spec)
 
     def _refuse_dropout(self, settings: dict[str, float]) -> None:
-        configs = [transformer.config for transformer in transformers_of(self.model)]
+        configs = [backbone.config for backbone in backbones(self.model)]
         if settings and not any(hasattr(config, name) for config in configs for name in settings):
             raise InputError(
                 f"model.dropout, model.attention_dropout: expected a model whose configuration has "
@@ -245,7 +247,7 @@ class Encoder(nn.Module):
         Raises:
             InputError: The model has no layers.
         """
-        repeated = [layers(transformer) for transformer in transformers_of(self.model)]
+        repeated = [layers(backbone) for backbone in backbones(self.model)]
         found = [layer for listed in repeated if listed is not None for layer in listed]
         if not found:
             raise InputError(
@@ -279,7 +281,9 @@ class Encoder(nn.Module):
             max_len: Longest input in tokens, prompt and special tokens included.
         """
         module = tower(self.model, role)
-        features = self.model.preprocess(list(texts), prompt=prompt, max_length=max_len, task=role)
+        settings = {"max_length": max_len, "task": role}
+        with cutting_at([module], max_len):
+            features = self.model.preprocess(list(texts), prompt=prompt, **settings)
         if self.routes:
             features["task"] = role
         pools = (m for m in self.model.modules() if isinstance(m, Pooling))

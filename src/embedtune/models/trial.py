@@ -20,7 +20,7 @@ from embedtune.models.packing import (
     unscaled,
 )
 from embedtune.models.spec import ROLES, Features, Role
-from embedtune.models.towers import positions, tower, transformers_of
+from embedtune.models.towers import backbones, positions, tower
 from embedtune.models.words import known_words
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _at_rest(encoder: "Encoder") -> Iterator[None]:
 def _plain_attention(encoder: "Encoder") -> Iterator[None]:
     """Attend in a way that every device and precision has, where another was asked for."""
     given = encoder.attn_implementation
-    inner: list[Any] = [transformer.auto_model for transformer in transformers_of(encoder.model)]
+    inner: list[Any] = list(backbones(encoder.model))
     changed = inner if given not in (None, "eager", "sdpa") else []
     for model in changed:
         model.set_attn_implementation("eager")
