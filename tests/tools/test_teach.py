@@ -76,6 +76,17 @@ def test_a_teacher_that_leaves_its_way_open_is_refused(tiny_bert, tmp_path, role
     assert not (tmp_path / "store").exists()
 
 
+def test_a_teacher_takes_its_way_by_default_whatever_it_is_called(tiny_bert, tmp_path):
+    tower = list(SentenceTransformer(str(tiny_bert), device="cpu"))[:2]
+    router = Router({"short": tower, "long": tower}, default_route="long")
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path / "router"))
+    (tmp_path / "rows.jsonl").write_text('{"query": "a"}\n')
+    files = teach(str(tmp_path / "router"), str(tmp_path / "rows.jsonl"), tmp_path / "store")
+    expected = SentenceTransformer(str(tmp_path / "router"), device="cpu").encode(["a"])
+    found = np.fromfile(files.embeddings, np.float32).reshape(1, -1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
+
+
 def owner(out):
     """Return whose store it is: all three files say the same, or it is refused."""
     rows = Rows([out / "texts.jsonl"])

@@ -22,7 +22,9 @@ def tower(model: SentenceTransformer, role: Role) -> nn.Module:
     first = model[0]
     if not isinstance(first, Router):
         return first
-    return cast(nn.Sequential, first.sub_modules[cast(str, route(first, role))])[0]
+    # The route by default is that of texts without a role, as a teacher's are.
+    name = route(first, role) or first.default_route
+    return cast(nn.Sequential, first.sub_modules[cast(str, name)])[0]
 
 
 def towers(model: SentenceTransformer) -> list[nn.Module]:
