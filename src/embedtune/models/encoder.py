@@ -45,9 +45,9 @@ from embedtune.models.towers import (
     cutting_at,
     first_position,
     has_routes,
+    limit_of,
     longest_input,
     tower,
-    towers,
     transformers_of,
 )
 from embedtune.models.trial import packs_exactly
@@ -185,12 +185,19 @@ class Encoder(nn.Module):
 
     @property
     def longest_inputs(self) -> list[int | None]:
-        """The same of each tower: behind a Router queries and documents may have their own."""
-        return [longest_input(module) for module in towers(self.model)]
+        """The same, once for each limit: queries and documents may have one or a tower each."""
+        return [longest_input(module, limit) for module, limit in self._limits()]
+
+    def _limits(self) -> list[tuple[nn.Module, str]]:
+        """Return the tower of each role and the name of its limit, each pair once."""
+        modules = {role: tower(self.model, role) for role in ROLES}
+        pairs = [(module, limit_of(module, role)) for role, module in modules.items()]
+        return pairs[:1] if pairs[0] == pairs[1] else pairs
 
     def longest(self, role: Role) -> int:
         """Return the tokens of a text of a role that ``encode`` takes."""
-        own = longest_input(tower(self.model, role))
+        module = tower(self.model, role)
+        own = longest_input(module, limit_of(module, role))
         return self.cap(UNLIMITED if own is None else own, role)
 
     def cap(self, max_len: int, role: Role) -> int:
@@ -199,10 +206,10 @@ class Encoder(nn.Module):
 
     def raise_max_seq_length(self, length: int) -> None:
         """Let ``encode`` take inputs as long as those trained on; never shortens."""
-        for module in towers(self.model):
-            known, raised = longest_input(module), capped(module, length)
+        for module, limit in self._limits():
+            known, raised = longest_input(module, limit), capped(module, length)
             if known is not None and raised > known:
-                cast(Any, module).max_seq_length = raised
+                setattr(module, limit, raised)
         self.spec = self.spec._replace(max_seq_length=max(length, self.spec.max_seq_length or 0))
 
     def set_prompt(self, role: Role, prompt: str) -> None:

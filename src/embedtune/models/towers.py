@@ -72,9 +72,15 @@ def route(router: Router, role: Role) -> str | None:
 # --- Lengths --------------------------------------------------------------------------------
 
 
-def longest_input(module: nn.Module) -> int | None:
+def limit_of(module: nn.Module, role: Role) -> str:
+    """Return the name under which a tower keeps the longest input of a role: its own, or of all."""
+    own = f"{role}_length"  # since sentence-transformers 6
+    return "max_seq_length" if getattr(module, own, None) is None else own
+
+
+def longest_input(module: nn.Module, limit: str = "max_seq_length") -> int | None:
     """Return the tokens after which a tower cuts a text; None is unlimited."""
-    length: Any = getattr(module, "max_seq_length", None)
+    length: Any = getattr(module, limit, None)
     return None if length is None or length > UNLIMITED else int(length)
 
 
