@@ -53,6 +53,16 @@ def test_a_limit_is_raised_as_far_as_a_tower_has_positions(encoder, tmp_path):
     assert limits == [20, 30]
 
 
+def test_a_role_may_have_a_limit_of_its_own(tmp_path):
+    zoo_models.encoder("BertConfig")(tmp_path)
+    zoo_models.edit(tmp_path, "sentence_bert_config.json", query_length=8)
+    encoder = Encoder(EncoderSpec(str(tmp_path)))
+    assert (tokens(encoder, "query"), tokens(encoder, "document")) == (8, 64)
+    assert (encoder.longest_inputs, encoder.max_seq_length) == ([8, 64], 64)
+    encoder.raise_max_seq_length(20)
+    assert encoder.longest_inputs == [20, 64]
+
+
 def test_a_static_tower_has_none(tmp_path):
     static = StaticEmbedding(zoo_models.tokenizer().backend_tokenizer, embedding_dim=16)
     router = Router.for_query_document([static], bert(tmp_path / "d", 40, 12))

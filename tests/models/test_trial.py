@@ -191,6 +191,14 @@ def test_a_model_whose_modules_do_not_fit_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_an_embedding_of_another_width_than_the_model_tells_is_refused(tmp_path):
+    sizes = {**zoo_models.SIZES, "ffn_dim": 32, "word_embed_proj_dim": 12}
+    zoo_models.decoder("OPTConfig", sizes=sizes)(tmp_path)  # its states go through a projection
+    encoder = Encoder(EncoderSpec(str(tmp_path / "bare"), "lasttoken"))
+    with pytest.raises(InputError, match=r"expected embeddings of 16 numbers, .* found 12"):
+        prepare_training(encoder)
+
+
 @pytest.mark.parametrize("given", ["eager", "sdpa"])
 def test_a_given_attention_is_left_as_it_is(tmp_path, given):
     zoo_models.encoder("BertConfig")(tmp_path)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
 
@@ -29,6 +30,9 @@ class Teacher:
     def __iter__(self):
         return iter(())
 
+    def __getitem__(self, index: int) -> torch.nn.Module:
+        return torch.nn.Module()
+
     def modules(self):
         return ()
 
@@ -46,7 +50,6 @@ class Teacher:
 
 def run(monkeypatch, teacher, texts, out):
     monkeypatch.setattr(module, "TEXTS_PER_WRITE", 3)
-    monkeypatch.setattr(module, "cap_length", lambda model, max_len: max_len)
     monkeypatch.setattr(module, "load_sentence_transformer", lambda *args, **options: teacher)
     data = out.parent / f"{teacher.number}.jsonl"
     data.write_text("".join(json.dumps({"query": text}) + "\n" for text in texts))
@@ -71,6 +74,17 @@ def test_a_teacher_that_leaves_its_way_open_is_refused(tiny_bert, tmp_path, role
     with pytest.raises(InputError, match="expected a Router with a"):
         teach(str(tmp_path / "router"), str(tmp_path / "rows.jsonl"), tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_a_teacher_takes_its_way_by_default_whatever_it_is_called(tiny_bert, tmp_path):
+    tower = list(SentenceTransformer(str(tiny_bert), device="cpu"))[:2]
+    router = Router({"short": tower, "long": tower}, default_route="long")
+    SentenceTransformer(modules=[router], device="cpu").save_pretrained(str(tmp_path / "router"))
+    (tmp_path / "rows.jsonl").write_text('{"query": "a"}\n')
+    files = teach(str(tmp_path / "router"), str(tmp_path / "rows.jsonl"), tmp_path / "store")
+    expected = SentenceTransformer(str(tmp_path / "router"), device="cpu").encode(["a"])
+    found = np.fromfile(files.embeddings, np.float32).reshape(1, -1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 def owner(out):

@@ -146,6 +146,11 @@ MODELS = {
     "short-limit": changed(
         lambda folder: edit(folder, "sentence_bert_config.json", max_seq_length=24)
     ),
+    "limits-by-role": changed(
+        lambda folder: edit(
+            folder, "sentence_bert_config.json", query_length=24, document_length=30
+        )
+    ),
     "no-limit": changed(no_limit),
     "fp16": changed(in_half(torch.float16)),
     "bf16": changed(in_half(torch.bfloat16)),

@@ -22,7 +22,7 @@ from zoo_models import (
 )
 
 from embedtune.errors import InputError
-from embedtune.models import Encoder
+from embedtune.models import Embedding, Encoder
 from embedtune.models.spec import EncoderSpec
 
 MODEL = {
@@ -191,3 +191,18 @@ def test_its_code_is_run_where_it_is_trusted_alone(build, tmp_path):
     expected = r"model_name_or_path: cannot load '.*': it brings code along; .* trust_remote_code"
     with pytest.raises(InputError, match=expected):
         Encoder(EncoderSpec(str(tmp_path / "model")))
+
+
+def test_a_transformer_of_own_code_is_one(tmp_path):
+    own_transformer(tmp_path / "model")
+    run = Run(tmp_path / "model", tmp_path)
+    trained, _ = run.fit("run", 1, trust_remote_code=True)
+    assert trained.lr == pytest.approx(2e-5 * 768 / 16)
+    encoder = trained.encoder
+    assert "BertLayer" in {kind.__name__ for kind in encoder.block_classes}
+    features = encoder.tokenize(["a " * 50], "query", None, 7)
+    assert features["input_ids"].shape == (1, 7)
+    assert encoder.longest("query") == 30
+    used = Embedding(tmp_path / "run" / "model", trust_remote_code=True)
+    longer, cut = used.encode(["a " * 50], max_len=9), used.encode(["a " * 7], max_len=64)
+    torch.testing.assert_close(longer, cut)

@@ -9,6 +9,7 @@ from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
 from embedtune.models.loading import cap_length, load_sentence_transformer
+from embedtune.models.towers import cutting_at, towers
 
 PROGRESS_BATCHES = 20
 """Batches from which on a progress bar is shown."""
@@ -63,15 +64,17 @@ class Embedding:
             return self.encode([texts], device, prompt, max_len, batch_size)[0]
         if len(texts) == 0:  # an array of numpy has no truth
             return torch.empty(0, int(self.model.get_embedding_dimension() or 0))
-        embeddings = self.model.encode(
-            with_tokens(self.model, texts, prompt),
-            prompt=prompt,
-            batch_size=batch_size,
-            device=device,
-            convert_to_tensor=True,
-            show_progress_bar=len(texts) > PROGRESS_BATCHES * batch_size,
-            processing_kwargs={"text": {"max_length": cap_length(self.model, max_len)}},
-        )
+        longest = cap_length(self.model, max_len)
+        with cutting_at(towers(self.model), longest):
+            embeddings = self.model.encode(
+                with_tokens(self.model, texts, prompt),
+                prompt=prompt,
+                batch_size=batch_size,
+                device=device,
+                convert_to_tensor=True,
+                show_progress_bar=len(texts) > PROGRESS_BATCHES * batch_size,
+                processing_kwargs={"text": {"max_length": longest}},
+            )
         return embeddings.float().cpu().clone()
 
 

@@ -40,12 +40,14 @@ from embedtune.models.structure import structure_of
 from embedtune.models.tokenizer_state import tokenizers_digest
 from embedtune.models.towers import (
     UNLIMITED,
+    backbones,
     capped,
+    cutting_at,
     first_position,
     has_routes,
+    limit_of,
     longest_input,
     tower,
-    towers,
     transformers_of,
 )
 from embedtune.models.trial import packs_exactly
@@ -107,7 +109,7 @@ class Encoder(nn.Module):
         self.match(spec)
 
     def _refuse_dropout(self, settings: dict[str, float]) -> None:
-        configs = [transformer.config for transformer in transformers_of(self.model)]
+        configs = [backbone.config for backbone in backbones(self.model)]
         if settings and not any(hasattr(config, name) for config in configs for name in settings):
             raise InputError(
                 f"model.dropout, model.attention_dropout: expected a model whose configuration has "
@@ -183,12 +185,19 @@ class Encoder(nn.Module):
 
     @property
     def longest_inputs(self) -> list[int | None]:
-        """The same of each tower: behind a Router queries and documents may have their own."""
-        return [longest_input(module) for module in towers(self.model)]
+        """The same, once for each limit: queries and documents may have one or a tower each."""
+        return [longest_input(module, limit) for module, limit in self._limits()]
+
+    def _limits(self) -> list[tuple[nn.Module, str]]:
+        """Return the tower of each role and the name of its limit, each pair once."""
+        modules = {role: tower(self.model, role) for role in ROLES}
+        pairs = [(module, limit_of(module, role)) for role, module in modules.items()]
+        return pairs[:1] if pairs[0] == pairs[1] else pairs
 
     def longest(self, role: Role) -> int:
         """Return the tokens of a text of a role that ``encode`` takes."""
-        own = longest_input(tower(self.model, role))
+        module = tower(self.model, role)
+        own = longest_input(module, limit_of(module, role))
         return self.cap(UNLIMITED if own is None else own, role)
 
     def cap(self, max_len: int, role: Role) -> int:
@@ -197,10 +206,10 @@ class Encoder(nn.Module):
 
     def raise_max_seq_length(self, length: int) -> None:
         """Let ``encode`` take inputs as long as those trained on; never shortens."""
-        for module in towers(self.model):
-            known, raised = longest_input(module), capped(module, length)
+        for module, limit in self._limits():
+            known, raised = longest_input(module, limit), capped(module, length)
             if known is not None and raised > known:
-                cast(Any, module).max_seq_length = raised
+                setattr(module, limit, raised)
         self.spec = self.spec._replace(max_seq_length=max(length, self.spec.max_seq_length or 0))
 
     def set_prompt(self, role: Role, prompt: str) -> None:
@@ -245,7 +254,7 @@ class Encoder(nn.Module):
         Raises:
             InputError: The model has no layers.
         """
-        repeated = [layers(transformer) for transformer in transformers_of(self.model)]
+        repeated = [layers(backbone) for backbone in backbones(self.model)]
         found = [layer for listed in repeated if listed is not None for layer in listed]
         if not found:
             raise InputError(
@@ -279,7 +288,9 @@ class Encoder(nn.Module):
             max_len: Longest input in tokens, prompt and special tokens included.
         """
         module = tower(self.model, role)
-        features = self.model.preprocess(list(texts), prompt=prompt, max_length=max_len, task=role)
+        settings = {"max_length": max_len, "task": role}
+        with cutting_at([module], max_len):
+            features = self.model.preprocess(list(texts), prompt=prompt, **settings)
         if self.routes:
             features["task"] = role
         pools = (m for m in self.model.modules() if isinstance(m, Pooling))

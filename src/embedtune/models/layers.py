@@ -3,7 +3,7 @@
 from sentence_transformers import SentenceTransformer
 from torch import nn
 
-from embedtune.models.towers import transformers_of
+from embedtune.models.towers import backbones
 
 
 def layers(module: nn.Module) -> nn.ModuleList | None:
@@ -15,11 +15,10 @@ def layers(module: nn.Module) -> nn.ModuleList | None:
 def block_classes(model: SentenceTransformer) -> set[type[nn.Module]]:
     """Return the classes of the layers of every transformer of a model."""
     found: set[type[nn.Module]] = set()
-    for transformer in transformers_of(model):
-        inner: nn.Module = transformer.auto_model
-        names = getattr(inner, "_no_split_modules", None) or ()
-        declared = {type(m) for m in inner.modules() if type(m).__name__ in names}
-        repeated = layers(inner)
+    for backbone in backbones(model):
+        names = getattr(backbone, "_no_split_modules", None) or ()
+        declared = {type(m) for m in backbone.modules() if type(m).__name__ in names}
+        repeated = layers(backbone)
         # Some architectures declare none.
         found |= declared or ({type(repeated[0])} if repeated is not None else set())
     return found

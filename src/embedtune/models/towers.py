@@ -1,11 +1,13 @@
 """The modules that take texts in: one for all, or a tower for each role behind a Router."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from torch import nn
+from transformers import PreTrainedModel
 
 from embedtune.models.spec import ROLES, Role
 
@@ -20,7 +22,9 @@ def tower(model: SentenceTransformer, role: Role) -> nn.Module:
     first = model[0]
     if not isinstance(first, Router):
         return first
-    return cast(nn.Sequential, first.sub_modules[cast(str, route(first, role))])[0]
+    # The route by default is that of texts without a role, as a teacher's are.
+    name = route(first, role) or first.default_route
+    return cast(nn.Sequential, first.sub_modules[cast(str, name)])[0]
 
 
 def towers(model: SentenceTransformer) -> list[nn.Module]:
@@ -34,9 +38,19 @@ def transformers_of(model: SentenceTransformer) -> Iterator[Transformer]:
     return (module for module in model.modules() if isinstance(module, Transformer))
 
 
+def backbones(model: SentenceTransformer) -> Iterator[PreTrainedModel]:
+    """Yield every model of transformers, those in modules of a model's own code among them."""
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        # Parts of one may be models, too.
+        if isinstance(module, PreTrainedModel) and not name.startswith(tuple(outer)):
+            outer.append(f"{name}.")
+            yield module
+
+
 def layer_width(model: SentenceTransformer) -> int | None:
     """Return the width of a model's widest transformer layers, None where it has none."""
-    configs = [transformer.config.get_text_config() for transformer in transformers_of(model)]
+    configs = [backbone.config.get_text_config() for backbone in backbones(model)]
     # A model's own code may have another word for it.
     return max((getattr(config, "hidden_size", USUAL_WIDTH) for config in configs), default=None)
 
@@ -58,9 +72,15 @@ def route(router: Router, role: Role) -> str | None:
 # --- Lengths --------------------------------------------------------------------------------
 
 
-def longest_input(module: nn.Module) -> int | None:
+def limit_of(module: nn.Module, role: Role) -> str:
+    """Return the name under which a tower keeps the longest input of a role: its own, or of all."""
+    own = f"{role}_length"  # since sentence-transformers 6
+    return "max_seq_length" if getattr(module, own, None) is None else own
+
+
+def longest_input(module: nn.Module, limit: str = "max_seq_length") -> int | None:
     """Return the tokens after which a tower cuts a text; None is unlimited."""
-    length: Any = getattr(module, "max_seq_length", None)
+    length: Any = getattr(module, limit, None)
     return None if length is None or length > UNLIMITED else int(length)
 
 
@@ -84,3 +104,21 @@ def capped(module: nn.Module, length: int) -> int:
     """Return ``length``, or as many tokens as a tower has positions if they are fewer."""
     limit = positions(module)
     return length if limit is None else min(length, limit)
+
+
+@contextmanager
+def cutting_at(modules: Iterable[nn.Module], length: int) -> Iterator[None]:
+    """Let modules of a model's own code cut texts at ``length`` tokens, within the block.
+
+    Those that do not ``preprocess``, as sentence-transformers' own do, are told of no other limit
+    than that of the module.
+    """
+    own: Any = [m for m in modules if longest_input(m) and not hasattr(m, "preprocess")]
+    limits = [module.max_seq_length for module in own]
+    try:
+        for module in own:
+            module.max_seq_length = length
+        yield
+    finally:
+        for module, limit in zip(own, limits, strict=True):
+            module.max_seq_length = limit

@@ -20,7 +20,7 @@ from embedtune.models.packing import (
     unscaled,
 )
 from embedtune.models.spec import ROLES, Features, Role
-from embedtune.models.towers import positions, tower, transformers_of
+from embedtune.models.towers import backbones, positions, tower
 from embedtune.models.words import known_words
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ def prepare_training(encoder: "Encoder") -> None:
     Where processes exchange gradients, they would wait for those of weights that have none.
 
     Raises:
-        InputError: An embedding differs by more than rounding once its text is padded, or there is
-            none.
+        InputError: An embedding differs by more than rounding once its text is padded, is of
+            another width than the model tells, or there is none.
     """
     used = set()
     with _at_rest(encoder), _plain_attention(encoder):
         for role in ROLES if encoder.routes else ROLES[:1]:
             alone, padded = _embed_alone_and_padded(encoder, role)
+            _refuse_width(encoder, alone.shape[-1])
             _refuse_difference(encoder, alone.detach(), padded[:1].detach())
             used |= _leaves(alone)
     for name, weight in encoder.named_parameters():
@@ -73,7 +74,7 @@ def _at_rest(encoder: "Encoder") -> Iterator[None]:
 def _plain_attention(encoder: "Encoder") -> Iterator[None]:
     """Attend in a way that every device and precision has, where another was asked for."""
     given = encoder.attn_implementation
-    inner: list[Any] = [transformer.auto_model for transformer in transformers_of(encoder.model)]
+    inner: list[Any] = list(backbones(encoder.model))
     changed = inner if given not in (None, "eager", "sdpa") else []
     for model in changed:
         model.set_attn_implementation("eager")
@@ -104,6 +105,15 @@ def _embed_alone_and_padded(encoder: "Encoder", role: Role) -> tuple[Tensor, Ten
             f"model_name_or_path: {encoder.spec.model_name_or_path!r}: expected a model that "
             f"embeds a {role}, found {type(error).__name__}: {str(error).partition(chr(10))[0]}"
         ) from error
+
+
+def _refuse_width(encoder: "Encoder", width: int) -> None:
+    """Refuse embeddings of another width than that which a projection and a card are made for."""
+    if width != encoder.width:
+        raise InputError(
+            f"model_name_or_path: {encoder.spec.model_name_or_path!r}: expected embeddings of "
+            f"{encoder.width} numbers, as the model tells, found {width}"
+        )
 
 
 def _refuse_difference(encoder: "Encoder", alone: Tensor, padded: Tensor) -> None:

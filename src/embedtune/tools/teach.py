@@ -14,6 +14,7 @@ from embedtune.data.rows import Rows
 from embedtune.data.teacher_store import TeacherWriter, sidecar_path
 from embedtune.errors import InputError, require_positive
 from embedtune.models.loading import cap_length, load_sentence_transformer, refuse_filled
+from embedtune.models.towers import cutting_at, towers
 from embedtune.models.unsupported import refuse_as_teacher
 from embedtune.whole_files import naming, part_folder, refuse_in_the_way
 
@@ -82,6 +83,7 @@ def teach(
         texts = Rows([part])
         queries = iter(texts.table["query"])
         writer = unfinished.enter_context(TeacherWriter(files.embeddings, len(texts), width))
+        unfinished.enter_context(cutting_at(towers(teacher), longest))
         while block := list(islice(queries, TEXTS_PER_WRITE)):
             embeddings = teacher.encode(
                 block,
