@@ -348,6 +348,9 @@ def test_a_part_of_a_loss_is_monitored_and_a_misspelt_one_refused(
             "checkpoint.monitor: expected a metric of data.val_path (val/pairs/loss, "
             "val/docs/ndcg@10, val/docs/mrr@10, ",
         ),
+        (("--checkpoint.monitor", "docs/ndcg@10"), "(val/pairs/loss, val/docs/ndcg"),
+        (("--checkpoint.monitor", "pairs/loss"), "(val/pairs/loss, val/docs/ndcg"),
+        (("--checkpoint.monitor=",), "found ''"),
         (("--early_stopping_patience", "2"), "expected checkpoint.monitor to name the metric"),
         (
             ("--early_stopping_patience", "0", "--checkpoint.monitor", "val/sts/spearman"),

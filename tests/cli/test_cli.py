@@ -147,12 +147,21 @@ def test_only_the_last_epochs_are_kept(tiny_bert):
 
 @pytest.mark.parametrize(
     ("log_with", "csv_file", "events"),
-    [("csv", True, False), ("tensorboard", False, True), ("[csv, tensorboard]", True, True)],
+    [
+        ("csv", True, False),
+        ("tensorboard", False, True),
+        ("[csv, tensorboard]", True, True),
+        ("[csv, csv]", True, False),
+        ("[]", False, False),
+    ],
 )
 def test_log_with_chooses_the_loggers(tiny_bert, log_with, csv_file, events):
     fit(tiny_bert, "--log_with", log_with)
     assert Path("run/metrics.csv").exists() == csv_file
     assert bool(list(Path("run").glob("events.out.tfevents*"))) == events
+    if csv_file:
+        rows = list(csv.DictReader(Path("run/metrics.csv").read_text().splitlines()))
+        assert [row["step"] for row in rows] == ["0", "1", "2", "3"]
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])

@@ -16,6 +16,7 @@ from embedtune.cli import dispatch, main
 from embedtune.cli.config_files import refuse_broken_configs
 from embedtune.cli.mistakes import surroundings_said, tell_of_threads
 from embedtune.errors import InputError
+from embedtune.losses import Loss
 
 
 @pytest.fixture(autouse=True)
@@ -254,6 +255,27 @@ def test_a_null_where_a_value_is_needed_is_one_line(tiny_bert, capsys, key):
     Path("null.yaml").write_text(f"log_with: csv\n{key}:\n")
     message = said(capsys, *fit(tiny_bert), "--config", "null.yaml")
     assert re.match(rf"{key}: expected .*, found null$", message), message
+
+
+class Own(Loss):
+    """A loss that takes null without saying so."""
+
+    def __init__(self, margin=0.1):
+        super().__init__()
+        raise InputError(f"model.loss: expected another, found {margin}")
+
+
+def test_so_is_one_among_the_arguments_of_a_loss(tiny_bert, capsys):
+    info_nce = {"class_path": "InfoNCE", "init_args": {"temperature": None}}
+    wrapped = {"class_path": "Matryoshka", "init_args": {"loss": info_nce, "dims": [8]}}
+    own = {"class_path": f"{__name__}.Own", "init_args": {"margin": None}}
+    expected = "expected a value such as 0.05, found null"
+    for loss, message in (
+        (info_nce, f"model.loss.init_args.temperature: {expected}"),
+        (wrapped, f"model.loss.init_args.loss.init_args.temperature: {expected}"),
+        (own, "model.loss: expected another, found None"),
+    ):
+        assert said(capsys, *fit(tiny_bert), "--model.loss", json.dumps(loss)) == message
 
 
 @pytest.fixture

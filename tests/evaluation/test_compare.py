@@ -402,6 +402,22 @@ def test_missing_matplotlib_names_the_extra(tmp_path, monkeypatch):
     assert (tmp_path / "evaluation.json").is_file()
 
 
+def test_it_does_so_before_anything_is_measured(model, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit):
+        main(["evaluate", model, "--data", str(folder), "--out", str(tmp_path / "out")])
+    said = capsys.readouterr()
+    assert "quality.png needs pip install 'embedtune[plots]'" in said.err
+    assert said.out == ""
+
+
+def test_what_is_no_number_is_null(tmp_path):
+    nowhere = dict.fromkeys(PAIRS[0].metrics, math.nan)
+    write_results([RESULTS[0], PAIRS[0]._replace(metrics=nowhere)], tmp_path)
+    rows = json.loads((tmp_path / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    assert {name: rows[1][name] for name in nowhere} == dict.fromkeys(nowhere)
+
+
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "taken").write_text("")
     with pytest.raises(InputError, match="expected a folder to write to, found the file"):
@@ -425,10 +441,12 @@ def test_the_command_compares_several_models_and_sets(model, narrow, folder, tmp
     assert [row.get("against") for row in found] == [None] * 6 + [model] * 6
 
 
-def test_what_was_measured_before_a_model_that_fails_is_told(model, folder, tmp_path, capsys):
-    missing = str(tmp_path / "missing")
+def test_what_was_measured_before_a_model_that_fails_is_kept(model, folder, tmp_path, capsys):
+    missing, out = str(tmp_path / "missing"), tmp_path / "out"
+    given = ("--data", str(folder), "--dims", "16", "--out", str(out))
     with pytest.raises(SystemExit):
-        main(["evaluate", model, missing, "--data", str(folder), "--dims", "16"])
+        main(["evaluate", model, missing, *given])
+    assert [row["model"] for row in json.loads((out / "evaluation.json").read_text())] == [model]
     said = capsys.readouterr()
     assert re.search(r"nDCG@10 +16\n\S+ +\.\d{4}\n$", said.out)
     assert f"found no folder {missing}" in said.err

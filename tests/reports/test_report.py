@@ -182,7 +182,7 @@ def spread(name: str, *outcomes: str) -> dict[str, dict[int, str]]:
             None,
             "Better on a at 384 dimensions, worse on a at 128 dimensions and on b at every width",
         ),
-        (spread("a", "not compared") | spread("b", "not compared"), None, "No base model to"),
+        (spread("a", "not compared") | spread("b", "not compared"), None, "Not compared with"),
         (spread("a", "not compared", "better"), None, "Better on a at 128 dimensions, not comp"),
         ({}, None, "No verdict: only losses were measured"),
         (
@@ -215,7 +215,7 @@ def spread(name: str, *outcomes: str) -> dict[str, dict[int, str]]:
 def test_a_headline_tells_every_place(outcomes, monitored, text):
     found = headline(outcomes, monitored)
     assert found.startswith(text)
-    if not text.endswith(("to", "comp")):
+    if not text.endswith(("with", "comp")):
         assert found == text
 
 
@@ -355,12 +355,19 @@ def test_all_that_is_logged_of_training_is_drawn(tmp_path):
 
 def test_what_is_missing_is_said(tmp_path):
     text = words(write(tmp_path, base={}))
-    assert "No base model to compare with" in text
+    assert "Not compared with the base model" in text
     assert "– → .700 –" in text
     assert "metrics.csv has no values of this set" in text
     assert "There is no loss to draw" in text
     assert "config.yaml is not in the run folder" in text
     assert "No set was evaluated" in words(write(tmp_path, base={}, trained={}))
+
+
+def test_a_base_model_is_not_called_missing_where_a_metric_is_no_number(tmp_path):
+    given = {"base": {"val/sts/spearman": 0.3}, "trained": {"val/sts/spearman": float("nan")}}
+    html = write(tmp_path, **given, intervals={})
+    assert "<h1>Not compared with the base model</h1>" in html
+    assert ".300 → nan nan" in words(html)
 
 
 def test_a_model_that_was_not_measured_leaves_the_base_model_and_the_curves(tmp_path):

@@ -136,10 +136,13 @@ def _refuse_unknown_monitor(
     losses = [f"{name}/loss" for name in with_loss] if measured is None else list(measured)
     for callback in cast(Any, trainer).callbacks:
         monitor = getattr(callback, "monitor", None)
-        if not isinstance(callback, ModelCheckpoint | EarlyStopping) or not monitor:
+        if not isinstance(callback, ModelCheckpoint | EarlyStopping) or monitor is None:
             continue
         may_be_part = measured is None and monitor.startswith(tuple(f"{n}/" for n in with_loss))
-        if monitor.startswith("val/") and monitor not in (*losses, *known) and not may_be_part:
+        is_unknown = monitor.startswith("val/") and monitor not in (*losses, *known)
+        # Other names may be logged by callbacks of the user's own.
+        lacks_stage = not monitor or f"val/{monitor}" in (*losses, *known)
+        if (is_unknown and not may_be_part) or lacks_stage:
             raise InputError(
                 "checkpoint.monitor: expected a metric of data.val_path "
                 f"({', '.join([*losses, *known]) or 'which is not set'}), found {monitor!r}"

@@ -2,9 +2,11 @@
 
 import inspect
 import math
+import pkgutil
 from collections.abc import Mapping
 from typing import Any, get_args
 
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -131,13 +133,30 @@ def refuse_nulls(config: Any, sections: Mapping[str, type]) -> None:
     """
     needed = {name: (kind, default) for name, (kind, default, _) in KEYS.items()}
     for section, kind in sections.items():
-        for name, argument in inspect.signature(kind, eval_str=True).parameters.items():
+        for name, argument in inspect.signature(kind).parameters.items():
             if argument.default is not argument.empty:
                 needed[f"{section}.{name}"] = argument.annotation, argument.default
     for key, (hint, default) in needed.items():
-        takes_null = hint is Any or type(None) in get_args(hint) or key in SETTLED
+        is_known = hint not in (Any, inspect.Parameter.empty) and not isinstance(hint, str)
+        takes_null = not is_known or type(None) in get_args(hint) or key in SETTLED
         if not takes_null and config.get(key, default) is None:
             raise InputError(f"{key}: expected a value such as {default}, found null")
+
+
+def named_classes(key: str, value: Any) -> dict[str, type]:
+    """Return the classes that a value and its arguments name, by the key of the arguments of each.
+
+    Args:
+        key: That of the value.
+        value: As it was parsed; of other values there are none.
+    """
+    if not isinstance(value, Namespace) or "init_args" not in value:
+        return {}
+    key += ".init_args"
+    found = {key: pkgutil.resolve_name(value.class_path)}
+    for name, argument in vars(value.init_args).items():
+        found |= named_classes(f"{key}.{name}", argument)
+    return found
 
 
 def _data_seed(seed_everything: bool | int) -> int:

@@ -69,10 +69,10 @@ def refuse_withheld(config: Any) -> None:
 
 
 def make_loggers(names: LoggerName | list[LoggerName] | None, folder: Path) -> list[Logger]:
-    """Return the loggers of ``log_with``, all of which write into the run folder."""
-    chosen = names or ["csv", "tensorboard"]
+    """Return the loggers of ``log_with``, all of which write into the run folder, one of a kind."""
+    chosen = ["csv", "tensorboard"] if names is None else names
     loggers: list[Logger] = []
-    for name in [chosen] if isinstance(chosen, str) else chosen:
+    for name in dict.fromkeys([chosen] if isinstance(chosen, str) else chosen):
         if name == "csv":
             loggers.append(MetricsFile(folder))
         elif name == "tensorboard":

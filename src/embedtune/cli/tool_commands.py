@@ -5,13 +5,10 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from embedtune.cli.parser import Parser
 from embedtune.whole_files import refuse_in_the_way
-
-if TYPE_CHECKING:
-    from embedtune.evaluation import Result
 
 log = logging.getLogger("embedtune")
 
@@ -108,28 +105,29 @@ def evaluate_command(argv: Sequence[str]) -> None:
     _start()
     from embedtune.data.testsets import open_testset
     from embedtune.models.projection import parse_dims
-    from embedtune.reports import write_results
+    from embedtune.reports import require_matplotlib
 
     if args.out is not None:  # hours may pass before it is written to
         refuse_in_the_way(Path(args.out), f"{args.out}: expected a folder to write to")
+        require_matplotlib()
     dims = None if args.dims is None else parse_dims(args.dims, "dims")
     data = {path: open_testset(Path(path)) for path in args.data}
-    results = _measure(args, data, dims)
-    if args.out is not None:
-        write_results(results, Path(args.out))
+    _evaluate(args, data, dims)
 
 
-def _measure(args: Any, data: Any, dims: list[int] | None) -> "list[Result]":
-    """Print what ``evaluate_models`` measures, before a model that fails, too: it may be hours."""
-    from embedtune.evaluation import evaluate_models
-    from embedtune.reports import format_table
+def _evaluate(args: Any, data: Any, dims: list[int] | None) -> None:
+    """Tell what was measured, before a model that fails, too: it may be hours."""
+    from embedtune.evaluation import Result, evaluate_models
+    from embedtune.reports import format_table, write_results
 
     results: list[Result] = []
     try:
-        return evaluate_models(args.models, data, dims, args.trust_remote_code, results)
+        evaluate_models(args.models, data, dims, args.trust_remote_code, results)
     finally:
         if results:
             sys.stdout.write(format_table(results) + "\n")
+        if results and args.out is not None:
+            write_results(results, Path(args.out))
 
 
 def cache_command(argv: Sequence[str]) -> None:

@@ -22,7 +22,14 @@ from embedtune.cli.assembly import (
     trainer_settings,
 )
 from embedtune.cli.config_files import refuse_broken_configs
-from embedtune.cli.keys import TRAINER_DEFAULTS, add_keys, refuse_nulls, refuse_numbers, settle
+from embedtune.cli.keys import (
+    TRAINER_DEFAULTS,
+    add_keys,
+    named_classes,
+    refuse_nulls,
+    refuse_numbers,
+    settle,
+)
 from embedtune.cli.log_lines import quiet_libraries
 from embedtune.cli.lost_ranks import lost_rank_said, tell_of_dead_ranks
 from embedtune.cli.mistakes import first_line, tell_of_threads
@@ -89,7 +96,7 @@ class TrainerCLI(LightningCLI):
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         refuse_withheld(config)
-        refuse_nulls(config, SECTIONS)
+        refuse_nulls(config, SECTIONS | named_classes("model.loss", config.model.loss))
         refuse_numbers(config)
 
     def _parse_ckpt_path(self) -> None:

@@ -7,8 +7,8 @@ Read first: ``report`` (what the page says), ``changes`` (did it get better), ``
 is drawn). Imports from ``evaluation`` and ``data``; it knows of no Trainer.
 """
 
-from embedtune.reports.model_chart import write_results
+from embedtune.reports.model_chart import require_matplotlib, write_results
 from embedtune.reports.model_table import format_table
 from embedtune.reports.report import write_report
 
-__all__ = ["format_table", "write_report", "write_results"]
+__all__ = ["format_table", "require_matplotlib", "write_report", "write_results"]

@@ -43,7 +43,7 @@ def headline(outcomes: Outcomes, monitored: Monitored | None = None) -> str:
     if not known:
         return "No verdict: only losses were measured"
     if known == {"not compared"}:
-        return "No base model to compare with"
+        return "Not compared with the base model"
     if monitored is None or (monitored.place and known == {monitored.outcome}):
         text = _told(outcomes)
     else:

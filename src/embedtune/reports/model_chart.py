@@ -1,6 +1,8 @@
 """Write what was measured of several models, and draw it."""
 
+import importlib
 import json
+import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +20,10 @@ def write_results(results: Sequence[Result], out: Path) -> None:
     """Write ``OUT/evaluation.json`` (all metrics) and ``OUT/quality.png`` (the main ones).
 
     The json is a list with an object per :class:`Result`: ``model``, ``data``, ``width``, each
-    metric, and ``mb_per_million``, the MB of a million embeddings in each precision. Of a model
-    that was compared with the first one, ``against`` is that one's name, and ``intervals`` and
-    ``outcomes`` tell by metric in which interval the difference lies and what follows from it.
+    metric, null where it is not finite, and ``mb_per_million``, the MB of a million embeddings in
+    each precision. Of a model that was compared with the first one, ``against`` is that one's name,
+    and ``intervals`` and ``outcomes`` tell by metric in which interval the difference lies and what
+    follows from it.
 
     Raises:
         InputError: ``out`` cannot be made, or matplotlib is not installed.
@@ -33,7 +36,7 @@ def write_results(results: Sequence[Result], out: Path) -> None:
             "model": result.model,
             "data": result.data,
             "width": result.width,
-            **result.metrics,
+            **{k: v if math.isfinite(v) else None for k, v in result.metrics.items()},
             "mb_per_million": {name: megabytes(result.width, name) for name in PRECISIONS},
             **_compared(result, results[0].model),
         }
@@ -41,7 +44,20 @@ def write_results(results: Sequence[Result], out: Path) -> None:
     ]
     text = json.dumps(rows, indent=2, ensure_ascii=False) + "\n"
     write_text(out / "evaluation.json", text)
+    require_matplotlib()
     _draw(results, out / "quality.png")
+
+
+def require_matplotlib() -> None:
+    """Refuse to draw without it.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError:
+        raise InputError("quality.png needs pip install 'embedtune[plots]'") from None
 
 
 def _compared(result: Result, first: str) -> dict[str, Any]:
@@ -53,11 +69,9 @@ def _compared(result: Result, first: str) -> dict[str, Any]:
 
 def _draw(results: Sequence[Result], path: Path) -> None:
     """Draw a row of two charts per test set: quality by width, and by MB in each precision."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise InputError("quality.png needs pip install 'embedtune[plots]'") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     sets, labels = set_titles(results), short_names(results)
     figure = Figure(figsize=(10, 0.8 + 3.4 * len(sets)), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
