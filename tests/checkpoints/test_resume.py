@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from embedtune import InputError
+from embedtune import EmbeddingDataModule, EmbeddingModule, InputError
 from embedtune.checkpoints.resume import follow_move, refuse_other_weights
+from embedtune.distributed import named_strategy
 
 SCORES = {"a.ckpt": 0.2, "b.ckpt": 0.4, "c.ckpt": 0.3}
 
@@ -57,3 +59,37 @@ def test_other_weights_are_named(saved, message):
     refuse_other_weights(dict(own), own)
     with pytest.raises(InputError, match=f"ckpt_path: .*: {message}; give .*model.use_mrl"):
         refuse_other_weights(saved, own)
+
+
+MRL = {"use_mrl": True, "mrl_dims": [8, 16]}
+
+
+@pytest.mark.parametrize(
+    ("saved", "own", "message"),
+    [({}, MRL, "of shape .*, found none"), (MRL, {}, "none, found of shape")],
+)
+def test_so_are_those_in_the_shards_of_fsdp(tmp_path, tiny_bert, saved, own, message):
+    """Of which torch names one after a traceback of 100 lines, or none."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"query": "q {i}", "pos": ["p {i}"]}}\n' for i in range(4)))
+
+    def fit(settings, steps, checkpoint=None):
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            devices=1,
+            strategy=named_strategy("fsdp"),
+            max_steps=steps,
+            use_distributed_sampler=False,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+        )
+        module = EmbeddingModule(str(tiny_bert), **settings)
+        trainer.fit(module, EmbeddingDataModule(str(rows), batch_size=2), ckpt_path=checkpoint)
+        return trainer
+
+    path = tmp_path / "step.ckpt"
+    fit(saved, 1).save_checkpoint(path)
+    with pytest.raises(InputError, match=rf"linear\.\w+ {message}.*; give .*model.use_mrl"):
+        fit(own, 2, path)
+    fit(saved, 2, path)

@@ -16,6 +16,7 @@ from embedtune.checkpoints.damage import refuse_damaged_shards
 from embedtune.checkpoints.pickles import (
     FSDP_METADATA,
     load_zero,
+    read_fsdp_metadata,
     refuse_code_in_fsdp,
     refuse_code_in_zero,
 )
@@ -24,6 +25,8 @@ from embedtune.whole_files import remove
 
 FSDP_FACTS = "meta.pt"
 """What Lightning's FSDP strategy saves beside the shards: all but weights and optimiser states."""
+FSDP_PREFIX = "model."
+"""Of the module's weights among what the shards hold."""
 DEEPSPEED_TAG = "latest"
 """File with the name of the folder that holds DeepSpeed's shards."""
 UNIVERSAL_TAG = "latest_universal"
@@ -62,19 +65,28 @@ def refuse_code(path: Path) -> None:
     (refuse_code_in_zero if kind == "zero" else refuse_code_in_fsdp)(path)
 
 
+def fsdp_shapes(path: Path) -> dict[str, Tensor]:
+    """Return the module's weights in the shards of FSDP without their values, on ``meta``."""
+    stored = read_fsdp_metadata(path).state_dict_metadata
+    return {
+        name.removeprefix(FSDP_PREFIX): torch.empty(
+            facts.size, dtype=facts.properties.dtype, device="meta"
+        )
+        for name, facts in stored.items()
+        if name.startswith(FSDP_PREFIX) and isinstance(facts, TensorStorageMetadata)
+    }
+
+
 def read_fsdp(path: Path) -> dict[str, Tensor]:
     """Return the module's weights from the shards of FSDP."""
-    prefix = "model."
     refuse_code_in_fsdp(path)
     refuse_damaged_shards(path)
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     weights: dict[str, Any] = {
-        name: torch.empty(facts.size, dtype=facts.properties.dtype)
-        for name, facts in stored.items()
-        if name.startswith(prefix) and isinstance(facts, TensorStorageMetadata)
+        FSDP_PREFIX + name: torch.empty_like(shape, device="cpu")
+        for name, shape in fsdp_shapes(path).items()
     }
     dcp.load(weights, checkpoint_id=path, no_dist=True)  # without the optimiser's states
-    return {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return {name.removeprefix(FSDP_PREFIX): tensor for name, tensor in weights.items()}
 
 
 def zero_ranks(path: Path) -> int:

@@ -1,11 +1,14 @@
 """FSDP as this package trains with it, on GPUs and on CPU processes."""
 
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, cast
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import FSDPPrecision, Precision
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -14,6 +17,8 @@ from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from embedtune.checkpoints.read import PREFIX
+from embedtune.checkpoints.resume import refuse_other_weights
+from embedtune.checkpoints.shards import fsdp_shapes, refuse_code
 from embedtune.checkpoints.write import SavesFolders
 from embedtune.errors import InputError
 
@@ -70,6 +75,7 @@ class FSDP(SavesFolders, FSDPStrategy):
         given = self.kwargs.pop("auto_wrap_policy")
         self._policy = None if policy is None else given
         self.block_classes = block_classes
+        self._shapes: dict[str, Tensor] = {}
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -84,6 +90,8 @@ class FSDP(SavesFolders, FSDPStrategy):
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         kwargs = dict(self.kwargs)
+        # As they are before they are divided.
+        self._shapes = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
         if self.world_size == 1:
             # Nothing is divided on one rank, and there torch loses parameters that are frozen.
             kwargs["ignored_states"] = [p for p in model.parameters() if not p.requires_grad]
@@ -120,6 +128,14 @@ class FSDP(SavesFolders, FSDPStrategy):
 
     def _determine_device_ids(self) -> list[int]:
         return [] if self.root_device.type == "cpu" else super()._determine_device_ids()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Load the weights of this model, or say which are others before torch fails to."""
+        path = Path(checkpoint_path)
+        if cast(pl.LightningModule, self.lightning_module).trainer.state.fn == TrainerFn.FITTING:
+            refuse_code(path)
+            refuse_other_weights(fsdp_shapes(path), self._shapes)
+        return super().load_checkpoint(path, weights_only)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
