@@ -13,13 +13,14 @@ SECRET_WORDS = {
     *("password", "pwd", "secret", "secrets"),
 }
 SECRET_PAIRS = {(word, "key") for word in ("access", "api", "auth", "encryption", "private")}
-SECRET_ENDS = {"auth", "pass", "token"}
-"""Words that name a secret where a key ends in them: ``tokens_per_chunk`` does not."""
+SECRET_ENDS = {"auth", "pass", "sig", "signature", "token"}
+"""Words that name a secret where a key ends in them: ``tokens_per_chunk`` does not. A signed URL
+lets in whoever has it."""
 VOCABULARY = {"bos", "cls", "eos", "image", "mask", "pad", "sep", "special", "unk"}
 """Words before ``token`` that make it one of a tokenizer."""
 
 WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+")
-USER_OF_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
+USER_OF_URL = re.compile(r"(?<=://)[^/\s]+(?=@)")
 QUERY_OF_URL = re.compile(r"([?&;])([\w.~-]+)=([^&;\s#]+)")
 
 

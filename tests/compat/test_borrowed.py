@@ -666,11 +666,13 @@ def load(folder: Path) -> torch.nn.Module:
     return import_module("sentence_transformers").SentenceTransformer(str(folder), device="cpu")
 
 
-@borrows("sentence_transformers: Router.sub_modules, route_mappings")
+@borrows("sentence_transformers: Router.sub_modules, route_mappings, default_route")
 def _(folder, model):
     modules = import_module("sentence_transformers.base.modules")
     routes = {name: [modules.Dense(2, 2)] for name in ("small", "document")}
-    router = modules.Router(routes, route_mappings={("query", None): "small"})
+    mappings = {("query", None): "small"}
+    router = modules.Router(routes, route_mappings=mappings, default_route="document")
+    assert router.default_route == "document"
     assert set(router.sub_modules) == set(routes)
     assert router.route_mappings == {("query", None): "small"}
 
