@@ -41,7 +41,7 @@ class RunReport(pl.Callback):
             baseline: What the base model found.
         """
         self.summary, self.baseline = summary, baseline
-        self._best = ""
+        self._best: Tensor | None = None
         self._found: dict[str, Tensor] = {}
         self._has_ended = False
 
@@ -56,24 +56,39 @@ class RunReport(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Remember which checkpoint was the best before a run goes on."""
-        keeper = best_keeper(trainer)
-        self._best = "" if keeper is None else keeper.best_model_path
+        self._best = _best_score(trainer)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Follow a best checkpoint that is saved with a step."""
+        self._follow_the_best(trainer, cast(EmbeddingModule, pl_module))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Follow one that was saved at the end of an epoch, which comes after all callbacks."""
+        self._follow_the_best(trainer, cast(EmbeddingModule, pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep what the best model so far has found, and write."""
         if trainer.sanity_checking or cast(Any, trainer).fast_dev_run:
             return
-        module, keeper = cast(EmbeddingModule, pl_module), best_keeper(trainer)
-        if keeper is None or keeper.best_model_path != self._best:
-            self._best = "" if keeper is None else keeper.best_model_path
-            self._found = dict(module.evaluation.found)
+        module = cast(EmbeddingModule, pl_module)
+        self._follow_the_best(trainer, module)
         running = f"The fit is running: step {trainer.global_step:,} of {module.num_steps:,}"
         intervals = module.intervals
         self._write(trainer, module, running, module.metrics, intervals, module.evaluation.found)
 
+    def _follow_the_best(self, trainer: pl.Trainer, module: EmbeddingModule) -> None:
+        """Keep what the model of the best checkpoint has found, if it was validated."""
+        best = _best_score(trainer)
+        if best is None or best is not self._best:
+            self._best = best
+            self._found = dict(module.evaluation.found) if module.metrics else {}
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write about the model that was exported."""
         self._has_ended = True
+        self._follow_the_best(trainer, cast(EmbeddingModule, pl_module))
         if not cast(Any, trainer).fast_dev_run:
             self._write_end(trainer, cast(EmbeddingModule, pl_module))
 
@@ -154,6 +169,12 @@ class RunReport(pl.Callback):
             monitor=monitored(trainer),
             base_width=self.baseline.width,
         )
+
+
+def _best_score(trainer: pl.Trainer) -> Tensor | None:
+    """Return the score of the best checkpoint: each is a tensor of its own, where paths recur."""
+    keeper = best_keeper(trainer)
+    return None if keeper is None else keeper.best_model_score
 
 
 def _and(told: str, more: str) -> str:
