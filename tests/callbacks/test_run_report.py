@@ -6,11 +6,12 @@ from html import unescape
 from pathlib import Path
 
 import pytest
-from testset_files import write_pairs_and_sts, write_plain_beir
+from testset_files import write_graded_beir, write_pairs_and_sts, write_plain_beir
 from told_losses import told
 
 from embedtune.callbacks import run_report
 from embedtune.cli import main
+from embedtune.evaluation.metrics import ndcg
 from embedtune.reports.curves import read_curves
 
 METRIC = "val/sts/spearman"
@@ -153,6 +154,28 @@ def test_the_chart_has_no_values_of_old_data(tiny_bert, epochs, expected):
         text = report().replace("−", "-")
         base, start = re.search(r"sts Spearman .*? (\S+) → .*? (\S+) at step 0 to", text).groups()
         assert float(base) == pytest.approx(float(start), abs=1e-3)
+
+
+# --- Queries of the best model --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ("--checkpoint.monitor=val/docs/ndcg@10", "--checkpoint.filename=best"),  # a path recurs
+        ("--checkpoint.monitor=train/loss", "--checkpoint.mode=max"),  # saved after a validation
+        ("--checkpoint.monitor=train/loss", "--checkpoint.every_n_train_steps=10"),  # and before it
+    ],
+)
+def test_queries_are_those_that_the_best_model_found(tiny_bert, monkeypatch, chosen):
+    write_graded_beir(Path("docs"))
+    given = {}
+    monkeypatch.setattr(run_report, "write_report", lambda *_, **about: given.update(about))
+    fit(tiny_bert, "--data.val_path.docs=docs", "--trainer.max_epochs=3", *chosen)
+    measured = given["trained"].get("val/docs/ndcg@10")
+    assert len(given["comparisons"]) == (measured is not None)
+    for one in given["comparisons"]:
+        assert ndcg(one.trained, one.data.relevant).mean().item() == pytest.approx(measured)
 
 
 # --- Ends before the last step --------------------------------------------------------------

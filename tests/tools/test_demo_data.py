@@ -143,10 +143,10 @@ def test_a_file_in_the_way_is_named(tmp_path):
 def test_others_data_are_not_written_over(tmp_path, name):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
-    path.write_text("my own")
+    path.write_bytes(b"my own caf\xe9")  # in whatever encoding
     with pytest.raises(InputError, match="expected a folder without other data, found"):
         harvest(tmp_path)
-    assert files(tmp_path) == {name: b"my own"}
+    assert files(tmp_path) == {name: b"my own caf\xe9"}
 
 
 def test_what_is_written_is_whole_or_the_former(tmp_path, monkeypatch, pairs):

@@ -74,7 +74,7 @@ def harvest(out: Path) -> DemoCounts:
 def _refuse_others(out: Path) -> None:
     """Refuse to write over files that are no earlier demo data, which a note tells."""
     note = out / NOTE
-    if note.is_file() and note.read_text("utf-8") == NOTED:
+    if note.is_file() and note.read_bytes() == NOTED.encode():
         return
     for name in ("train.jsonl", "dev.jsonl", "dev", "test", NOTE):
         if (out / name).exists():
