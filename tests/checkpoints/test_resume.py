@@ -1,15 +1,15 @@
 """What a fit that goes on takes from its checkpoint, and what it refuses."""
 
+import re
 from pathlib import Path
 
-import lightning.pytorch as pl
 import pytest
 import torch
+from forks import Ranks, embedtune
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from embedtune import EmbeddingDataModule, EmbeddingModule, InputError
+from embedtune import InputError
 from embedtune.checkpoints.resume import follow_move, refuse_other_weights
-from embedtune.distributed import named_strategy
 
 SCORES = {"a.ckpt": 0.2, "b.ckpt": 0.4, "c.ckpt": 0.3}
 
@@ -61,35 +61,34 @@ def test_other_weights_are_named(saved, message):
         refuse_other_weights(saved, own)
 
 
-MRL = {"use_mrl": True, "mrl_dims": [8, 16]}
+MRL = ("--model.use_mrl=true", "--model.mrl_dims=8,16")
 
 
 @pytest.mark.parametrize(
-    ("saved", "own", "message"),
-    [({}, MRL, "of shape .*, found none"), (MRL, {}, "none, found of shape")],
+    ("strategy", "saved", "own", "message"),
+    [
+        ("fsdp", (), MRL, "of shape .*, found none"),
+        ("fsdp", MRL, (), "none, found of shape"),
+        ("zero2", (), MRL, "of shape .*, found none"),
+        ("zero3", MRL, (), "none, found of shape"),
+    ],
 )
-def test_so_are_those_in_the_shards_of_fsdp(tmp_path, tiny_bert, saved, own, message):
+def test_so_are_those_in_shards(tmp_path, tiny_bert, strategy, saved, own, message):
     """Of which torch names one after a traceback of 100 lines, or none."""
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"query": "q {i}", "pos": ["p {i}"]}}\n' for i in range(4)))
+    given = ["fit", f"--model.model_name_or_path={tiny_bert}", f"--data.train_path={rows}"]
+    given += ["--data.batch_size=2", "--trainer.accelerator=cpu", "--trainer.devices=1"]
 
-    def fit(settings, steps, checkpoint=None):
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            strategy=named_strategy("fsdp"),
-            max_steps=steps,
-            use_distributed_sampler=False,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-        )
-        module = EmbeddingModule(str(tiny_bert), **settings)
-        trainer.fit(module, EmbeddingDataModule(str(rows), batch_size=2), ckpt_path=checkpoint)
-        return trainer
+    def fit(*more: str) -> tuple[int | None, str]:
+        flags = [*given, f"--trainer.strategy={strategy}", *more]
+        rank = Ranks(embedtune, flags, folder=tmp_path)
+        (code,) = rank.wait()
+        return code, rank.output()
 
-    path = tmp_path / "step.ckpt"
-    fit(saved, 1).save_checkpoint(path)
-    with pytest.raises(InputError, match=rf"linear\.\w+ {message}.*; give .*model.use_mrl"):
-        fit(own, 2, path)
-    fit(saved, 2, path)
+    code, output = fit("--trainer.max_steps=1", *saved)
+    assert code == 0, output
+    code, output = fit("--trainer.max_steps=2", "--ckpt_path=last", *own)
+    assert code == 2, output
+    named = rf"error: ckpt_path: .*linear\.\w+ {message}.*; give .*model.use_mrl"
+    assert re.search(named, output), output

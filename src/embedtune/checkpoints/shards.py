@@ -89,6 +89,14 @@ def read_fsdp(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix(FSDP_PREFIX): tensor for name, tensor in weights.items()}
 
 
+def zero_shapes(path: Path) -> dict[str, Tensor]:
+    """Return the weights that ZeRO trained without their values, on ``meta``."""
+    groups = load_zero(zero_states(path))["param_shapes"]
+    return {
+        name: torch.empty(shape, device="meta") for group in groups for name, shape in group.items()
+    }
+
+
 def zero_ranks(path: Path) -> int:
     """Return for how many ranks a checkpoint of ZeRO is divided."""
     return len(list(_zero_folder(path).glob("*_optim_states.pt")))

@@ -14,7 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from embedtune.checkpoints.read import read_facts, read_weights
-from embedtune.checkpoints.shards import divide_anew, zero_ranks
+from embedtune.checkpoints.resume import refuse_other_weights
+from embedtune.checkpoints.shards import divide_anew, refuse_code, zero_ranks, zero_shapes
 from embedtune.checkpoints.write import SavesFolders
 from embedtune.distributed.compilation import prepare_compilation
 from embedtune.errors import InputError
@@ -93,6 +94,8 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
         if module.trainer.state.fn != TrainerFn.FITTING:
             self._load_weights(module, path)
             return read_facts(path)
+        refuse_code(path)
+        refuse_other_weights(zero_shapes(path), _trained_shapes(module))
         if zero_ranks(path) == self.world_size:
             return super().load_checkpoint(path)
         if self.is_global_zero:
@@ -165,3 +168,12 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
             if self.is_global_zero:
                 weights[name] = whole.cpu().clone()
         return weights
+
+
+def _trained_shapes(module: nn.Module) -> dict[str, Tensor]:
+    """Return a module's trained weights without their values; stage 3 knows their shapes alone."""
+    return {
+        name: torch.empty(getattr(weight, "ds_shape", weight.shape), device="meta")
+        for name, weight in module.named_parameters()
+        if weight.requires_grad
+    }
