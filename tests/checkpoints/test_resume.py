@@ -1,11 +1,9 @@
 """What a fit that goes on takes from its checkpoint, and what it refuses."""
 
-import re
 from pathlib import Path
 
 import pytest
 import torch
-from forks import Ranks, embedtune
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune import InputError
@@ -59,36 +57,3 @@ def test_other_weights_are_named(saved, message):
     refuse_other_weights(dict(own), own)
     with pytest.raises(InputError, match=f"ckpt_path: .*: {message}; give .*model.use_mrl"):
         refuse_other_weights(saved, own)
-
-
-MRL = ("--model.use_mrl=true", "--model.mrl_dims=8,16")
-
-
-@pytest.mark.parametrize(
-    ("strategy", "saved", "own", "message"),
-    [
-        ("fsdp", (), MRL, "of shape .*, found none"),
-        ("fsdp", MRL, (), "none, found of shape"),
-        ("zero2", (), MRL, "of shape .*, found none"),
-        ("zero3", MRL, (), "none, found of shape"),
-    ],
-)
-def test_so_are_those_in_shards(tmp_path, tiny_bert, strategy, saved, own, message):
-    """Of which torch names one after a traceback of 100 lines, or none."""
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(f'{{"query": "q {i}", "pos": ["p {i}"]}}\n' for i in range(4)))
-    given = ["fit", f"--model.model_name_or_path={tiny_bert}", f"--data.train_path={rows}"]
-    given += ["--data.batch_size=2", "--trainer.accelerator=cpu", "--trainer.devices=1"]
-
-    def fit(*more: str) -> tuple[int | None, str]:
-        flags = [*given, f"--trainer.strategy={strategy}", *more]
-        rank = Ranks(embedtune, flags, folder=tmp_path)
-        (code,) = rank.wait()
-        return code, rank.output()
-
-    code, output = fit("--trainer.max_steps=1", *saved)
-    assert code == 0, output
-    code, output = fit("--trainer.max_steps=2", "--ckpt_path=last", *own)
-    assert code == 2, output
-    named = rf"error: ckpt_path: .*linear\.\w+ {message}.*; give .*model.use_mrl"
-    assert re.search(named, output), output

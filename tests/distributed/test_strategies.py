@@ -7,6 +7,7 @@ scale; dropout is off, for masks depend on how a batch is divided.
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 import strategy_cases
 import torch
-from forks import Ranks
+from forks import Ranks, embedtune
 from sentence_transformers import SentenceTransformer
 
 from embedtune import InputError, export_checkpoint
@@ -591,3 +592,38 @@ def test_exported_models_encode_alike(runs):
     for folder, embeddings in zip(folders, found, strict=True):
         assert abs(embeddings - found[-1]).max() < 1e-5, folder
         assert not (folder / "UNVERIFIED").exists()
+
+
+MRL = ("--model.use_mrl=true", "--model.mrl_dims=8,16")
+
+
+@pytest.mark.parametrize(
+    ("strategy", "saved", "own", "message"),
+    [
+        ("fsdp", (), MRL, "of shape .*, found none"),
+        ("fsdp", MRL, (), "none, found of shape"),
+        ("zero2", (), MRL, "of shape .*, found none"),
+        ("zero3", MRL, (), "none, found of shape"),
+    ],
+)
+def test_a_fit_does_not_go_on_with_other_weights_in_shards(
+    tmp_path, tiny_bert, strategy, saved, own, message
+):
+    """Of which torch names one after a traceback of 100 lines, or none."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"query": "q {i}", "pos": ["p {i}"]}}\n' for i in range(4)))
+    given = ["fit", f"--model.model_name_or_path={tiny_bert}", f"--data.train_path={rows}"]
+    given += ["--data.batch_size=2", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+
+    def fit(*more: str) -> tuple[int | None, str]:
+        flags = [*given, f"--trainer.strategy={strategy}", *more]
+        rank = Ranks(embedtune, flags, folder=tmp_path)
+        (code,) = rank.wait()
+        return code, rank.output()
+
+    code, output = fit("--trainer.max_steps=1", *saved)
+    assert code == 0, output
+    code, output = fit("--trainer.max_steps=2", "--ckpt_path=last", *own)
+    assert code == 2, output
+    named = rf"error: ckpt_path: .*linear\.\w+ {message}.*; give .*model.use_mrl"
+    assert re.search(named, output), output
