@@ -128,7 +128,7 @@ def test_a_validation_lies_at_the_steps_that_were_done_before_it(tiny_bert):
 
 def test_so_does_one_before_the_first_step_of_a_run_that_goes_on(tiny_bert):
     with pytest.raises(SystemExit):
-        fit(tiny_bert, *told(9, signal.SIGTERM))
+        fit(tiny_bert, *told(9, signal.SIGTERM), "--trainer.max_epochs=2")
     fit(tiny_bert, "--ckpt_path=last", "--trainer.max_epochs=2")
     assert validated() == [10, 20]
 

@@ -1,6 +1,7 @@
 """A fit that is told to stop finishes its step, saves, and says how to go on."""
 
 import json
+import re
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from embedtune.callbacks.stop_on_signal import SIGNALS, StopOnSignal
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
 from embedtune.losses import InfoNCE
+from embedtune.reports.curves import read_curves
 
 ROWS = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(24)]
 
@@ -116,12 +118,10 @@ def test_a_thread_takes_no_signals(tiny_bert):
         assert threads.submit(trainer.validate, module, data).result()
 
 
-@pytest.mark.parametrize("at", [5, 11])
-def test_a_signal_in_the_last_step_of_an_epoch_costs_no_exported_folder(tiny_bert, at):
+def test_a_signal_in_the_last_step_of_an_epoch_costs_no_exported_folder(tiny_bert):
     with pytest.raises(SystemExit):
-        main(flags(tiny_bert, "run", *told(at, signal.SIGTERM)))
-    stopped = at // 6 + 1
-    assert not Path(f"run/checkpoints/epoch-{stopped}").exists()
+        main(flags(tiny_bert, "run", *told(5, signal.SIGTERM)))
+    assert not Path("run/checkpoints/epoch-1").exists()
     main(flags(tiny_bert, "run", "--ckpt_path=last"))
     for number in (1, 2):
         folder = Path(f"run/checkpoints/epoch-{number}")
@@ -130,6 +130,18 @@ def test_a_signal_in_the_last_step_of_an_epoch_costs_no_exported_folder(tiny_ber
     last = Path("run/checkpoints/epoch-2", weights).read_bytes()
     assert last == Path("run/model", weights).read_bytes()
     assert last != Path("run/checkpoints/epoch-1", weights).read_bytes()
+
+
+@pytest.mark.parametrize("end", ["--trainer.max_epochs=2", "--trainer.max_steps=12"])
+def test_in_the_last_step_of_all_it_stops_nothing(tiny_bert, caplog, end):
+    """A run that goes on would train nothing, and never measure what may be the best."""
+    validated = ("--data.val_path=train.jsonl", "--checkpoint.monitor=val/train/loss", end)
+    main(flags(tiny_bert, "run", *told(11, signal.SIGTERM), *validated))
+    said = r"SIGTERM: step 12 was the last: saved \S*run/checkpoints/last.ckpt; the fit ends as ever"
+    assert re.search(said, caplog.text)
+    assert list(read_curves(Path("run"))["val/train/loss"]) == [0, 6, 12]
+    assert "model of step 12, the best by val/train/loss" in caplog.text
+    assert Path("run/model/README.md").exists()
 
 
 def test_without_checkpoints_nothing_is_said_to_be_saved(tiny_bert, caplog):
@@ -150,6 +162,12 @@ def test_a_second_signal_ends_it_at_once(tiny_bert):
     assert codes == {-signal.SIGTERM}
     assert "stopped after" not in output
     assert not Path("run/checkpoints/last.ckpt").exists()
+
+
+def test_so_does_one_after_one_in_the_last_step(tiny_bert):
+    """To whichever rank."""
+    codes, output = run(tiny_bert, *told(11, signal.SIGTERM, times=2))
+    assert codes == {-signal.SIGTERM}, output
 
 
 def test_a_signal_to_one_rank_stops_all(tiny_bert):

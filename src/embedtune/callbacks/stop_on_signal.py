@@ -29,7 +29,8 @@ def takes_signals() -> bool:
 class StopOnSignal(pl.Callback):
     """Finish the step, save ``last.ckpt``, say how to go on, and exit with 128 + the signal.
 
-    A signal to any rank stops all; a second one to this process ends it at once.
+    A signal to any rank stops all; a second one to this process ends it at once. In the last step one
+    stops nothing: what is left is a validation, which a run that goes on would lack, and the export.
 
     Attributes:
         said: What it has said of that; empty as long as no signal has stopped the fit.
@@ -79,10 +80,28 @@ class StopOnSignal(pl.Callback):
             number = int(exchange.max_over_ranks(told))
         if not number:
             return
-        name = signal.Signals(number).name
+        self._received = number  # on every rank, so that another signal ends it
+        name, step = signal.Signals(number).name, f"{trainer.global_step:,}"
         saved = save_last(trainer)
-        on = f"saved {saved}; go on with --ckpt_path last" if saved else "nothing is saved"
-        self.said = f"{name}: stopped after step {trainer.global_step:,}: {on}"
+        kept = f"saved {saved}" if saved else "nothing is saved"
+        if _is_last_step(trainer):
+            if trainer.is_global_zero:
+                log.warning(
+                    "%s: step %s was the last: %s; the fit ends as ever, and at once if it is told "
+                    "again",
+                    *(name, step, kept),
+                )
+            return
+        more = "; go on with --ckpt_path last" if saved else ""
+        self.said = f"{name}: stopped after step {step}: {kept}{more}"
         if trainer.is_global_zero:
             log.warning(self.said)
         sys.exit(128 + number)
+
+
+def _is_last_step(trainer: pl.Trainer) -> bool:
+    """Tell whether a fit has nothing left to train; Lightning counts an epoch after this step."""
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    epochs = -1 if trainer.max_epochs is None else trainer.max_epochs
+    return trainer.is_last_batch and trainer.current_epoch + 1 == epochs
