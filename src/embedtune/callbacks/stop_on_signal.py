@@ -29,8 +29,8 @@ def takes_signals() -> bool:
 class StopOnSignal(pl.Callback):
     """Finish the step, save ``last.ckpt``, say how to go on, and exit with 128 + the signal.
 
-    A signal to any rank stops all; a second one to this process ends it at once. In the last step one
-    stops nothing: what is left is a validation, which a run that goes on would lack, and the export.
+    A signal to any rank stops all; a second one to this process ends it at once. One in the last
+    step stops nothing: a validation is left, which a run that goes on would lack, and the export.
 
     Attributes:
         said: What it has said of that; empty as long as no signal has stopped the fit.
