@@ -12,6 +12,7 @@ from forks import Ranks
 from embedtune.data import rows as rows_module
 from embedtune.data.examples import ExampleDataset, draw_negatives, negatives_generator
 from embedtune.data.lines import resolve_paths
+from embedtune.data.records import Format
 from embedtune.data.rows import Rows
 from embedtune.data.sampler import Key
 from embedtune.errors import InputError
@@ -83,6 +84,16 @@ def test_the_cache_follows_the_content(tmp_path, monkeypatch):
     write(path, [{"query": "edited"}])
     assert Rows([path]).table[0]["query"] == "edited"
     assert len(reads) == 2
+
+
+def test_what_a_checkpoint_tells_of_rows_is_no_matter_of_how_they_are_read(tmp_path, monkeypatch):
+    """A run goes on after an update, and where the format is now declared."""
+    path = write(tmp_path / "f.jsonl", triplets(3))
+    rows = Rows([path])
+    monkeypatch.setattr(rows_module, "CACHE_VERSION", rows_module.CACHE_VERSION + 1)
+    assert Rows([path], Format.TRIPLET).digest == rows.digest
+    assert Rows([path]).table_digest != rows.table_digest
+    assert Rows([path], Format.PAIR).digest != rows.digest
 
 
 def test_a_text_file_is_not_taken_for_json_of_the_same_bytes(tmp_path):

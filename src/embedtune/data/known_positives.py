@@ -34,7 +34,7 @@ class KnownPositives:
         Raises:
             InputError: A row has no hard negative that is neither its query nor a positive of it.
         """
-        name = f"known positives {INDEX_VERSION} {rows.digest}"
+        name = f"known positives {INDEX_VERSION} {rows.table_digest}"
         digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         path = cache_folder() / f"{digest}.arrow"
         self._table, _ = open_table(path, SCHEMA, lambda: _pairs(rows))

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ import pyarrow.compute as pc
 from embedtune.data.cache import Facts, cache_folder, open_table
 from embedtune.data.lines import suffixes_of, unreadable
 from embedtune.data.records import Format, Record, RecordReader
+from embedtune.digests import Hasher, digest_of
 from embedtune.errors import InputError
 
 log = logging.getLogger("embedtune")
@@ -39,7 +41,8 @@ class Rows:
 
     Attributes:
         table: Columns query, prompt, positives, negatives, scores.
-        digest: Digest of the files and of how they were read.
+        digest: Digest of the files and their format, which checkpoints tell.
+        table_digest: Digest of that and of how this version reads them, which the table lies under.
         format: What the rows hold.
         ignored_fields: Names of fields in the files that embedtune does not read.
         prompt: The query prompt that all rows share, if they do.
@@ -55,14 +58,14 @@ class Rows:
         """
         self.paths = list(paths)
         reading = _Reading(self.paths, declared)
-        digest = hashlib.blake2b(f"{CACHE_VERSION} {declared}".encode(), digest_size=16)
+        files = Hasher()
         for path in self.paths:
-            digest.update("".join(suffixes_of(path)).encode())
-            digest.update(_file_digest(path))
-        self.digest = digest.hexdigest()
-        path = cache_folder() / f"{self.digest}.arrow"
+            files.update("".join([*suffixes_of(path), _file_digest(path)]).encode())
+        self.table_digest = _digest(CACHE_VERSION, declared, files.hexdigest())
+        path = cache_folder() / f"{self.table_digest}.arrow"
         self.table, known = open_table(path, SCHEMA, reading.batches, reading.facts)
         self.format = Format(known["format"])
+        self.digest = _digest(self.format, files.hexdigest())
         self.ignored_fields: list[str] = known["ignored_fields"]
         self.prompt: str | None = known["prompts"][0] if len(known["prompts"]) == 1 else None
         self.has_prompts = any(known["prompts"])
@@ -126,10 +129,13 @@ class Rows:
         return np.asarray(lengths.to_numpy(), dtype=np.int64)
 
 
-def _file_digest(path: Path) -> bytes:
+def _digest(*values: Any) -> str:
+    return Hasher(" ".join(map(str, values)).encode()).hexdigest()
+
+
+def _file_digest(path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").digest()
+        return digest_of(path)
     except OSError as error:
         raise unreadable(str(path), error) from None
 

@@ -48,7 +48,7 @@ class TokenTable:
             collator: Tokenises, with the prompts and limits of each text.
             key: The collator's ``tokens_key``.
         """
-        name = f"tokens {TABLE_VERSION} {rows.digest} {key}"
+        name = f"tokens {TABLE_VERSION} {rows.table_digest} {key}"
         digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
         path = cache_folder() / f"{digest}.arrow"
         self.table, _ = open_table(path, SCHEMA, lambda: _tokenised(rows, collator))
