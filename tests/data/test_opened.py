@@ -46,3 +46,17 @@ def test_a_teacher_of_no_set_is_refused(tmp_path):
     message = "data.val_teacher_path: expected distill rows in data.val_path, found none"
     with pytest.raises(InputError, match=message):
         opened(tmp_path, PAIR, {**PAIR, "scores": [0.5]}, teacher="nothing.f32")
+
+
+def test_a_file_that_overlapping_globs_give_twice_is_told(tmp_path, caplog):
+    """It may be meant: rows that weigh more."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(PAIR) + "\n")
+    given = [str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl")]
+    files = Files({"train": given}, {"train": None}, None, teacher_width=None, neg_nums=2, seed=1)
+    data = OpenedData(files)
+    data.open("train")
+    assert len(data.datasets["train"]) == 3
+    path = (tmp_path / "a.jsonl").resolve()
+    assert f"data.train_path: {path} is given 2 times, and so are its rows" in caplog.text
+    assert "b.jsonl is given" not in caplog.text

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -55,6 +56,14 @@ def _format_without_scores(sets: Iterable[list[str]], key: str) -> Format | None
     return next((found for found in map(_first_format, rows) if found != Format.SCORED), None)
 
 
+def _tell_of_twice(paths: Sequence[Path], key: str) -> None:
+    """Warn of a file that is there several times, as where globs overlap."""
+    counts = Counter(path.resolve() for path in paths)
+    for path, count in counts.items():
+        if count > 1:
+            log.warning("%s: %s is given %d times, and so are its rows", key, path, count)
+
+
 class OpenedData:
     """The data sets of a run, opened once each.
 
@@ -97,8 +106,9 @@ class OpenedData:
         elif part not in self.datasets:
             # Queries alone are what predict takes from rows of any format.
             declared = Format.DISTILL if part == "predict" else self.files.declared
-            rows = Rows(resolve_paths(self.files.paths[part], key), declared)
-            self.datasets[part] = self._examples(part, rows)
+            paths = resolve_paths(self.files.paths[part], key)
+            _tell_of_twice(paths, key)
+            self.datasets[part] = self._examples(part, Rows(paths, declared))
 
     def _trained_format(self) -> Format | None:
         """Return the format that is trained on, where that is known without reading all rows."""
