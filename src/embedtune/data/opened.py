@@ -106,9 +106,9 @@ class OpenedData:
         elif part not in self.datasets:
             # Queries alone are what predict takes from rows of any format.
             declared = Format.DISTILL if part == "predict" else self.files.declared
-            paths = resolve_paths(self.files.paths[part], key)
-            _tell_of_twice(paths, key)
-            self.datasets[part] = self._examples(part, Rows(paths, declared))
+            files = resolve_paths(self.files.paths[part], key)
+            _tell_of_twice(files, key)
+            self.datasets[part] = self._examples(part, Rows(files, declared))
 
     def _trained_format(self) -> Format | None:
         """Return the format that is trained on, where that is known without reading all rows."""
