@@ -218,6 +218,17 @@ def keep_states(callbacks: list[Any], states: dict[str, Any]) -> None:
             others.remove(same[0])
 
 
+def know_saved(callbacks: list[Any], step: int) -> None:
+    """Let callbacks that keep checkpoints know that a step is saved, with which a fit goes on.
+
+    They would save it once more before the next is done, by what the next's first batches lead to.
+    Only a validation that is made up for tells more of it.
+    """
+    for callback in callbacks:
+        if not (getattr(callback, "monitor", None) or "").startswith("val/"):
+            callback._last_global_step_saved = step
+
+
 def follow_move(callbacks: list[Any], states: dict[str, dict[str, Any]], folder: Path) -> None:
     """Let what callbacks remember of the checkpoints that they kept be true of this run's folder.
 

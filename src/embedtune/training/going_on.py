@@ -9,6 +9,7 @@ from embedtune.checkpoints.resume import (
     follow_move,
     forget_scores,
     keep_states,
+    know_saved,
     place_of,
     refuse_another_order,
     set_counters,
@@ -58,6 +59,7 @@ def go_on(checkpoint: dict[str, Any], trainer: Any, data: EmbeddingDataModule) -
     set_counters(checkpoint, place, accumulated)
     facts, keepers = checkpoint.get("training_facts", {}), trainer.checkpoint_callbacks
     keep_states(keepers, checkpoint.get("callbacks", {}))
+    know_saved(keepers, place.step)
     changed = _changed_sets(checkpoint, data)
     if changed:
         begins = tuple(f"{name}/" for name in changed)
