@@ -84,6 +84,16 @@ def test_a_run_that_is_stopped_before_a_validation_makes_up_for_it(tiny_bert, at
     assert weights("run") == weights("whole")
 
 
+def test_what_it_makes_up_for_is_of_the_epoch_that_has_ended(tiny_bert):
+    """Which every second epoch is looked for the best in, and which its file is named by."""
+    second = ("--checkpoint.every_n_epochs=2",)
+    fit(tiny_bert, "whole", *second)
+    stopped(tiny_bert, "run", 7, *second, "--trainer.max_epochs=3")
+    fit(tiny_bert, "run", "--ckpt_path=last", *second, "--trainer.max_epochs=3")
+    for root in ("whole", "run"):
+        assert Path(root, "checkpoints", "best-epoch=1-step=8.ckpt").is_file(), root
+
+
 def test_a_run_that_keeps_the_best_by_the_loss_of_its_steps_goes_on(tiny_bert):
     """Though a validation is made up for, and accumulated batches come before its first step."""
     by_loss = ("--checkpoint.monitor=train/loss", "--trainer.val_check_interval=2")
