@@ -8,7 +8,7 @@ import torch
 from forks import Ranks, embedtune
 from sentence_transformers import SentenceTransformer
 
-from embedtune.checkpoints import last_checkpoint, read_facts
+from embedtune.checkpoints import best_checkpoint, last_checkpoint, read_facts
 from embedtune.checkpoints.read import read_weights
 
 WAYS = {
@@ -51,6 +51,29 @@ def test_the_last_checkpoint_is_of_the_last_step(tiny_bert, tmp_path, way):
         torch.equal(exported[name], value) for name, value in weights.items() if name in exported
     )
     assert weights.keys() & exported.keys()
+
+
+def test_a_fit_that_is_asked_for_again_has_the_model_that_it_had(tiny_bert, tmp_path):
+    """The last checkpoint knows of the last validation, whose model is the best, and is a link."""
+    rows = [{"query": f"query {i}", "pos": [f"document {i}"]} for i in range(16)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = [
+        *("fit", f"--model.model_name_or_path={tiny_bert}", "--data.train_path=train.jsonl"),
+        *("--data.val_path={loss: train.jsonl}", "--data.batch_size=4", "--model.lr=1e-2"),
+        *("--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_epochs=2"),
+        *("--checkpoint.monitor=val/loss/loss", "--checkpoint.every_n_train_steps=4"),
+        *("--trainer.default_root_dir=run", "--ckpt_path=last"),
+    ]
+    checkpoints, found = tmp_path / "run/checkpoints", []
+    for _ in range(2):
+        fit = Ranks(embedtune, command, folder=tmp_path)
+        assert fit.wait() == [0], fit.output()
+        assert "model/ is the model of step 8, the best by val/loss/loss" in fit.output()
+        assert best_checkpoint(checkpoints) == checkpoints / "best-epoch=1-step=8.ckpt"
+        assert (checkpoints / "last.ckpt").is_symlink()
+        names = ("README.md", "model.safetensors")
+        found.append([(tmp_path / "run/model" / name).read_bytes() for name in names])
+    assert found[0] == found[1]
 
 
 def test_what_ends_a_fit_early_or_lets_it_train_nothing_is_said(tiny_bert, tmp_path):

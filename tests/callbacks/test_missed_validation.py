@@ -10,7 +10,7 @@ import pytest
 from testset_files import write_pairs_and_sts
 from told_losses import told
 
-from embedtune.checkpoints import last_checkpoint, read_facts
+from embedtune.checkpoints import best_checkpoint, last_checkpoint, read_facts
 from embedtune.cli import main
 from embedtune.losses import InfoNCE
 from embedtune.reports.curves import read_curves
@@ -82,6 +82,26 @@ def test_a_run_that_is_stopped_before_a_validation_makes_up_for_it(tiny_bert, at
     fit(tiny_bert, "run", "--ckpt_path=last", *more)
     assert curve("run") == curve("whole")
     assert weights("run") == weights("whole")
+
+
+def test_what_it_makes_up_for_is_of_the_epoch_that_has_ended(tiny_bert):
+    """Which every second epoch is looked for the best in, and which its file is named by."""
+    second = ("--checkpoint.every_n_epochs=2",)
+    fit(tiny_bert, "whole", *second)
+    stopped(tiny_bert, "run", 7, *second, "--trainer.max_epochs=3")
+    fit(tiny_bert, "run", "--ckpt_path=last", *second, "--trainer.max_epochs=3")
+    for root in ("whole", "run"):
+        assert Path(root, "checkpoints", "best-epoch=1-step=8.ckpt").is_file(), root
+
+
+def test_a_run_that_keeps_the_best_by_the_loss_of_its_steps_goes_on(tiny_bert):
+    """Though a validation is made up for, and accumulated batches come before its first step."""
+    by_loss = ("--checkpoint.monitor=train/loss", "--trainer.val_check_interval=2")
+    by_loss = (*by_loss, "--trainer.accumulate_grad_batches=2", "--data.batch_size=2")
+    stopped(tiny_bert, "run", 3, *by_loss)
+    fit(tiny_bert, "run", "--ckpt_path=last", *by_loss)
+    best = best_checkpoint(Path("run/checkpoints"))
+    assert read_facts(best)["global_step"] > 2  # what comes after no step is no model of it
 
 
 def test_one_that_is_stopped_elsewhere_measures_no_more_than_the_whole(tiny_bert):

@@ -65,6 +65,8 @@ def test_the_step_is_finished_and_saved_and_the_run_goes_on(tiny_bert, caplog, n
     main(flags(tiny_bert, "whole", same))
     stopped, whole = (Path(root, "model/model.safetensors") for root in ("run", "whole"))
     assert stopped.read_bytes() == whole.read_bytes()
+    curves = [read_curves(Path(root)) for root in ("run", "whole")]
+    assert all(curves[0][name] == curves[1][name] for name in ("train/loss", "train/lr"))
 
 
 def test_before_the_time_of_a_slurm_job_ends_it_is_the_same(tiny_bert, caplog, monkeypatch):

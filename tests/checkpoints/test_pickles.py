@@ -76,6 +76,8 @@ def test_code_in_a_folder_of_fsdp_is_refused(tmp_path, code, where):
         torch.save({**FACTS, "more": code}, path / where)
         with pytest.raises(InputError, match=r"expected a checkpoint .* wants to use \w+\.mkdir"):
             read_facts(path)
+        with pytest.raises(InputError, match=r"which run no code, .* wants to use \w+\.mkdir"):
+            refuse_code(path)
         return
     if where == ".metadata":
         (path / where).write_bytes(pickle.dumps(code))

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from embedtune import InputError
-from embedtune.checkpoints.resume import follow_move, refuse_other_weights
+from embedtune.checkpoints.resume import follow_move, keep_states, refuse_other_weights
 
 SCORES = {"a.ckpt": 0.2, "b.ckpt": 0.4, "c.ckpt": 0.3}
 
@@ -39,6 +39,19 @@ def test_of_the_kept_checkpoints_the_better_ones_stay_known(tmp_path, mode, coun
     if worst:
         assert now.kth_value == torch.tensor(SCORES[f"{worst}.ckpt"])
         assert len(now.best_k_models) == count
+
+
+def test_who_saves_more_or_less_often_knows_what_was_kept(tmp_path):
+    """Of the same metric and mode alone; what another callback has kept is its own."""
+    often = {"monitor": "val/a", "mode": "max"}
+    saved = ModelCheckpoint(tmp_path, **often, every_n_epochs=1)
+    latest = ModelCheckpoint(tmp_path, every_n_train_steps=3)
+    states = {callback.state_key: callback.state_dict() for callback in (saved, latest)}
+    rarer = ModelCheckpoint(tmp_path, **often, every_n_epochs=2)
+    other = ModelCheckpoint(tmp_path, monitor="val/a", mode="min")
+    keep_states([rarer, other, latest], states)
+    assert states.keys() == {rarer.state_key, latest.state_key}
+    assert states[rarer.state_key]["monitor"] == "val/a"
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ import torch
 import torch.distributed.checkpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
+from embedtune.checkpoints.resume import OFTEN
+
 DOCS = Path(__file__).parents[2] / "docs" / "architecture.md"
 BORROWED: dict[str, Callable[[Path, Path], None]] = {}
 
@@ -328,6 +330,17 @@ def _(folder, model):
         keeper.best_model_path = str(first)
         run(folder, callbacks=[keeper, GoesOnFrom(str(folder / f"{name}.ckpt"))])
         assert first.exists() == stays
+
+
+@borrows("lightning: ModelCheckpoint._last_global_step_saved, state_key")
+def _(folder, model):
+    keeper = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1)
+    keeper._last_global_step_saved = 1  # which is not saved again
+    run(folder, callbacks=[keeper], max_steps=2)
+    assert [path.name for path in folder.glob("*.ckpt")] == ["epoch=0-step=2.ckpt"]
+    rarer = pl.callbacks.ModelCheckpoint(folder, every_n_train_steps=2)
+    keys = [callback.state_key.partition(OFTEN)[0] for callback in (keeper, rarer)]
+    assert keys == ["ModelCheckpoint{'monitor': None, 'mode': 'min'"] * 2
 
 
 @borrows("lightning: val_loop.run before the first step; val_check_batch, _val_check_time_interval")

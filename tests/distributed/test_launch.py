@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forks import Ranks, embedtune
+from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
 from embedtune.callbacks import shared_folder
@@ -286,6 +288,10 @@ def fit_apart(what: str, arguments: list[str]) -> None:
     given |= {
         "data": {"data.train_path": f"rows{rank}.jsonl"},
         "rate": {"model.lr": 1e-4 + int(rank)},
+        "set": {"data.val_path.a": f"rows{rank}.jsonl"},
+        "weights": {"model.model_name_or_path": f"base{rank}"},
+        "length": {"data.query_max_len": 32 + int(rank)},
+        "saves": {"checkpoint.every_n_train_steps": 2 + int(rank)},
         "folder": {"trainer.default_root_dir": f"run{rank}"},
     }[what]
     embedtune([*arguments, *(f"--{name}={value}" for name, value in given.items())])
@@ -300,6 +306,16 @@ def fit_apart(what: str, arguments: list[str]) -> None:
             "rank 1: expected the configuration of rank 0, found another",
             marks=pytest.mark.slow,
         ),
+        ("set", "rank 1: expected the validation data of rank 0, found another"),
+        ("weights", "rank 1: expected the base model of rank 0, found another"),
+        *(
+            pytest.param(
+                what,
+                "rank 1: expected the configuration of rank 0, found another",
+                marks=pytest.mark.slow,
+            )
+            for what in ("length", "saves")
+        ),
         pytest.param(
             "folder",
             "expected a folder that all ranks share, found that rank 1 does not see in run",
@@ -311,6 +327,9 @@ def test_ranks_that_differ_are_told_at_the_start(tiny_bert, what, expected):
     for number, count in ((0, 24), (1, 20)):
         lines = "".join(json.dumps(row) + "\n" for row in ROWS[:count])
         Path(f"rows{number}.jsonl").write_text(lines)
+        weights = Path(shutil.copytree(tiny_bert, f"base{number}"), "model.safetensors")
+        moved = {name: value + 0.01 * number for name, value in load_file(weights).items()}
+        save_file(moved, weights, {"format": "pt"})
     flags = ["--model.model_name_or_path", str(tiny_bert), "--trainer.accelerator", "cpu"]
     arguments = ["fit", *flags, "--trainer.devices", "2"]
     ranks = Ranks(fit_apart, what, arguments, folder=Path.cwd(), ranks=2)

@@ -1,5 +1,6 @@
 """Save the last step of a fit, wherever it ends."""
 
+import contextlib
 import logging
 from pathlib import Path
 from typing import Any, cast
@@ -7,7 +8,9 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Timer
 
-from embedtune.checkpoints.find import LAST, folder_of, step_of
+from embedtune.checkpoints.find import LAST, folder_of
+from embedtune.checkpoints.read import read_facts
+from embedtune.errors import InputError
 from embedtune.training.module import EmbeddingModule
 
 log = logging.getLogger("embedtune")
@@ -31,8 +34,9 @@ def save_last(trainer: pl.Trainer) -> Path | None:
 class LastStep(pl.Callback):
     """Let ``last.ckpt`` be of the last step, before the model of that is exported.
 
-    ``checkpoint.every_n_train_steps`` and the like may have saved an earlier one last. It also says
-    what ends a fit before its time, or lets it train nothing at all.
+    ``checkpoint.every_n_train_steps`` and the like may have saved an earlier one last, or this one
+    before it was validated: without what was measured then, such as which model is the best. It
+    also says what ends a fit before its time, or lets it train nothing at all.
     """
 
     def __init__(self) -> None:
@@ -57,9 +61,12 @@ class LastStep(pl.Callback):
         if folder is None or not keeps or cast(Any, trainer).fast_dev_run:
             return
         last = folder / LAST
-        is_older = last.exists() and step_of(last) < trainer.global_step
-        if trainer.strategy.broadcast(is_older):
+        lacks = _lacks(last, trainer, cast(EmbeddingModule, pl_module)) if last.exists() else ""
+        lacks = trainer.strategy.broadcast(lacks)
+        if lacks == "step":
             save_last(trainer)
+        elif lacks:  # what it is a link to is of this step
+            trainer.save_checkpoint(last.resolve())
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say why a fit that goes on has trained nothing."""
@@ -69,6 +76,17 @@ class LastStep(pl.Callback):
         if _is_time_up(trainer):
             why = "trainer.max_time, which counts the time before too, is used up"
         log.warning("nothing is left to train after step %s: %s", f"{trainer.global_step:,}", why)
+
+
+def _lacks(last: Path, trainer: pl.Trainer, module: EmbeddingModule) -> str:
+    """Return what a checkpoint lacks: the last ``step`` or its ``metrics``; empty where nothing."""
+    facts: dict[str, Any] = {}
+    with contextlib.suppress(InputError):  # it is damaged
+        facts = read_facts(last)
+    if facts.get("global_step", -1) < trainer.global_step:
+        return "step"
+    is_measured = bool(facts.get("training_facts", {}).get("metrics"))
+    return "metrics" if module.metrics and not is_measured else ""
 
 
 def _is_time_up(trainer: Any) -> bool:

@@ -23,6 +23,9 @@ class MissedValidation(pl.Callback):
             return
         running.validating = True
         validation = running.fit_loop.epoch_loop.val_loop
+        epochs, ended = running.fit_loop.epoch_progress.current, module.place.batch == 0
+        epochs.completed -= ended  # it is of the epoch before, for callbacks and their file names
         validation.restarting = False  # else it would count the batches of the one before as done
         validation.run()
+        epochs.completed += ended
         running.training = True

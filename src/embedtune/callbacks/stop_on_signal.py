@@ -92,11 +92,22 @@ class StopOnSignal(pl.Callback):
                     *(name, step, kept),
                 )
             return
+        _log_step(trainer)
         more = "; go on with --ckpt_path last" if saved else ""
         self.said = f"{name}: stopped after step {step}: {kept}{more}"
         if trainer.is_global_zero:
             log.warning(self.said)
         sys.exit(128 + number)
+
+
+def _log_step(trainer: pl.Trainer) -> None:
+    """Log the step that has ended, as Lightning does after the hook in which the fit is stopped."""
+    step, every = trainer.global_step, cast(Any, trainer).log_every_n_steps
+    if not every or step % every or trainer.fit_loop._should_accumulate():
+        return
+    found = {k: float(v) for k, v in trainer.logged_metrics.items() if k.startswith("train/")}
+    for logger in trainer.loggers:
+        logger.log_metrics({**found, "epoch": trainer.current_epoch}, step - 1)
 
 
 def _is_last_step(trainer: pl.Trainer) -> bool:

@@ -196,6 +196,39 @@ def refuse_other_weights(saved: Mapping[str, Any], own: Mapping[str, Any]) -> No
             )
 
 
+OFTEN = ", 'every_n_train_steps'"
+"""Where a key of Lightning's begins to tell how often a callback saves, after what it looks for."""
+
+
+def keep_states(callbacks: list[Any], states: dict[str, Any]) -> None:
+    """Let a callback that saves more or less often than before know what it has kept.
+
+    Lightning finds its state by a key that tells how often it saves, too.
+
+    Args:
+        callbacks: Those that keep checkpoints.
+        states: Of callbacks by their keys, as a checkpoint brings them; changed.
+    """
+    others = states.keys() - {callback.state_key for callback in callbacks}
+    for callback in callbacks:
+        own, looks_for = callback.state_key, callback.state_key.partition(OFTEN)[0]
+        same = [key for key in sorted(others) if key.partition(OFTEN)[0] == looks_for]
+        if own not in states and len(same) == 1:
+            states[own] = states.pop(same[0])
+            others.remove(same[0])
+
+
+def know_saved(callbacks: list[Any], step: int) -> None:
+    """Let callbacks that keep checkpoints know that a step is saved, with which a fit goes on.
+
+    They would save it once more before the next is done, by what the next's first batches lead to.
+    Only a validation that is made up for tells more of it.
+    """
+    for callback in callbacks:
+        if not (getattr(callback, "monitor", None) or "").startswith("val/"):
+            callback._last_global_step_saved = step
+
+
 def follow_move(callbacks: list[Any], states: dict[str, dict[str, Any]], folder: Path) -> None:
     """Let what callbacks remember of the checkpoints that they kept be true of this run's folder.
 

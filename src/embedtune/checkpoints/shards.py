@@ -17,6 +17,7 @@ from embedtune.checkpoints.pickles import (
     FSDP_METADATA,
     load_zero,
     read_fsdp_metadata,
+    refuse_code_in_file,
     refuse_code_in_fsdp,
     refuse_code_in_zero,
 )
@@ -62,7 +63,11 @@ def refuse_code(path: Path) -> None:
     kind = kind_of(path)
     if kind == "file":
         raise InputError(f"{path}: expected a folder of shards, found a file")
-    (refuse_code_in_zero if kind == "zero" else refuse_code_in_fsdp)(path)
+    if kind == "zero":
+        refuse_code_in_zero(path)
+    else:
+        refuse_code_in_file(path / FSDP_FACTS)
+        refuse_code_in_fsdp(path)
 
 
 def fsdp_shapes(path: Path) -> dict[str, Tensor]:

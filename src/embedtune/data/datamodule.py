@@ -15,6 +15,7 @@ from embedtune.data.rows import Rows
 from embedtune.data.sampler import Cursor, GlobalBatchSampler
 from embedtune.data.testset_batches import TEXTS_PER_BATCH, TextCollator
 from embedtune.data.token_table import TokenTable
+from embedtune.distributed.exchange import refuse_other_ranks
 from embedtune.errors import InputError, require_not_negative, require_positive
 from embedtune.models.encoder import Encoder
 from embedtune.models.spec import Role
@@ -29,6 +30,13 @@ NEEDED: dict[str, tuple[Part, ...]] = {
     "predict": ("predict",),
 }
 """The parts of the data that each Trainer function reads; the first of them is required."""
+DATA_OF: dict[Part, str] = {
+    "train": "training",
+    "val": "validation",
+    "test": "test",
+    "predict": "prediction",
+}
+"""What the data of each part are called."""
 LENGTHS_SAMPLE, LONGEST_TEXTS = 1000, 64
 """Examples whose texts tell how long texts are, where not all are tokenised ahead; and how many of
 these texts, the longest in characters, are."""
@@ -140,8 +148,21 @@ class EmbeddingDataModule(pl.LightningDataModule):
         self._open_all()
 
     def setup(self, stage: str) -> None:
-        """Open the rows that a stage needs."""
+        """Open the rows that a stage needs.
+
+        Raises:
+            InputError: A file is broken, or a rank has another than rank 0.
+        """
         self._open_all()
+        refuse_other_ranks(self._told_by_all(), self.trainer.strategy.root_device)
+
+    def _told_by_all(self) -> dict[str, str]:
+        """Return the digests of the parts of the data, by what to call each in a message."""
+        digests = self._digests()
+        found: dict[str, list[str]] = {part: [] for part in DATA_OF}
+        for name in sorted(digests):
+            found[name.partition("/")[0]].append(f"{name} {digests[name]}")
+        return {f"{called} data": "\n".join(found[part]) for part, called in DATA_OF.items()}
 
     def _open_all(self) -> None:
         needed = self._needed()
@@ -253,9 +274,12 @@ class EmbeddingDataModule(pl.LightningDataModule):
 
     def digests(self, part: Literal["val", "test"]) -> dict[str, str]:
         """Return the digest of each set that is evaluated, by its name."""
-        found = {name: data.rows.digest for name, data in self.datasets.items()}
-        found |= {name: texts.digest for name, texts in self.testsets.items()}
+        found = self._digests()
         return {name: found[name] for name in self.evaluated(part)}
+
+    def _digests(self) -> dict[str, str]:
+        found = {name: data.rows.digest for name, data in self.datasets.items()}
+        return found | {name: texts.digest for name, texts in self.testsets.items()}
 
     def sampler(self, name: str) -> GlobalBatchSampler:
         """Return the order of one data set's batches on this rank."""

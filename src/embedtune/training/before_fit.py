@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
 from lightning.pytorch.trainer.states import TrainerFn
 
 from embedtune.data.datamodule import EmbeddingDataModule
-from embedtune.distributed import FSDP, ZeRO
+from embedtune.digests import Hasher
+from embedtune.distributed import FSDP, ZeRO, exchange
 from embedtune.distributed.strategies import (
     describe_strategy,
     refuse_unsupported,
@@ -108,6 +110,29 @@ def _refuse_other_data(data: Any) -> None:
             "Trainer: expected an EmbeddingDataModule beside the EmbeddingModule, as in "
             f"fit(module, EmbeddingDataModule('rows.jsonl')), found {found}"
         )
+
+
+def refuse_another_base(encoder: Encoder, device: torch.device) -> None:
+    """Refuse ranks that have loaded other weights than rank 0, such as from a disk of their own.
+
+    FSDP takes from each rank its part, and would train what is no model of anybody's.
+
+    Args:
+        encoder: As it was loaded.
+        device: That of the run.
+
+    Raises:
+        InputError: It names the first such rank; on every rank.
+    """
+    if not exchange.is_distributed():
+        return
+    hasher = Hasher()
+    for name, weight in encoder.named_parameters():
+        if weight.requires_grad:  # what no embedding is computed from, a rank may have drawn
+            hasher.update(name.encode())
+            values = weight.detach().cpu().contiguous().reshape(-1)
+            hasher.update(values.view(torch.uint8).numpy().data)
+    exchange.refuse_other_ranks({"base model": hasher.hexdigest()}, device)
 
 
 def compare_directions(encoder: Encoder) -> None:

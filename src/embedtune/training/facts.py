@@ -50,10 +50,16 @@ def told_by_all(trainer: Any, module: Any) -> dict[str, str]:
     """Return what every rank of a fit must have alike, by what to call it in a message."""
     configuration = _configuration(trainer, module)
     versions = configuration.pop("versions")
+    data = {k: v for k, v in data_facts(module.data, module.encoder).items() if k != "files"}
+    # Ranks validate and save together.
+    together = (
+        *(trainer.val_check_interval, trainer.check_val_every_n_epoch),
+        *(trainer.limit_train_batches, trainer.limit_val_batches),
+        *(callback.state_key for callback in trainer.checkpoint_callbacks),
+    )
     return {
-        "training data": module.data.datasets["train"].rows.digest,
         "versions of libraries": versions,
-        "configuration": repr((configuration, module.widths, module.data.shuffle)),
+        "configuration": repr((configuration, module.widths, module.data.shuffle, data, together)),
     }
 
 

@@ -8,6 +8,8 @@ from embedtune.checkpoints.resume import (
     Place,
     follow_move,
     forget_scores,
+    keep_states,
+    know_saved,
     place_of,
     refuse_another_order,
     set_counters,
@@ -55,14 +57,16 @@ def go_on(checkpoint: dict[str, Any], trainer: Any, data: EmbeddingDataModule) -
     ranks, accumulated = trainer.world_size, accumulated_in(trainer, place.epoch)
     refuse_another_order(saved, data.start, data.batch_size, ranks, accumulated)
     set_counters(checkpoint, place, accumulated)
-    facts = checkpoint.get("training_facts", {})
+    facts, keepers = checkpoint.get("training_facts", {}), trainer.checkpoint_callbacks
+    keep_states(keepers, checkpoint.get("callbacks", {}))
+    know_saved(keepers, place.step)
     changed = _changed_sets(checkpoint, data)
     if changed:
         begins = tuple(f"{name}/" for name in changed)
         forget_scores(trainer.callbacks, checkpoint.get("callbacks", {}), begins)
         facts = {**facts, "metrics": {}, "intervals": {}}
     folder = Path(str(trainer.ckpt_path)).absolute().parent
-    follow_move(trainer.checkpoint_callbacks, checkpoint.get("callbacks", {}), folder)
+    follow_move(keepers, checkpoint.get("callbacks", {}), folder)
     begins = tuple(f"{name}/" for name in data.datasets.keys() - {*changed})
     of_base = facts.get("base_metrics", {}).items()
     known = {name: tuple(ends) for name, ends in (facts.get("intervals") or {}).items()}

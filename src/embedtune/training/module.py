@@ -40,6 +40,7 @@ from embedtune.training.before_fit import (
     average_all,
     compare_directions,
     has_other_weights,
+    refuse_another_base,
     refuse_long_interval,
     refuse_long_prompts,
     refuse_what_fails_later,
@@ -191,6 +192,8 @@ class EmbeddingModule(pl.LightningModule):
             refuse_long_interval(self.trainer, batches)
             count_steps(self.trainer, batches, self.lr_schedule)  # refuses what has no end
             prepare_training(self.encoder)
+            if self.is_base:
+                refuse_another_base(self.encoder, device)
         self.encoder.pack(device, autocast_dtype(str(self.trainer.precision)))
         if stage == "fit" and device.type == "cpu":
             freed_memory.keep_freed()
