@@ -110,6 +110,15 @@ def test_an_architecture_has_the_same_gradient_without_padding(name, tiny_transf
         assert difference < 1e-5 * largest, parameter
 
 
+def test_padding_that_a_text_spells_out_takes_no_position(tiny_transformer, tmp_path):
+    texts = ["a", "b [PAD] c [PAD] [PAD] d", "[PAD]", "e f [PAD]", "one two"]
+    encoder = Encoder(EncoderSpec(save("xlm-roberta", tiny_transformer, tmp_path), "mean")).eval()
+    padded = encode(encoder, texts, 1000)
+    encoder.pack(CPU)
+    assert encoder.packs
+    torch.testing.assert_close(encode(encoder, texts, 1000), padded)
+
+
 def test_buckets_that_validation_asked_for_first_serve_training():
     ends = torch.tensor([0, 5, 8])
     given = [states(2, 8) for _ in range(3)]
