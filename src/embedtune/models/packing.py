@@ -66,8 +66,9 @@ def join_packed(rows: Sequence[TextFeatures], first_position: int) -> dict[str, 
     numbers = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     place = numbers + np.repeat(np.arange(len(rows)) * longest, lengths)
     positions = first_position + numbers
-    if first_position:  # these models do not count padding, also where a text spells it out
-        is_padding = joined["input_ids"][0].numpy() == first_position - 1
+    # Models that start after the padding do not count it, also where a text spells it out.
+    is_padding = joined["input_ids"][0].numpy() == first_position - 1
+    if first_position and is_padding.any():
         counted = np.cumsum(is_padding)
         before = np.concatenate([[0], counted])[ends - lengths]
         positions -= counted - np.repeat(before, lengths)
