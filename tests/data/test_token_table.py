@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from embedtune import EmbeddingDataModule, EmbeddingModule
-from embedtune.data import token_table
+from embedtune.data import collate, token_table
 from embedtune.data.chunks import PROBE
 from embedtune.data.collate import Collator
 from embedtune.data.examples import ExampleDataset
@@ -176,6 +176,13 @@ def test_the_key_tells_how_names_of_special_tokens_in_a_text_are_taken(encoder, 
     key, (ids,) = collator.tokens_key, collator.token_ids([text])
     encoder.model.tokenizer.split_special_tokens = True
     assert collator.token_ids([text])[0].tolist() != ids.tolist()
+    assert collator.tokens_key != key
+
+
+@pytest.mark.parametrize("package", ["sentence-transformers", "transformers", "tokenizers"])
+def test_the_key_tells_what_has_tokenised(collator, monkeypatch, package):
+    key, installed = collator.tokens_key, collate.version
+    monkeypatch.setattr(collate, "version", lambda name: installed(name) + "0" * (name == package))
     assert collator.tokens_key != key
 
 

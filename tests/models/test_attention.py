@@ -110,6 +110,15 @@ def test_an_architecture_has_the_same_gradient_without_padding(name, tiny_transf
         assert difference < 1e-5 * largest, parameter
 
 
+def test_padding_that_a_text_spells_out_takes_no_position(tiny_transformer, tmp_path):
+    texts = ["a", "b [PAD] c [PAD] [PAD] d", "[PAD]", "e f [PAD]", "one two"]
+    encoder = Encoder(EncoderSpec(save("xlm-roberta", tiny_transformer, tmp_path), "mean")).eval()
+    padded = encode(encoder, texts, 1000)
+    encoder.pack(CPU)
+    assert encoder.packs
+    torch.testing.assert_close(encode(encoder, texts, 1000), padded)
+
+
 def test_buckets_that_validation_asked_for_first_serve_training():
     ends = torch.tensor([0, 5, 8])
     given = [states(2, 8) for _ in range(3)]
@@ -386,6 +395,37 @@ def test_dropout_settings_reach_the_model_and_are_exported(tiny_bert, tmp_path):
     assert config["hidden_dropout_prob"] == 0.3
     default = Encoder(EncoderSpec(str(tiny_bert))).model[0].auto_model.encoder.layer[0]
     assert (default.attention.self.dropout.p, default.output.dropout.p) == (0.1, 0.1)
+
+
+DROPPING = {
+    "bart": (
+        transformers.BartConfig,
+        {"activation_dropout": 0.3},
+        {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+        | {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        | {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+    ),
+    "gpt-neo": (
+        transformers.GPTNeoConfig,
+        {"embed_dropout": 0.3, "resid_dropout": 0.3},
+        {"hidden_size": 32, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]},
+    ),
+    "starcoder2": (transformers.Starcoder2Config, {"residual_dropout": 0.3}, DECODER),
+}
+"""Models with dropouts of names of their own: (configuration class, these, sizes)."""
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_every_dropout_is_set(name, tiny_transformer, tmp_path):
+    kind, drops, sizes = DROPPING[name]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny_transformer)
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": None, "eos_token_id": None}
+    config = kind(**{**ids, "pad_token_id": 0, **sizes, **drops})
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    own, none = (Encoder(EncoderSpec(str(tmp_path), "mean", dropout=d)).train() for d in (None, 0))
+    assert not torch.equal(encode(own, TEXTS), encode(own, TEXTS))
+    assert torch.equal(encode(none, TEXTS), encode(none, TEXTS))
 
 
 @pytest.mark.parametrize("setting", [{"dropout": 1.0}, {"attention_dropout": -0.1}])

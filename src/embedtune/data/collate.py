@@ -1,8 +1,10 @@
 """Turn examples into a batch: texts tokenised once, sorted by length, cut into chunks."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from embedtune.models.spec import ROLES, Features, Role
 
 PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids"}
 """Of these, token ids tell all of a single text."""
+TOKENISERS = ("sentence-transformers", "transformers", "tokenizers")
+"""Packages whose releases may make other ids of the same text."""
 
 
 class Collator:
@@ -138,6 +142,7 @@ class Collator:
             [self.prompts[role] for role in ROLES],
             self.query_max_len,
             self.passage_max_len,
+            _releases(),
         ]
         return hashlib.blake2b(json.dumps(rules, default=str).encode(), digest_size=16).hexdigest()
 
@@ -149,6 +154,14 @@ class Collator:
     def document(self, text: str) -> Text:
         """Return a positive or a negative with the prompt of all documents."""
         return Text(text, "document", self.prompts["document"], self.passage_max_len)
+
+
+def _releases() -> list[str]:
+    found = []
+    for package in TOKENISERS:
+        with contextlib.suppress(PackageNotFoundError):  # a source folder on the path
+            found.append(f"{package} {version(package)}")
+    return found
 
 
 def _query_id(queries: Sequence[Text]) -> Tensor:

@@ -39,8 +39,12 @@ OTHER_DROPOUT = (
     "dropout_rate",
     "hidden_dropout",
     "resid_pdrop",
+    "resid_dropout",
+    "residual_dropout",
     "embd_pdrop",
+    "embed_dropout",
     "embedding_dropout",
+    "activation_dropout",
     "mlp_dropout",
 )
 """And every other dropout."""

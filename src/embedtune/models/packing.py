@@ -53,7 +53,8 @@ def join_packed(rows: Sequence[TextFeatures], first_position: int) -> dict[str, 
 
     Args:
         rows: The features of each text.
-        first_position: The number of a text's first position.
+        first_position: The number of a text's first position; where it is not 0, the one before is
+            that of padding, and its token.
     """
     lengths = np.array([len(row["input_ids"]) for row in rows])
     ends = np.cumsum(lengths)
@@ -62,13 +63,21 @@ def join_packed(rows: Sequence[TextFeatures], first_position: int) -> dict[str, 
     names = [name for name in rows[0] if name != "attention_mask"]
     joined = {k: _whole(np.concatenate([row[k] for row in rows]))[None] for k in names}
     # Each token's number in its text, and the place of its text's first one once padded.
-    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-    place = positions + np.repeat(np.arange(len(rows)) * longest, lengths)
+    numbers = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+    place = numbers + np.repeat(np.arange(len(rows)) * longest, lengths)
+    positions = first_position + numbers
+    # Models that start after the padding do not count it, also where a text spells it out.
+    is_padding = joined["input_ids"][0].numpy() == first_position - 1
+    if first_position and is_padding.any():
+        counted = np.cumsum(is_padding)
+        before = np.concatenate([[0], counted])[ends - lengths]
+        positions -= counted - np.repeat(before, lengths)
+        positions[is_padding] = first_position - 1
     real = torch.from_numpy(np.arange(longest) < lengths[:, None])
     values = starts, starts, longest, longest
     return {
         **joined,
-        "position_ids": torch.from_numpy(first_position + positions)[None],
+        "position_ids": torch.from_numpy(positions)[None],
         "layout": Layout(real, torch.from_numpy(place)),
         **dict(zip(PACKED_INPUTS, values, strict=True)),
     }
