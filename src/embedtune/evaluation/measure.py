@@ -87,5 +87,4 @@ def measure(
         own_values = per_query(by_width[-1], testset.relevant)
         values |= {f"{name}{suffix}": value for name, value in own_values.items()}
     metrics = {name: value.mean().item() for name, value in values.items()}
-    kept = {name: value.float() for name, value in values.items()}
-    return Measured(metrics, by_width[0], PerQuery(kept))
+    return Measured(metrics, by_width[0], PerQuery(values))
