@@ -10,6 +10,7 @@ Common IR Measures", found that percentile intervals hold what they promise ther
 not corrected for their number.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,17 @@ def outcome(interval: Interval | None) -> str:
     if low == high == 0:
         return "equal"
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+def decimals(interval: Interval | None, fewest: int) -> int:
+    """Return with how many decimals an interval is told: one that leaves out 0 must look so.
+
+    >>> decimals((0.0002, 0.0041), 3), decimals((-0.0002, 0.0041), 3)
+    (4, 3)
+    """
+    if interval is None or outcome(interval) not in ("better", "worse"):
+        return fewest
+    return max(fewest, -math.floor(math.log10(min(map(abs, interval)))))
 
 
 def intervals(base: PerQuery, other: PerQuery) -> dict[str, Interval]:
