@@ -156,6 +156,18 @@ def test_the_chart_has_no_values_of_old_data(tiny_bert, epochs, expected):
         assert float(base) == pytest.approx(float(start), abs=1e-3)
 
 
+def test_the_best_model_of_an_earlier_run_is_compared_on_the_sets_that_it_had(tiny_bert, written):
+    """Its metrics and intervals are of them, whatever data the base model is measured on now."""
+    rows = Path("sts.jsonl").read_text().splitlines(keepends=True)
+    more = ("--data.val_path.other=other.jsonl", f"--checkpoint.monitor={METRIC}")
+    for data, ckpt in ((rows[:12], ()), (rows[12:], ("--ckpt_path=last",))):
+        Path("other.jsonl").write_text("".join(data))
+        fit(tiny_bert, *more, *ckpt)
+    before, after = (given["base"] for given in (written[-2], written[-1]))
+    assert before["val/other/spearman"] == after["val/other/spearman"]
+    assert written[-2]["trained"] == written[-1]["trained"]
+
+
 # --- Queries of the best model --------------------------------------------------------------
 
 

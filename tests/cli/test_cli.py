@@ -383,7 +383,7 @@ def test_teach_writes_a_store_that_distills(tiny_bert, tiny_transformer):
     assert SentenceTransformer("run/model", device="cpu").encode(["a"]).shape == (1, 64)
 
 
-def test_test_reports_spearman_of_a_finished_model(tiny_bert, capsys):
+def test_test_reports_spearman_of_a_finished_model(tiny_bert, capsys, recwarn):
     rows = [{"query": f"q {i}", "pos": [f"p {i}"], "scores": [i / 8]} for i in range(8)]
     main(
         [
@@ -395,6 +395,7 @@ def test_test_reports_spearman_of_a_finished_model(tiny_bert, capsys):
     (row,) = re.findall(r"^test, Spearman +32\n.*?([-.0-9]+)$", capsys.readouterr().out, re.M)
     assert float(row) == pytest.approx(value, abs=1e-4)
     assert [path.name for path in Path("run").iterdir()] == ["metrics.json"]
+    assert not [str(warning.message) for warning in recwarn if "logger" in str(warning.message)]
 
 
 @pytest.mark.parametrize(("command", "part"), [("validate", "val"), ("test", "test")])
@@ -412,9 +413,10 @@ def test_to_measure_nothing_is_refused(tiny_bert, capsys, command, part):
     assert said in capsys.readouterr().err
 
 
-def test_validate_takes_a_checkpoint_with_its_projection(tiny_bert, capsys):
+def test_validate_takes_a_checkpoint_with_its_projection(tiny_bert, capsys, recwarn):
     mrl = ("--model.use_mrl", "true", "--model.mrl_dims", "8,48")
     fit(tiny_bert, *mrl)
+    recwarn.clear()
     main(
         [
             *("validate", "--model.model_name_or_path", str(tiny_bert), *mrl),
@@ -430,6 +432,7 @@ def test_validate_takes_a_checkpoint_with_its_projection(tiny_bert, capsys):
     names = ["val/train/loss", "val/train/loss/48", "val/train/loss/8"]
     expected = [measured[name] for name in names]
     assert [float(value) for value in row[1:]] == pytest.approx(expected, abs=1e-4)
+    assert not [str(w.message) for w in recwarn if "lightning" in w.filename]
 
 
 def test_metrics_are_those_of_the_last_command_in_the_folder(tiny_bert, tiny_transformer, caplog):

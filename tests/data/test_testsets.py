@@ -234,6 +234,7 @@ def test_sets_are_named_after_folders_and_files(tmp_path):
     assert name_sets({"a": beir, "b": files}, "k") == {"a": [beir], "b": files}
     assert name_sets(None, "k") == {}
     assert name_sets(str(tmp_path / "b*r"), "k") == {"beir": [beir]}
+    assert name_sets({"a": str(tmp_path / "b*r")}, "k") == {"a": [beir]}
     assert name_sets({2026: beir}, "k") == {"2026": [beir]}
     with pytest.raises(InputError, match="k: dev: expected a path, found an empty list"):
         name_sets({"dev": []}, "k")

@@ -333,6 +333,13 @@ def test_changes_stand_below_a_model_that_was_compared():
     assert table[6].startswith("Changes are from one/model. Intervals: paired bootstrap, 2,000")
 
 
+def test_an_interval_that_leaves_out_0_does_not_look_as_if_it_ended_there():
+    other = result("/runs/two/model", 384, 0.57314)._replace(intervals={"ndcg@10": (2e-5, 6e-5)})
+    rows = format_table([RESULTS[0], other]).splitlines()
+    assert rows[3].split() == ["change", "+.00004", "better"]
+    assert rows[4].split()[2:] == ["+.00002", "to", "+.00006"]
+
+
 def test_models_and_sets_are_named_by_what_tells_them_apart():
     names = ["/a/x/m/last", "/a/y/m/last", "org/name"]
     table = format_table([result(name, 8, 0.5) for name in names])

@@ -8,8 +8,10 @@ import pytest
 import torch
 from scipy.stats import bootstrap, rankdata
 
+from embedtune.data.beir import RetrievalSet
 from embedtune.evaluation import intervals as module
 from embedtune.evaluation.intervals import FEWEST, RESAMPLES, SEED, PerQuery, intervals, outcome
+from embedtune.evaluation.measure import measure
 from embedtune.evaluation.metrics import spearman
 
 
@@ -109,6 +111,23 @@ def test_what_is_constant_has_a_correlation_of_0_in_every_draw(constant):
         )
     low, high = found["a"]
     assert (low, high) == (0, 0) if constant == "scores" else low < 0 < high
+
+
+def test_no_verdict_follows_from_rounding():
+    """The lower end is of a draw in which rises and falls of reciprocal ranks cancel each other."""
+    ranks = torch.tensor(
+        [[2, 9, 12, 2, 8, 3, 7, 6, 8, 9, 8, 4], [3, 3, 3, 1, 8, 3, 7, 6, 2, 9, 8, 4]]
+    )
+    data = RetrievalSet([""] * 12, [""] * 12, [{0: 1}] * 12, [""] * 12, list("abcdefghijkl"), "")
+    found = []
+    for of_model in ranks:
+        queries = -torch.arange(12.0).repeat(12, 1)  # the others in their order, and the relevant
+        queries[:, 0] = 0.5 - of_model  # one at its rank
+        measured = measure(data, queries, torch.eye(12), {"": 12}, torch.device("cpu"))
+        found.append(measured.per_query)
+    low, high = intervals(*found)["mrr@10"]
+    assert low == 0
+    assert high > 0.2
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -1,6 +1,7 @@
 """Test sets are scored as BEIR scores them with pytrec_eval, to the last digits."""
 
 import json
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from embedtune.data.beir import read_beir
 from embedtune.data.testset_batches import TextBatch, TextDataset
 from embedtune.evaluation.measure import measure
 from embedtune.evaluation.metrics import RETRIEVAL_METRICS
+from embedtune.evaluation.search import search
 from embedtune.evaluation.sharded import Evaluation
 
 pytrec_eval = pytest.importorskip("pytrec_eval")
@@ -106,6 +108,23 @@ def test_random_sets_are_scored_as_pytrec_eval_scores_them(tmp_path):
         assert found == pytest.approx(expected_of(case), abs=1e-9), seed
         seen.append(list(found.values()))
     assert (np.std(seen, axis=0) > 0.05).all(), "sets must differ"
+
+
+def test_a_width_is_searched_once_under_all_its_names(tmp_path, monkeypatch):
+    case, searched = Case(0), []
+
+    def counting(queries, *more):
+        searched.append(queries.shape[1])
+        return search(queries, *more)
+
+    monkeypatch.setattr(import_module(measure.__module__), "search", counting)
+    data = read_beir(case.write(tmp_path / "set"))
+    first, second = case.embed(data.queries), case.embed(data.corpus)
+    found = measure(data, first, second, {"": 16, "/16": 16, "/8": 8}, CPU)
+    assert searched == [16, 8]
+    for name in RETRIEVAL_METRICS:
+        assert found.metrics[f"{name}/16"] == found.metrics[name]
+    assert found.metrics["ndcg@10/8"] != found.metrics["ndcg@10"]
 
 
 def measure_shares(folder: Path) -> None:

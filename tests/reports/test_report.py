@@ -260,6 +260,14 @@ def test_the_page_says_at_the_top_what_became_of_each_set(tmp_path):
     assert "format pair, 8 rows" in text
 
 
+def test_an_interval_that_leaves_out_0_does_not_look_as_if_it_ended_there(tmp_path):
+    given = {"val/scifact/ndcg@10": (0.0002, 0.0041), "val/scifact/ndcg@10/32": (-0.0002, 0.0041)}
+    trained = {"val/scifact/ndcg@10": 0.64541, "val/scifact/ndcg@10/32": 0.5021}
+    text = words(write(tmp_path, trained=trained, intervals=given))
+    assert "better .645 → .645 +.0004 95% interval +.0002 to +.0041" in text
+    assert "32 .500 .502 +.002 .000 to +.004" in text  # unclear
+
+
 @pytest.mark.parametrize(
     ("monitor", "text"),
     [

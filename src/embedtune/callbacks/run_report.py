@@ -119,9 +119,12 @@ class RunReport(pl.Callback):
             return
         self._keep_of_best(trainer)
         metrics, intervals, keeper = module.metrics, module.intervals, best_keeper(trainer)
+        base = module.base_metrics
         if keeper is not None:
             facts = read_facts(Path(keeper.best_model_path))["training_facts"]
             metrics, intervals = facts["metrics"], facts.get("intervals") or {}
+            # It may be an earlier run's, whose sets were others.
+            base = {**base, **facts["base_metrics"]}
         told, found = choice(trainer).said, self._last if keeper is None else self._found
         if not metrics and (missing := _not_measured(trainer, module)):
             log.info(missing)
@@ -130,7 +133,7 @@ class RunReport(pl.Callback):
         for callback in cast(Any, trainer).callbacks:
             if isinstance(callback, EarlyStopping):
                 told = _and(told, callback.said)
-        self._write(trainer, module, told, metrics, intervals, found)
+        self._write(trainer, module, told, metrics, intervals, found, base)
         log.info("wrote %s", Path(trainer.default_root_dir) / "report.html")
 
     def _write(
@@ -141,6 +144,7 @@ class RunReport(pl.Callback):
         metrics: dict[str, float],
         intervals: Mapping[str, Interval],
         found: dict[str, Tensor],
+        base: Mapping[str, float] | None = None,
     ) -> None:
         if not trainer.is_global_zero:
             return
@@ -156,7 +160,7 @@ class RunReport(pl.Callback):
         write_report(
             Path(trainer.default_root_dir),
             facts=self.summary.facts,
-            base=module.base_metrics,
+            base=module.base_metrics if base is None else base,
             trained=metrics,
             width=module.encoder.width,
             model_note=model_note,

@@ -72,7 +72,8 @@ def name_sets(spec: str | Sequence[Any] | dict[str, Any] | None, key: str) -> di
     """
     if isinstance(spec, dict):
         # A YAML key may be a number.
-        named = [(str(name), _paths(p, f"{key}: {name}")) for name, p in spec.items()]
+        given = [(str(name), _paths(paths, f"{key}: {name}")) for name, paths in spec.items()]
+        named = [(name, [path for one in paths for path in _folders(one)]) for name, paths in given]
     else:
         paths = [path for one in _paths(spec or (), key) for path in _folders(one)]
         folders = [path for path in paths if is_beir(Path(path))]

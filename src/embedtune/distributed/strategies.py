@@ -66,6 +66,8 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
                 f"trainer.strategy: expected embedtune.distributed.{ours.__name__}, "
                 f"found {type(strategy).__name__}"
             )
+    if shards_parameters(strategy):
+        _refuse_routes(strategy, cast(Any, trainer.lightning_module).encoder)
     if isinstance(strategy, FSDP):
         _refuse_scalars(strategy, trainer.lightning_module)
     if not isinstance(strategy, ZeRO):
@@ -76,6 +78,21 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
         raise InputError(
             "trainer.precision: expected bf16-mixed or 32-true under ZeRO on a CPU, "
             f"found {trainer.precision}"
+        )
+
+
+def _refuse_routes(strategy: Any, encoder: Any) -> None:
+    """Refuse towers, of which ranks need one or the other at a time.
+
+    Ranks put a layer together from what each hands in next: layers of two towers would be mixed.
+
+    Raises:
+        InputError: The model has them, and several ranks divide its parameters.
+    """
+    if encoder.routes and strategy.world_size > 1:
+        raise InputError(
+            "trainer.strategy: expected ddp, zero1 or zero2 for a model with towers for queries "
+            f"and documents, found {describe_strategy(strategy)}"
         )
 
 

@@ -10,6 +10,7 @@ Common IR Measures", found that percentile intervals hold what they promise ther
 not corrected for their number.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -28,6 +29,9 @@ FEWEST = 6
 this confidence that it was no chance, but every draw of them rises."""
 DRAWN = 2**18
 """Queries that are drawn at once, at least 4 draws: numbers that a cache holds."""
+DIGITS = 12
+"""Of an interval's ends: rises and falls that cancel each other, such as 1/2 and 1/3 + 1/6, may
+leave 1e-17, from which no verdict may follow."""
 
 OUTCOMES = ("better", "worse", "unclear", "equal")
 
@@ -38,8 +42,8 @@ class PerQuery(NamedTuple):
     """What the metrics of one model on one test set sum up.
 
     Attributes:
-        values: By the metric's name: its value for each query, float32 ``[n]``; of scored pairs,
-            whose metric is Spearman's, the similarity of each pair.
+        values: By the metric's name: its value for each query, float64 ``[n]``; of scored pairs,
+            whose metric is Spearman's, the similarity of each pair, float32.
         scores: Of scored pairs their given scores ``[n]``, else None.
     """
 
@@ -59,6 +63,17 @@ def outcome(interval: Interval | None) -> str:
     if low == high == 0:
         return "equal"
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+def decimals(interval: Interval | None, fewest: int) -> int:
+    """Return with how many decimals an interval is told: one that leaves out 0 must look so.
+
+    >>> decimals((0.0002, 0.0041), 3), decimals((-0.0002, 0.0041), 3)
+    (4, 3)
+    """
+    if interval is None or outcome(interval) not in ("better", "worse"):
+        return fewest
+    return max(fewest, -math.floor(math.log10(min(map(abs, interval)))))
 
 
 def intervals(base: PerQuery, other: PerQuery) -> dict[str, Interval]:
@@ -127,7 +142,8 @@ def _resample(
         method="percentile",
         rng=np.random.default_rng(SEED),
     )
-    return found.confidence_interval.low, found.confidence_interval.high
+    ends = found.confidence_interval
+    return [np.round(end, DIGITS) for end in (ends.low, ends.high)]
 
 
 def _times(drawn: NDArray[np.int64]) -> NDArray[np.float64]:

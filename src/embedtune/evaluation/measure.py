@@ -77,15 +77,13 @@ def measure(
     own = torch.tensor(testset.own_documents, dtype=torch.int64)
     left_out = torch.where(own >= 0, places[own], -1) if (own >= 0).any() else None
     places = places if rows is None else places[rows]
-    values: dict[str, Tensor] = {}
-    by_width: list[Tensor] = []
-    for suffix, width in widths.items():
+    by_width: dict[int, Tensor] = {}
+    for width in dict.fromkeys(widths.values()):  # the full one is mostly among those asked for
         cut = first[:, :width], second[:, :width]
         found = search(*cut, places, DEPTH, device, left_out, similarity)
         found_places = merge(found, DEPTH).rows.cpu()
-        by_width.append(torch.where(found_places >= 0, order[found_places], -1))
-        own_values = per_query(by_width[-1], testset.relevant)
-        values |= {f"{name}{suffix}": value for name, value in own_values.items()}
+        by_width[width] = torch.where(found_places >= 0, order[found_places], -1)
+    at = {width: per_query(found, testset.relevant) for width, found in by_width.items()}
+    values = {f"{name}{k}": value for k, w in widths.items() for name, value in at[w].items()}
     metrics = {name: value.mean().item() for name, value in values.items()}
-    kept = {name: value.float() for name, value in values.items()}
-    return Measured(metrics, by_width[0], PerQuery(kept))
+    return Measured(metrics, next(iter(by_width.values())), PerQuery(values))

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from embedtune.checkpoints.training_facts import NOTHING_KNOWN, TrainingFacts
 from embedtune.data.records import Format
-from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, outcome
+from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, decimals, outcome
 from embedtune.evaluation.metric_name import parse_name
 from embedtune.export.hub_metadata import Measure, card_data, is_hub_id, measures
 from embedtune.export.markdown import as_code
@@ -93,8 +93,10 @@ def _change(measure: Measure) -> str:
     """Return the difference from the base model, with its interval and what follows from it."""
     if measure.base is None:
         return "-"
-    between = "" if measure.interval is None else " ({:+.4f} to {:+.4f})".format(*measure.interval)
-    return f"{measure.value - measure.base:+.4f}{between}, {outcome(measure.interval)}"
+    kind = f"+.{decimals(measure.interval, 4)}f"
+    ends = " to ".join(f"{end:{kind}}" for end in measure.interval or ())
+    between = f" ({ends})" if ends else ""
+    return f"{measure.value - measure.base:{kind}}{between}, {outcome(measure.interval)}"
 
 
 def _figure(value: float | None) -> str:

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 from embedtune.evaluation.compare import Result
-from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, outcome
+from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, decimals, outcome
 from embedtune.reports.curves import ALL_WIDTHS
 from embedtune.reports.model_names import NAME, set_names, set_titles, short_names
 
@@ -63,9 +63,10 @@ def _changes(firsts: Sequence[Result | None], own: Sequence[Result | None]) -> l
             continue
         between = after.intervals.get(after.main)
         difference = after.quality() - before.quality()
-        told = f"{_decimals(difference, '+')} {outcome(between)}"
+        digits = decimals(between, 4)
+        told = f"{_decimals(difference, '+', digits)} {outcome(between)}"
         changes.append("not compared" if math.isnan(difference) else told)
-        ends.append(" to ".join(_decimals(end, "+") for end in between or ()) or "-")
+        ends.append(" to ".join(_decimals(end, "+", digits) for end in between or ()) or "-")
     return [changes, ends]
 
 
@@ -110,6 +111,6 @@ def _explained(first: str) -> list[str]:
     return ["", *textwrap.wrap(text, 100)]
 
 
-def _decimals(value: float, sign: str = "") -> str:
-    text = f"{value:{sign}.4f}"
+def _decimals(value: float, sign: str = "", digits: int = 4) -> str:
+    text = f"{value:{sign}.{digits}f}"
     return text.replace("0.", ".", 1) if abs(value) < 1 else text

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, Interval
+from embedtune.evaluation.intervals import CONFIDENCE, FEWEST, RESAMPLES, Interval, decimals
 from embedtune.evaluation.metric_name import parse_name
 from embedtune.evaluation.metrics import DEPTH, TITLES
 from embedtune.reports.changes import Change, Comparison, Queries, compare_queries
@@ -99,6 +99,7 @@ def write_report(
         facts=withhold(facts),
         config=config.read_text("utf-8") if config.is_file() else None,
         number=number,
+        decimals=decimals,
         quote=shlex.quote,
     )
     path = report_path(folder)
