@@ -130,6 +130,16 @@ def latest_beside_best(config: Any, asked: Any) -> list[ModelCheckpoint]:
     return [keep_the_latest(asked, str(config.checkpoint.dirpath))]
 
 
-def sort_callbacks(callbacks: list[pl.Callback]) -> None:
-    """Bring the callbacks of a run into the order that they rely on."""
+def sort_callbacks(callbacks: list[pl.Callback], checkpoint: ModelCheckpoint) -> None:
+    """Bring the callbacks of a run into the order that they rely on.
+
+    Args:
+        callbacks: Of the Trainer; changed.
+        checkpoint: What keeps the best by ``checkpoint.monitor``, which ``model/`` is whatever else
+            a callback of the user's own keeps: the first one is taken.
+    """
+    if checkpoint.monitor and checkpoint in callbacks:
+        callbacks.remove(checkpoint)
+        keepers = (n for n, other in enumerate(callbacks) if isinstance(other, ModelCheckpoint))
+        callbacks.insert(next(keepers, len(callbacks)), checkpoint)
     callbacks.sort(key=lambda callback: ORDER.get(type(callback), 0))
