@@ -209,6 +209,10 @@ def test_the_model_is_the_best_by_the_configuration_whatever_else_is_kept(tiny_b
     assert kept == {f"step={step}.ckpt" for step in range(1, 9)}
 
 
+def test_a_progress_bar_of_ones_own_takes_the_place_of_ours(tiny_bert):
+    assert fit(tiny_bert, *callback("RichProgressBar"), "--trainer.enable_progress_bar=true") == 8
+
+
 def test_a_saved_configuration_decides_nothing_that_follows_from_its_keys(tiny_bert):
     """What followed from them is no value of theirs: with another metric the most is best."""
     fit(tiny_bert, "--data.val_path=sts.jsonl")
