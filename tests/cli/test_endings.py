@@ -171,6 +171,48 @@ def chooses(monitor: str, mode: str) -> bool:
     return any(f"{{'monitor': {monitor!r}, 'mode': {mode!r}," in keeper for keeper in keepers)
 
 
+def callback(kind: str, **settings: object) -> list[str]:
+    given = [f"--trainer.callbacks.{name}={value}" for name, value in settings.items()]
+    return [f"--trainer.callbacks+=lightning.pytorch.callbacks.{kind}", *given]
+
+
+BEST = ("--data.val_path=sts.jsonl", "--checkpoint.monitor=val/sts/spearman")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (callback("ModelCheckpoint"), "trainer.callbacks: expected one ModelCheckpoint of these"),
+        ([*BEST, *callback("ModelCheckpoint", monitor="train/loss")], "{epoch}-{step} twice"),
+        ([*BEST, "--checkpoint.filename={epoch}-{step}"], "{epoch}-{step} twice"),
+        (callback("ModelCheckpoint", every_n_train_steps=2), "{epoch}-{step} twice"),
+        (
+            [
+                *(*BEST, "--early_stopping_patience=3"),
+                *callback("EarlyStopping", monitor="val/sts/spearman", mode="max"),
+            ],
+            "trainer.callbacks: expected one EarlyStopping of these settings",
+        ),
+    ],
+)
+def test_checkpoints_of_one_name_or_state_are_refused(tiny_bert, capsys, flags, said):
+    assert said in error(capsys, tiny_bert, *flags)
+    assert not list(Path().glob("run/checkpoints/*"))
+
+
+def test_the_model_is_the_best_by_the_configuration_whatever_else_is_kept(tiny_bert, caplog):
+    all_steps = callback("ModelCheckpoint", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    worst = callback("ModelCheckpoint", monitor="train/loss", mode="max", filename="worst")
+    fit(tiny_bert, *BEST, *all_steps, *worst)
+    assert "the best by val/sts/spearman" in caplog.text
+    kept = {path.name for path in Path("run/checkpoints").glob("step=*.ckpt")}
+    assert kept == {f"step={step}.ckpt" for step in range(1, 9)}
+
+
+def test_a_progress_bar_of_ones_own_takes_the_place_of_ours(tiny_bert):
+    assert fit(tiny_bert, *callback("RichProgressBar"), "--trainer.enable_progress_bar=true") == 8
+
+
 def test_a_saved_configuration_decides_nothing_that_follows_from_its_keys(tiny_bert):
     """What followed from them is no value of theirs: with another metric the most is best."""
     fit(tiny_bert, "--data.val_path=sts.jsonl")

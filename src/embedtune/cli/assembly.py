@@ -89,7 +89,8 @@ def trainer_settings(config: Any, picked: Picked | None, is_fit: bool) -> dict[s
 def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Callback]:
     """Return the callbacks of a command beside those that save checkpoints."""
     callbacks = [*(config.trainer.callbacks or []), OutOfMemory()]
-    if config.trainer.enable_progress_bar is not False:
+    has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
+    if config.trainer.enable_progress_bar is not False and not has_bar:
         callbacks.append(ProgressBar())
     if command == "fit":
         baseline, summary = Baseline(config.anchors), RunSummary(picked)
@@ -130,6 +131,16 @@ def latest_beside_best(config: Any, asked: Any) -> list[ModelCheckpoint]:
     return [keep_the_latest(asked, str(config.checkpoint.dirpath))]
 
 
-def sort_callbacks(callbacks: list[pl.Callback]) -> None:
-    """Bring the callbacks of a run into the order that they rely on."""
+def sort_callbacks(callbacks: list[pl.Callback], checkpoint: ModelCheckpoint) -> None:
+    """Bring the callbacks of a run into the order that they rely on.
+
+    Args:
+        callbacks: Of the Trainer; changed.
+        checkpoint: What keeps the best by ``checkpoint.monitor``, which ``model/`` is whatever else
+            a callback of the user's own keeps: the first one is taken.
+    """
+    if checkpoint.monitor and checkpoint in callbacks:
+        callbacks.remove(checkpoint)
+        keepers = (n for n, other in enumerate(callbacks) if isinstance(other, ModelCheckpoint))
+        callbacks.insert(next(keepers, len(callbacks)), checkpoint)
     callbacks.sort(key=lambda callback: ORDER.get(type(callback), 0))

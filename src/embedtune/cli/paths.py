@@ -44,7 +44,7 @@ def _refuse_no_folder(key: str, given: Any) -> None:
     refuse_in_the_way(Path(given), f"{key}: expected a folder")
 
 
-class _AnyMetric(dict[str, float]):
+class AnyMetric(dict[str, float]):
     """A number for each name that a file name may ask for."""
 
     def __contains__(self, name: object) -> bool:
@@ -59,7 +59,7 @@ class _AnyMetric(dict[str, float]):
 def _refuse_filename(given: str | None) -> None:
     """Refuse what Lightning would fill in after an epoch, and raise of or follow elsewhere."""
     expected = "checkpoint.filename: expected a file name such as {epoch}-{step}, found"
-    numbers: Any = _AnyMetric(epoch=0, step=0)
+    numbers: Any = AnyMetric(epoch=0, step=0)
     try:
         filled = Path(ModelCheckpoint().format_checkpoint_name(numbers, given))
     except Exception as error:  # whatever str.format leads to

@@ -33,6 +33,7 @@ from embedtune.cli.keys import (
 from embedtune.cli.log_lines import quiet_libraries
 from embedtune.cli.lost_ranks import lost_rank_said, tell_of_dead_ranks
 from embedtune.cli.mistakes import first_line, tell_of_threads
+from embedtune.cli.own_callbacks import refuse_what_clashes
 from embedtune.cli.parser import Parser
 from embedtune.cli.paths import CHECKPOINT_NAMES, refuse_paths
 from embedtune.cli.processes import end_with_rank_0
@@ -151,6 +152,8 @@ class TrainerCLI(LightningCLI):
             picked = picked_strategy(config, command, self.model, self._checkpoint)
             settings = trainer_settings(config, picked, is_fit=command == "fit")
             callbacks = callbacks_of(config, command, picked)
+            logger = settings.get("logger", config.trainer.logger)
+            refuse_what_clashes([*callbacks, *latest], config, logger)
             trainer: Any = super().instantiate_trainer(callbacks=callbacks, **settings, **kwargs)
         except InputError:
             raise
@@ -158,7 +161,7 @@ class TrainerCLI(LightningCLI):
             raise InputError(f"trainer: {first_line(error)}") from error
         set_timeout(trainer.strategy, config.rank_timeout)
         trainer.callbacks += latest  # last, so that it also saves which is the best
-        sort_callbacks(trainer.callbacks)
+        sort_callbacks(trainer.callbacks, config.checkpoint)
         return trainer
 
     def fit(self, **kwargs: Any) -> None:
