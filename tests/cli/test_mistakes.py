@@ -229,6 +229,11 @@ def test_broken_yaml_is_one_line(capsys):
         ("seed_everything", "-1", "seed_everything: .*found -1"),
         ("seed_everything", "4294967296", "seed_everything: .*found 4294967296"),
         ("checkpoint.save_top_k", "-5", ".*save_top_k=-5"),
+        (
+            "trainer.callbacks",
+            '[{"class_path": "ModelCheckpoint", "init_args": {"save_top_k": -5}}]',
+            "Invalid value for save_top_k=-5",
+        ),
         ("data.num_workers", "-1", "data.num_workers: .*found -1"),
         ("data.train_path", "a\0b", r"data\.train_path: .*a\\x00b"),
         ("data.train_path", "x" * 5000, "x+: File name too long"),

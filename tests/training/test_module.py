@@ -718,6 +718,24 @@ def test_a_checkpoint_loads_without_a_trainer(tmp_path, tiny_bert):
     assert movement(loaded, module.encoder.state_dict()) == 0
 
 
+@pytest.mark.parametrize("name", ["pair", "scored"])
+def test_such_a_module_is_measured_with_the_temperatures_of_its_checkpoint(
+    tmp_path, tiny_bert, name
+):
+    module, _ = fit(tmp_path, tiny_bert, name)
+    module.trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    kept = {"model_name_or_path": str(tiny_bert), "weights_only": False}
+    loaded = EmbeddingModule.load_from_checkpoint(tmp_path / "kept.ckpt", **kept)
+    path = write(tmp_path, name)
+    losses = []
+    for measured in (module, loaded, loaded):  # as often as asked
+        data = EmbeddingDataModule(path, val_path=path, batch_size=4)
+        running = trainer(tmp_path)
+        running.validate(measured, data, verbose=False)
+        losses.append(float(running.callback_metrics[f"val/{name}/loss"]))
+    assert losses == [losses[0]] * 3
+
+
 def test_known_positives_are_not_pushed_away(tmp_path, tiny_bert):
     """Two rows of one query: with identity-aware targets each keeps the other's positive."""
     rows = [{"query": "same", "pos": ["first", "second"]}, {"query": "same", "pos": ["third"]}]

@@ -123,12 +123,14 @@ class TrainerCLI(LightningCLI):
 
         Raises:
             InputError: A value is refused, also where jsonargparse wraps the refusal in its own.
+            MisconfigurationException: A class of Lightning's has refused it.
         """
         try:
             super().instantiate_classes()
         except ValueError as error:
             refusal: BaseException | None = error
-            while refusal is not None and not isinstance(refusal, InputError):
+            refusals = InputError | MisconfigurationException  # that of Lightning's classes
+            while refusal is not None and not isinstance(refusal, refusals):
                 refusal = refusal.__cause__ or refusal.__context__
             raise refusal or error from None
 

@@ -449,7 +449,8 @@ class EmbeddingModule(pl.LightningModule):
         is_strict = self._trainer is not None and self.strict_loading
         if is_strict and "state_dict" in checkpoint:  # shards are not here
             refuse_other_weights(checkpoint["state_dict"], self.state_dict())
-        set_temperatures(self.loss, checkpoint.get("temperatures", {}), self._settled.derived)
+        self._settled.brought = checkpoint.get("temperatures", {})  # the loss may come later
+        set_temperatures(self.loss, self._settled.brought, self._settled.derived)
         if self._trainer is not None and self.trainer.training:
             before = go_on(checkpoint, self.trainer, self.data)
             self._start = self._place = before.place

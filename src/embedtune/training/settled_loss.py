@@ -12,6 +12,7 @@ from embedtune.training.temperature import (
     EXAMPLES,
     derive_temperature,
     forget_teacher_temperature,
+    set_temperatures,
     temperatures_of,
 )
 
@@ -25,11 +26,14 @@ class SettledLoss:
 
     Attributes:
         derived: Names of the temperatures that nobody gave.
+        brought: Temperatures of the checkpoint that a module was loaded from, whose losses are
+            measured with them; a fit derives its own.
     """
 
     def __init__(self) -> None:
         """Have settled nothing yet."""
         self.derived: set[str] = set()
+        self.brought: dict[str, float] = {}
         self._given: tuple[Loss | None, float | None] | None = None
         self._has_settled = False  # by the first fit that gets so far, for one may end before
 
@@ -56,6 +60,8 @@ class SettledLoss:
         derive = derived if is_fit else None
         module.loss = choose_loss(module.loss, module.temperature, mrl_dims, module.data, derive)
         self.derived = set(temperatures_of(module.loss)) - given
+        if self._given is not None and self.brought:
+            set_temperatures(module.loss, self.brought, self.derived)
         usual = usual_lr(module.encoder, module.data.format)
         module.lr = usual if module.lr is None else module.lr
         if is_fit:
