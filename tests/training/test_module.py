@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+import zoo_models
 from lightning.pytorch.callbacks import (
     LearningRateFinder,
     StochasticWeightAveraging,
@@ -15,6 +16,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router
+from transformers import T5Config
 
 from embedtune import EmbeddingDataModule, EmbeddingModule, ExportModel, InputError
 from embedtune.callbacks.baseline import Baseline
@@ -196,6 +198,16 @@ def test_two_teachers_are_concatenated(tmp_path, tiny_bert):
 def test_settings_that_do_not_fit_are_an_error(tmp_path, tiny_bert, name, data, module, message):
     with pytest.raises(InputError, match=message):
         fit(tmp_path, tiny_bert, name, data, **module)
+
+
+def test_a_dropout_that_the_model_has_no_place_for_is_refused(tmp_path):
+    """Before the base model is measured; T5 has one rate for all of its own."""
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    zoo_models.transformer(zoo_models.configured(T5Config, sizes), tmp_path / "t5")
+    given = {"dropout": 0.2, "attention_dropout": 0.0}
+    module = EmbeddingModule(str(tmp_path / "t5"), pooling="mean", **given)
+    with pytest.raises(InputError, match=r"model\.attention_dropout: expected a model whose"):
+        trainer(tmp_path).fit(module, EmbeddingDataModule(write(tmp_path, "pair")))
 
 
 def test_a_loss_that_does_not_take_the_data_is_refused_before_a_text_is_embedded(

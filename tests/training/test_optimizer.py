@@ -10,6 +10,7 @@ import pytest
 from forks import Ranks, embedtune
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from transformers import MPNetConfig, MPNetModel
 
 from embedtune import EmbeddingModule
 from embedtune.cli import main
@@ -35,6 +36,16 @@ def test_biases_and_norms_are_not_decayed(tiny_bert, tiny_qwen):
         assert not any(
             name.endswith("bias") or "norm" in name.lower() for name in map(names.get, decayed)
         )
+
+
+def test_nor_are_biases_of_relative_positions():
+    """Which are a layer's weight."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
+    model = MPNetModel(MPNetConfig(intermediate_size=32, **sizes))
+    decayed, undecayed = build_optimizer(model, lr=1e-3, weight_decay=0.1).param_groups
+    bias = model.encoder.relative_attention_bias.weight
+    assert any(parameter is bias for parameter in undecayed["params"])
+    assert not any(parameter is bias for parameter in decayed["params"])
 
 
 @pytest.mark.parametrize(("name", "last"), [("cosine", 0.0), ("linear", 0.0), ("constant", 1.0)])

@@ -16,6 +16,7 @@ from embedtune.errors import InputError
 from embedtune.evaluation.measure import main_metric, metric_names
 from embedtune.evaluation.sharded import Evaluation
 from embedtune.models.encoder import Encoder
+from embedtune.training.before_fit import refuse_what_fails_later
 from embedtune.training.facts import monitored
 from embedtune.training.module import EmbeddingModule
 from embedtune.training.precision import autocast_dtype
@@ -61,6 +62,7 @@ class Baseline(pl.Callback):
         _refuse_unmeasured_monitor(trainer)
         if not _is_validated(trainer):
             return
+        refuse_what_fails_later(trainer, module)  # it may take hours
         encoder = module.encoder
         if not module.is_base and module.data.testsets:
             log.info("base model: loaded again, for this module was trained before")

@@ -75,18 +75,16 @@ class Encoder(nn.Module):
         """
         super().__init__()
         self.spec, self.attn_implementation = spec.as_loaded, attn_implementation
-        dropout = dropout_settings(spec.dropout, spec.attention_dropout)
         self.model = load_sentence_transformer(
             spec.model_name_or_path,
             trust_remote_code=spec.trust_remote_code,
             device="cpu",
             attn_implementation=attn_implementation,
-            config=dropout,
+            config=dropout_settings(spec.dropout, spec.attention_dropout),
         )
         self.spec = self.spec._replace(
             tokenizers=tokenizers_digest(self.model), structure=structure_of(self.model)
         )
-        self._refuse_dropout(dropout)
         refuse_unsupported(self.model, spec.model_name_or_path)
         make_trainable(self.model)
         # With flash attention sentence-transformers would join the texts as it tokenises.
@@ -107,14 +105,6 @@ class Encoder(nn.Module):
                 "width; give model.pooling for a bare transformers checkpoint"
             )
         self.match(spec)
-
-    def _refuse_dropout(self, settings: dict[str, float]) -> None:
-        configs = [backbone.config for backbone in backbones(self.model)]
-        if settings and not any(hasattr(config, name) for config in configs for name in settings):
-            raise InputError(
-                f"model.dropout, model.attention_dropout: expected a model whose configuration has "
-                f"one of {', '.join(settings)}; {self.spec.model_name_or_path!r} has none"
-            )
 
     # --- Structure ----------------------------------------------------------------------
 

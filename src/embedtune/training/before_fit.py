@@ -19,7 +19,9 @@ from embedtune.distributed.strategies import (
 )
 from embedtune.errors import InputError
 from embedtune.models.encoder import Encoder
+from embedtune.models.loading import ATTENTION_DROPOUT, OTHER_DROPOUT
 from embedtune.models.spec import Role
+from embedtune.models.towers import backbones
 
 log = logging.getLogger("embedtune")
 
@@ -50,8 +52,29 @@ def refuse_what_fails_later(trainer: Any, module: Any) -> None:
     _refuse_other_data(trainer.datamodule)
     _refuse_another_precision(str(trainer.precision))
     _refuse_flash_in_float32(module.encoder, str(trainer.precision))
+    _refuse_dropout(module.encoder)
     if module.compiles:
         _refuse_compilation(trainer.strategy)
+
+
+def _refuse_dropout(encoder: Encoder) -> None:
+    """Refuse a share to drop that a model has no place for, such as T5 for attention's alone.
+
+    Raises:
+        InputError: It names the key, and what a model's configuration may call it.
+    """
+    spec = encoder.spec
+    configs = [backbone.config for backbone in backbones(encoder.model)]
+    for key, share, names in (
+        ("dropout", spec.dropout, (*OTHER_DROPOUT, *ATTENTION_DROPOUT)),
+        ("attention_dropout", spec.attention_dropout, ATTENTION_DROPOUT),
+    ):
+        is_there = any(hasattr(config, name) for config in configs for name in names)
+        if share is not None and not is_there:
+            raise InputError(
+                f"model.{key}: expected a model whose configuration has one of "
+                f"{', '.join(names)}; {spec.model_name_or_path!r} has none"
+            )
 
 
 def _refuse_average_of_parts(trainer: Any) -> None:

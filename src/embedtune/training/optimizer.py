@@ -51,10 +51,11 @@ def build_optimizer(module: nn.Module, lr: float, weight_decay: float) -> AdamW:
     """
     undecayed_ids = {
         id(parameter)
-        for layer in module.modules()
+        for path, layer in module.named_modules()
         for name, parameter in layer.named_parameters(recurse=False)
-        # By class name, for each architecture brings its own LayerNorm or RMSNorm class.
-        if name.endswith("bias") or "norm" in type(layer).__name__.lower()
+        # By class name, for each architecture brings its own LayerNorm or RMSNorm class. T5 and
+        # MPNet keep biases of relative positions as a layer's weight.
+        if "bias" in (name[-4:], path[-4:]) or "norm" in type(layer).__name__.lower()
     }
     trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if not trainable:
