@@ -200,6 +200,13 @@ def test_checkpoints_of_one_name_or_state_are_refused(tiny_bert, capsys, flags, 
     assert not list(Path().glob("run/checkpoints/*"))
 
 
+def test_two_that_say_how_many_batches_accumulate_are_refused(tiny_bert, capsys):
+    scheduled = callback("GradientAccumulationScheduler", scheduling='{"0": 2}')
+    assert fit(tiny_bert, *scheduled) == 4
+    said = error(capsys, tiny_bert, *scheduled, "--trainer.accumulate_grad_batches=2")
+    assert "trainer.accumulate_grad_batches: expected 1 beside a Gradient" in said
+
+
 def test_the_model_is_the_best_by_the_configuration_whatever_else_is_kept(tiny_bert, caplog):
     all_steps = callback("ModelCheckpoint", every_n_train_steps=1, save_top_k=-1, filename="{step}")
     worst = callback("ModelCheckpoint", monitor="train/loss", mode="max", filename="worst")

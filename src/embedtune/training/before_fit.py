@@ -6,7 +6,11 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    GradientAccumulationScheduler,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.trainer.states import TrainerFn
 
 from embedtune.data.datamodule import EmbeddingDataModule
@@ -49,6 +53,7 @@ def refuse_what_fails_later(trainer: Any, module: Any) -> None:
     """
     refuse_unsupported(trainer)
     _refuse_average_of_parts(trainer)
+    _refuse_two_accumulations(trainer)
     _refuse_other_data(trainer.datamodule)
     _refuse_another_precision(str(trainer.precision))
     _refuse_flash_in_float32(module.encoder, str(trainer.precision))
@@ -91,6 +96,21 @@ def _refuse_average_of_parts(trainer: Any) -> None:
                 f"callbacks: {type(callback).__name__} averages whole weights: expected "
                 f"trainer.strategy ddp or one device, found {describe_strategy(trainer.strategy)}"
             )
+
+
+def _refuse_two_accumulations(trainer: Any) -> None:
+    """Refuse what Lightning's callback refuses in the first step.
+
+    Raises:
+        InputError: Both it and the Trainer say how many batches a step accumulates.
+    """
+    accumulated = trainer.accumulate_grad_batches
+    has_scheduler = any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks)
+    if trainer.state.fn == TrainerFn.FITTING and has_scheduler and accumulated != 1:
+        raise InputError(
+            "trainer.accumulate_grad_batches: expected 1 beside a GradientAccumulationScheduler, "
+            f"found {accumulated}"
+        )
 
 
 def _refuse_another_precision(precision: str) -> None:
