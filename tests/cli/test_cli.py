@@ -536,6 +536,7 @@ def test_the_overlays_are_the_strategies_with_a_name():
     [
         (["--trainer.strategy", "fdsp"], "trainer.strategy: expected one of auto, ddp, "),
         (["--trainer.strategy", "deepspeed_stage_3"], "trainer.strategy: expected one of auto"),
+        (["--trainer.strategy", "ddp_notebook"], "trainer.strategy: expected one of auto"),
         (["--ckpt_path", "nothing.ckpt"], "ckpt_path: expected a checkpoint or one of last"),
         (["--ckpt_path", "."], "expected a checkpoint of embedtune fit, found an incomplete or"),
     ],

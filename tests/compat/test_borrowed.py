@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
 from embedtune.checkpoints.resume import OFTEN
 
@@ -264,6 +265,13 @@ def _(folder, model):
 def _(folder, model):
     registry = import_module("lightning.pytorch.strategies").StrategyRegistry
     assert {"ddp", "fsdp", "deepspeed_stage_3"} <= set(registry.available_strategies())
+
+
+@borrows("lightning: _MultiProcessingLauncher")
+def _(folder, model):
+    for name, is_copy in (("ddp_fork", True), ("ddp_spawn", True), ("ddp", False)):
+        launcher = pl.Trainer(accelerator="cpu", devices=2, strategy=name).strategy.launcher
+        assert isinstance(launcher, _MultiProcessingLauncher) == is_copy
 
 
 @borrows("lightning: the FSDP folder's meta.pt")

@@ -7,6 +7,8 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import Tensor, nn
 
@@ -26,6 +28,8 @@ NAMED: dict[str, tuple[type[FSDP] | type[ZeRO], dict[str, Any]]] = {
     ),
 }
 """What ``trainer.strategy`` takes by name, beside Lightning's own names."""
+FOREIGN = ("deepspeed", "fsdp_", "ddp_spawn", "ddp_fork", "ddp_notebook")
+"""How those of Lightning's names begin that are refused."""
 
 
 def named_strategy(name: str) -> Strategy | str:
@@ -35,7 +39,7 @@ def named_strategy(name: str) -> Strategy | str:
         InputError: There is no such name, or what it needs is not installed.
     """
     known = sorted({*NAMED, "auto", *StrategyRegistry.available_strategies()})
-    foreign = [other for other in known if other.startswith(("deepspeed", "fsdp_"))]
+    foreign = [other for other in known if other.startswith(FOREIGN)]
     known = [other for other in known if other not in foreign]
     if name not in known:
         raise InputError(f"trainer.strategy: expected one of {', '.join(known)}, found {name!r}")
@@ -66,6 +70,7 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
                 f"trainer.strategy: expected embedtune.distributed.{ours.__name__}, "
                 f"found {type(strategy).__name__}"
             )
+    _refuse_copies(trainer)
     if shards_parameters(strategy):
         _refuse_routes(strategy, cast(Any, trainer.lightning_module).encoder)
     if isinstance(strategy, FSDP):
@@ -78,6 +83,22 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
         raise InputError(
             "trainer.precision: expected bf16-mixed or 32-true under ZeRO on a CPU, "
             f"found {trainer.precision}"
+        )
+
+
+def _refuse_copies(trainer: pl.Trainer) -> None:
+    """Refuse to train copies of a module in processes that Lightning starts within this one.
+
+    It hands back weights alone: the module at hand would lack a new projection and its prompts.
+
+    Raises:
+        InputError: It names such a strategy.
+    """
+    is_copy = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    if is_copy and trainer.state.fn == TrainerFn.FITTING:
+        raise InputError(
+            "trainer.strategy: expected processes that each run the script or the command, such as "
+            "ddp, for those of ddp_spawn, ddp_fork and ddp_notebook train copies of this module"
         )
 
 
