@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from embedtune.callbacks.earlier_run import MetricsFile
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
 from embedtune.reports.curves import read_rows
@@ -130,25 +129,6 @@ def test_who_goes_on_in_a_run_has_all_of_its_metrics_in_one_file(tiny_bert, used
     again = read_rows(Path("run/metrics.csv"))
     assert [row.step for row in again if "train/loss" in row.values] == [2, 5, 8, 11]
     assert [row for row in again if row.step < 4] == [row for row in whole if row.step < 4]
-
-
-def test_what_is_measured_once_more_before_the_first_step_is_told_once():
-    """Where a kill came after a validation and before it was saved."""
-    killed = MetricsFile(Path("killed"))
-    killed.start(0)
-    for metrics in ({"train/loss": 2.0}, {"val/a": 0.5, "epoch": 0}):
-        killed.log_metrics(metrics, 3)
-    killed.save()
-    after = MetricsFile(Path("killed"))
-    after.log_metrics({"val/a": 0.5, "epoch": 0}, 3)
-    after.start(4)
-    after.save()
-    rows = read_rows(Path("killed/metrics.csv"))
-    told = [(name, row.step, value) for row in rows for name, value in row.values.items()]
-    assert sorted(row for row in told if row[0] != "epoch") == [
-        ("train/loss", 3, 2.0),
-        ("val/a", 3, 0.5),
-    ]
 
 
 @pytest.mark.parametrize("epochs", [10, 12])

@@ -67,13 +67,8 @@ class MetricsFile(CSVLogger):
         earlier = _set_aside(Path(self.save_dir) / "metrics.csv")
         held, self._held = self._held, None
         begins = tuple(f"{name}/" for name in changed_sets)
-        again = {(at, name) for metrics, at in held for name in metrics}  # a validation made up for
         for row in read_rows(earlier) if earlier and step else ():
-            values = {
-                name: value
-                for name, value in row.values.items()
-                if not name.startswith(begins) and (row.step, name) not in again
-            }
+            values = {name: v for name, v in row.values.items() if not name.startswith(begins)}
             if row.step < step and values.keys() - {"epoch"}:
                 self.log_metrics(values, row.step)
         self.save()  # before a kill could leave less than there was

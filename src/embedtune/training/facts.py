@@ -53,7 +53,8 @@ def told_by_all(trainer: Any, module: Any) -> dict[str, str]:
     data = {k: v for k, v in data_facts(module.data, module.encoder).items() if k != "files"}
     # Ranks validate and save together.
     together = (
-        *(trainer.val_check_interval, trainer.check_val_every_n_epoch),
+        getattr(trainer, "val_check_interval", None),  # there is none of a time
+        trainer.check_val_every_n_epoch,
         *(trainer.limit_train_batches, trainer.limit_val_batches),
         *(callback.state_key for callback in trainer.checkpoint_callbacks),
     )
