@@ -221,7 +221,8 @@ class Runs:
 @pytest.fixture(scope="session")
 def runs(models, tmp_path_factory, request) -> Runs:
     single = single_cases(models)
-    asked = [item.name for item in request.session.items if "runs" in item.fixturenames]
+    own = [item for item in request.session.items if item.path == Path(__file__)]
+    asked = [item.name for item in own if "runs" in item.fixturenames]
     repeated = [strategy for strategy in REPEATED if any(strategy in name for name in asked)]
     strategies = [*STRATEGIES, *repeated]
     runs = Runs(tmp_path_factory.mktemp("strategies"), single, strategies)

@@ -50,6 +50,7 @@ def quiet_libraries() -> None:
         ".*`_get_pg_default_device` will be deprecated",
         ".*Multiple backends are registered with this ProcessGroup",
         ".*When saving the DeepSpeed Stage 3 checkpoint",  # embedtune export reads it
+        ".*but have no logger configured",  # validate and test write a table and metrics.json
         ".*callbacks used to create the checkpoint need to be provided",  # as configured
         ".*The dirpath has changed from",  # the same
         ".*resuming from a checkpoint that ended before the epoch ended",  # the sampler goes on
