@@ -382,10 +382,9 @@ class EmbeddingModule(pl.LightningModule):
         intervals = self.evaluation.intervals(self.base_per_query)
         self._measured = Validation(self.trainer.global_step, metrics, intervals)
         is_fit = self.trainer.state.fn == TrainerFn.FITTING
-        is_logged = bool(self.trainer.loggers) and not is_fit  # or Lightning warns for each metric
         for name, value in metrics.items():
             is_shown = name.endswith("/loss")
-            self.log(name, value, prog_bar=is_shown, logger=is_logged, batch_size=1)
+            self.log(name, value, prog_bar=is_shown, logger=not is_fit, batch_size=1)
         if is_fit:
             self._log_after_step(metrics)
 
