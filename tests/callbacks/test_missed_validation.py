@@ -192,3 +192,26 @@ def test_the_best_is_known_whatever_its_name(tiny_bert, capsys):
         ]
     )
     assert f"{max(curve('run')):.4f}".lstrip("0") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_what_is_measured_between_accumulated_batches_is_counted_once(tiny_bert, caplog, at):
+    """Who goes on trains on them, and validates between them, once more."""
+    within = ("--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=2")
+    patient = (*within, "--early_stopping_patience=5", "--model.lr=1e-12", "--trainer.max_epochs=8")
+    stopped(tiny_bert, "run", at, *patient)
+    fit(tiny_bert, "run", "--ckpt_path=last", *patient)
+    said = "early stopping has ended this fit after step 3 of 8"
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    fit(tiny_bert, "whole", *patient)
+    assert caplog.text.count(said) == 1
+    assert weights("run") == weights("whole")
+
+
+def test_a_run_that_is_stopped_within_its_first_step_has_the_base_s_row(tiny_bert):
+    within = ("--trainer.accumulate_grad_batches=4",)
+    stopped(tiny_bert, "run", 1, *within)
+    fit(tiny_bert, "run", "--ckpt_path=last", *within)
+    fit(tiny_bert, "whole", *within)
+    assert curve("run") == curve("whole")
