@@ -67,8 +67,15 @@ class MetricsFile(CSVLogger):
         earlier = _set_aside(Path(self.save_dir) / "metrics.csv")
         held, self._held = self._held, None
         begins = tuple(f"{name}/" for name in changed_sets)
+        # What a killed run had measured after its last save is measured once more by now.
+        again = {(at, name) for row, at in held for name in row if name.startswith("val/")}
         for row in read_rows(earlier) if earlier and step else ():
-            values = {name: v for name, v in row.values.items() if not name.startswith(begins)}
+            is_base = "epoch" not in row.values  # though its step is that of the first validation
+            values = {
+                name: value
+                for name, value in row.values.items()
+                if not name.startswith(begins) and (is_base or (row.step, name) not in again)
+            }
             if row.step < step and values.keys() - {"epoch"}:
                 self.log_metrics(values, row.step)
         self.save()  # before a kill could leave less than there was
