@@ -194,6 +194,15 @@ def test_the_best_is_known_whatever_its_name(tiny_bert, capsys):
     assert f"{max(curve('run')):.4f}".lstrip("0") in capsys.readouterr().out
 
 
+def test_who_goes_on_from_it_is_in_the_same_run(tiny_bert):
+    named = "--checkpoint.filename={epoch}-{" + MONITOR + ":.3f}"
+    stopped(tiny_bert, "run", 5, named)
+    fit(tiny_bert, "run", named, "--ckpt_path=best")
+    fit(tiny_bert, "whole", named)
+    assert weights("run") == weights("whole")
+    assert not Path("run/checkpoints-1").exists()
+
+
 @pytest.mark.parametrize("at", [2, 6])
 def test_what_is_measured_between_accumulated_batches_is_counted_once(tiny_bert, caplog, at):
     """Who goes on trains on them, and validates between them, once more."""

@@ -20,6 +20,19 @@ def folder_of(callbacks: Iterable[Any]) -> Path | None:
     return next(map(Path, filter(None, folders)), None)
 
 
+def places_of(keepers: Iterable[Any]) -> dict[Path, int]:
+    """Return the folders where callbacks save checkpoints, and how deep in it their names lead.
+
+    A metric's name in ``checkpoint.filename`` makes folders of its own.
+    """
+    places: dict[Path, int] = {}
+    for keeper in keepers:
+        if keeper.dirpath:
+            folder, depth = Path(keeper.dirpath).resolve(), (keeper.filename or "").count("/")
+            places[folder] = max(depth, places.get(folder, 0))
+    return places
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the checkpoint of a fit's folder to go on from, None where there is none.
 
