@@ -203,6 +203,17 @@ def test_who_goes_on_from_it_is_in_the_same_run(tiny_bert):
     assert not Path("run/checkpoints-1").exists()
 
 
+def test_where_it_is_all_that_a_kill_has_left_a_run_goes_on_from_it(tiny_bert):
+    named = ("--checkpoint.filename={epoch}-{" + MONITOR + ":.3f}", "--checkpoint.save_last=false")
+    stopped(tiny_bert, "run", 5, *named)
+    Path("run/checkpoints/last.ckpt").unlink()
+    fit(tiny_bert, "run", *named, "--ckpt_path=last")
+    fit(tiny_bert, "whole", *named)
+    assert weights("run") == weights("whole")
+    assert curve("run") == curve("whole")
+    assert not Path("run/checkpoints-1").exists()
+
+
 @pytest.mark.parametrize("at", [2, 6])
 def test_what_is_measured_between_accumulated_batches_is_counted_once(tiny_bert, caplog, at):
     """Who goes on trains on them, and validates between them, once more."""

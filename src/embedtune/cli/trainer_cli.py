@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from embedtune.callbacks.earlier_run import earlier_checkpoints
 from embedtune.callbacks.out_of_memory import out_of_memory_said
-from embedtune.checkpoints.find import best_checkpoint, last_checkpoint
+from embedtune.checkpoints.find import best_checkpoint, last_checkpoint, names_of
 from embedtune.checkpoints.read import read_spec
 from embedtune.cli.assembly import (
     callbacks_of,
@@ -194,7 +194,9 @@ class TrainerCLI(LightningCLI):
             return None
         if asked not in CHECKPOINT_NAMES:
             return Path(asked)
-        path = {"last": last_checkpoint, "best": best_checkpoint}[asked](folder)
+        saves = config.checkpoint
+        names = names_of(saves.filename, saves.auto_insert_metric_name)
+        path = best_checkpoint(folder) if asked == "best" else last_checkpoint(folder, names)
         if path is not None:
             return path
         earlier = ", ".join(map(str, earlier_checkpoints(folder)))
