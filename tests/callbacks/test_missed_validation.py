@@ -235,3 +235,13 @@ def test_a_run_that_is_stopped_within_its_first_step_has_the_base_s_row(tiny_ber
     fit(tiny_bert, "run", "--ckpt_path=last", *within)
     fit(tiny_bert, "whole", *within)
     assert curve("run") == curve("whole")
+
+
+def test_an_empty_last_is_told_before_the_base_model_is_measured(tiny_bert, caplog, capsys):
+    last = Path("run/checkpoints/last.ckpt")
+    last.parent.mkdir(parents=True)
+    last.touch()
+    with pytest.raises(SystemExit):
+        fit(tiny_bert, "run", "--ckpt_path=last")
+    assert f"error: {last}: expected a checkpoint of embedtune fit" in capsys.readouterr().err
+    assert "measuring the base model" not in caplog.text
