@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from embedtune.callbacks.earlier_run import MetricsFile
 from embedtune.checkpoints import last_checkpoint, read_facts
 from embedtune.cli import main
 from embedtune.reports.curves import read_rows
@@ -129,6 +130,27 @@ def test_who_goes_on_in_a_run_has_all_of_its_metrics_in_one_file(tiny_bert, used
     again = read_rows(Path("run/metrics.csv"))
     assert [row.step for row in again if "train/loss" in row.values] == [2, 5, 8, 11]
     assert [row for row in again if row.step < 4] == [row for row in whole if row.step < 4]
+
+
+def test_what_a_killed_run_had_measured_and_not_saved_is_told_once():
+    """The base model's row is of that step, too."""
+    killed = MetricsFile(Path("killed"))
+    killed.start(0)
+    measured = {"val/a": 0.5, "epoch": 0}
+    for metrics in ({"val/a": 0.25}, {"train/loss": 2.0, "epoch": 0}, measured):
+        killed.log_metrics(metrics, 0)
+    killed.save()
+    after = MetricsFile(Path("killed"))
+    after.log_metrics(measured, 0)
+    after.start(1)
+    after.save()
+    rows = read_rows(Path("killed/metrics.csv"))
+    told = sorted(tuple(sorted(row.values.items())) for row in rows)
+    assert told == [
+        (("epoch", 0.0), ("train/loss", 2.0)),
+        (("epoch", 0.0), ("val/a", 0.5)),
+        (("val/a", 0.25),),
+    ]
 
 
 @pytest.mark.parametrize("epochs", [10, 12])

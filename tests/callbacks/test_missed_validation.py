@@ -192,3 +192,56 @@ def test_the_best_is_known_whatever_its_name(tiny_bert, capsys):
         ]
     )
     assert f"{max(curve('run')):.4f}".lstrip("0") in capsys.readouterr().out
+
+
+def test_who_goes_on_from_it_is_in_the_same_run(tiny_bert):
+    named = "--checkpoint.filename={epoch}-{" + MONITOR + ":.3f}"
+    stopped(tiny_bert, "run", 5, named)
+    fit(tiny_bert, "run", named, "--ckpt_path=best")
+    fit(tiny_bert, "whole", named)
+    assert weights("run") == weights("whole")
+    assert not Path("run/checkpoints-1").exists()
+
+
+def test_where_it_is_all_that_a_kill_has_left_a_run_goes_on_from_it(tiny_bert):
+    named = ("--checkpoint.filename={epoch}-{" + MONITOR + ":.3f}", "--checkpoint.save_last=false")
+    stopped(tiny_bert, "run", 5, *named)
+    Path("run/checkpoints/last.ckpt").unlink()
+    fit(tiny_bert, "run", *named, "--ckpt_path=last")
+    fit(tiny_bert, "whole", *named)
+    assert weights("run") == weights("whole")
+    assert curve("run") == curve("whole")
+    assert not Path("run/checkpoints-1").exists()
+
+
+@pytest.mark.parametrize("at", [2, 6])
+def test_what_is_measured_between_accumulated_batches_is_counted_once(tiny_bert, caplog, at):
+    """Who goes on trains on them, and validates between them, once more."""
+    within = ("--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=2")
+    patient = (*within, "--early_stopping_patience=5", "--model.lr=1e-12", "--trainer.max_epochs=8")
+    stopped(tiny_bert, "run", at, *patient)
+    fit(tiny_bert, "run", "--ckpt_path=last", *patient)
+    said = "early stopping has ended this fit after step 3 of 8"
+    assert caplog.text.count(said) == 1
+    caplog.clear()
+    fit(tiny_bert, "whole", *patient)
+    assert caplog.text.count(said) == 1
+    assert weights("run") == weights("whole")
+
+
+def test_a_run_that_is_stopped_within_its_first_step_has_the_base_s_row(tiny_bert):
+    within = ("--trainer.accumulate_grad_batches=4",)
+    stopped(tiny_bert, "run", 1, *within)
+    fit(tiny_bert, "run", "--ckpt_path=last", *within)
+    fit(tiny_bert, "whole", *within)
+    assert curve("run") == curve("whole")
+
+
+def test_an_empty_last_is_told_before_the_base_model_is_measured(tiny_bert, caplog, capsys):
+    last = Path("run/checkpoints/last.ckpt")
+    last.parent.mkdir(parents=True)
+    last.touch()
+    with pytest.raises(SystemExit):
+        fit(tiny_bert, "run", "--ckpt_path=last")
+    assert f"error: {last}: expected a checkpoint of embedtune fit" in capsys.readouterr().err
+    assert "measuring the base model" not in caplog.text

@@ -194,3 +194,19 @@ def test_the_signals_are_given_back_in_python(tiny_bert):
     )
     trainer.fit(EmbeddingModule(str(tiny_bert)), EmbeddingDataModule("train.jsonl"))
     assert {name: signal.getsignal(getattr(signal, name)) for name in SIGNALS} == before
+
+
+@pytest.mark.parametrize("kept", [-1, 1])
+def test_a_checkpoint_that_was_due_is_kept_as_ever(tiny_bert, kept):
+    often = ("--checkpoint.every_n_train_steps=2", f"--checkpoint.save_top_k={kept}")
+    with pytest.raises(SystemExit):
+        main(flags(tiny_bert, "run", *told(3, signal.SIGTERM), *often))
+    assert read_facts(last_checkpoint(Path("run/checkpoints")))["global_step"] == 4
+    main(flags(tiny_bert, "run", "--ckpt_path=last", *often))
+    main(flags(tiny_bert, "whole", *often))
+    names = [
+        sorted(path.name for path in Path(root, "checkpoints").glob("*.ckpt"))
+        for root in ("run", "whole")
+    ]
+    assert names[0] == names[1]
+    assert len(names[0]) == (7 if kept == -1 else 2)

@@ -220,6 +220,12 @@ def test_a_progress_bar_of_ones_own_takes_the_place_of_ours(tiny_bert):
     assert fit(tiny_bert, *callback("RichProgressBar"), "--trainer.enable_progress_bar=true") == 8
 
 
+def test_a_single_callback_needs_no_list(tiny_bert):
+    """As Lightning's own Trainer takes one."""
+    own = "--trainer.callbacks=lightning.pytorch.callbacks.LearningRateMonitor"
+    assert fit(tiny_bert, own) == 8
+
+
 def test_a_saved_configuration_decides_nothing_that_follows_from_its_keys(tiny_bert):
     """What followed from them is no value of theirs: with another metric the most is best."""
     fit(tiny_bert, "--data.val_path=sts.jsonl")

@@ -1,4 +1,4 @@
-"""FSDP divides no scalar: that is said before anything is wrapped."""
+"""FSDP and ZeRO divide no scalar: that is said before anything is wrapped."""
 
 import lightning.pytorch as pl
 import pytest
@@ -23,21 +23,23 @@ class Scaled(InfoNCE):
         return {"loss": self.scale.sum() * super().forward(embeddings, target)["loss"]}
 
 
-def trainer_of(module: EmbeddingModule) -> pl.Trainer:
+def trainer_of(module: EmbeddingModule, strategy: str = "fsdp") -> pl.Trainer:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=named_strategy("fsdp"), **quiet)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, strategy=named_strategy(strategy), **quiet)
     trainer.strategy.connect(module)
     return trainer
 
 
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
 @pytest.mark.parametrize("use_mrl", [False, True])
-def test_a_scalar_of_a_loss_is_refused_under_fsdp(tiny_bert, use_mrl):
+def test_a_scalar_of_a_loss_is_refused(tiny_bert, use_mrl, strategy):
     more = {"use_mrl": True, "mrl_dims": [8]} if use_mrl else {}
     whole = EmbeddingModule(str(tiny_bert), loss=Scaled((1,)), **more)
-    refuse_unsupported(trainer_of(whole))
+    refuse_unsupported(trainer_of(whole, strategy))
     scalar = EmbeddingModule(str(tiny_bert), loss=Scaled(()), **more)
-    with pytest.raises(InputError, match=r"expected loss\.scale of shape \(1,\)"):
-        refuse_unsupported(trainer_of(scalar))
+    name = r"\.loss\.scale" if use_mrl else r"\.scale"
+    with pytest.raises(InputError, match=rf"expected loss{name} of shape \(1,\)"):
+        refuse_unsupported(trainer_of(scalar, strategy))
 
 
 def test_a_scalar_of_the_model_is_refused_where_fsdp_is_told_of_it(tiny_bert, monkeypatch):

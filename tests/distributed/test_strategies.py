@@ -628,3 +628,34 @@ def test_a_fit_does_not_go_on_with_other_weights_in_shards(
     assert code == 2, output
     named = rf"error: ckpt_path: .*linear\.\w+ {message}.*; give .*model.use_mrl"
     assert re.search(named, output), output
+
+
+COUNTING = """
+import torch
+from embedtune.losses import InfoNCE
+
+
+class Counting(InfoNCE):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, embeddings, target):
+        self.count += 100 * self.training
+        return {"loss": super().forward(embeddings, target)["loss"] + self.count}
+"""
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "zero2", "zero3"])
+def test_buffers_of_a_loss_are_measured_with(tmp_path, tiny_bert, strategy):
+    (tmp_path / "counting.py").write_text(COUNTING)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"query": "q {i}", "pos": ["p {i}"]}}\n' for i in range(4)))
+    given = [f"--model.model_name_or_path={tiny_bert}", f"--data.val_path={rows}"]
+    given += ["--model.loss=counting.Counting", "--trainer.accelerator=cpu", "--trainer.devices=1"]
+    given += ["--data.batch_size=2", f"--trainer.strategy={strategy}", "--ckpt_path=last"]
+    for command in (["fit", f"--data.train_path={rows}", "--trainer.max_steps=2"], ["validate"]):
+        rank = Ranks(embedtune, [*command, *given], folder=tmp_path)
+        assert rank.wait() == [0], rank.output()
+    (loss,) = json.loads((tmp_path / "run/metrics.json").read_text())["metrics"].values()
+    assert 200 < loss < 210

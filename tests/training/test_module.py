@@ -730,6 +730,33 @@ def test_a_checkpoint_loads_without_a_trainer(tmp_path, tiny_bert):
     assert movement(loaded, module.encoder.state_dict()) == 0
 
 
+class Scaled(InfoNCE):
+    """A loss with a weight and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, embeddings, target):
+        self.seen += 1
+        return {"loss": super().forward(embeddings, target)["loss"] * self.scale}
+
+
+@pytest.mark.parametrize("mrl", [{}, {"use_mrl": True, "mrl_dims": [8, 32]}])
+def test_so_do_the_weights_of_its_loss(tmp_path, tiny_bert, mrl):
+    module, _ = fit(tmp_path, tiny_bert, "pair", loss=Scaled(), **mrl)
+    module.trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    kept = {"model_name_or_path": str(tiny_bert), "weights_only": False, **mrl}
+    loaded = EmbeddingModule.load_from_checkpoint(tmp_path / "kept.ckpt", loss=Scaled(), **kept)
+    for name, value in module.loss.state_dict().items():
+        assert torch.equal(loaded.loss.state_dict()[name], value)
+    path = write(tmp_path, "pair")
+    module = EmbeddingModule(str(tiny_bert), loss=Scaled(), **mrl)
+    running = trainer(tmp_path)
+    running.predict(module, EmbeddingDataModule(predict_path=path), tmp_path / "kept.ckpt")
+
+
 @pytest.mark.parametrize("name", ["pair", "scored"])
 def test_such_a_module_is_measured_with_the_temperatures_of_its_checkpoint(
     tmp_path, tiny_bert, name

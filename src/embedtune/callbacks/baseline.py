@@ -89,7 +89,9 @@ class Baseline(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add the losses before the first step, and log all as step 0."""
         module = cast(EmbeddingModule, pl_module)
-        if trainer.ckpt_path is not None or not _is_validated(trainer):
+        # A fit that was stopped within its first step has kept no step, hence no row either.
+        goes_on = trainer.ckpt_path is not None and trainer.global_step > 0
+        if goes_on or not _is_validated(trainer):
             return
         # A loss needs the projection, which starts from here.
         losses = _measure_losses(trainer, module)

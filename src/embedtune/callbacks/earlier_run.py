@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.logger import DummyExperiment
 from lightning.pytorch.utilities import rank_zero_only
 
-from embedtune.checkpoints.find import last_checkpoint
+from embedtune.checkpoints.find import last_checkpoint, places_of
 from embedtune.checkpoints.write import CHECKPOINTS
 from embedtune.reports.curves import read_rows
 from embedtune.training.module import EmbeddingModule
@@ -67,8 +67,15 @@ class MetricsFile(CSVLogger):
         earlier = _set_aside(Path(self.save_dir) / "metrics.csv")
         held, self._held = self._held, None
         begins = tuple(f"{name}/" for name in changed_sets)
+        # What a killed run had measured after its last save is measured once more by now.
+        again = {(at, name) for row, at in held for name in row if name.startswith("val/")}
         for row in read_rows(earlier) if earlier and step else ():
-            values = {name: v for name, v in row.values.items() if not name.startswith(begins)}
+            is_base = "epoch" not in row.values  # though its step is that of the first validation
+            values = {
+                name: value
+                for name, value in row.values.items()
+                if not name.startswith(begins) and (is_base or (row.step, name) not in again)
+            }
             if row.step < step and values.keys() - {"epoch"}:
                 self.log_metrics(values, row.step)
         self.save()  # before a kill could leave less than there was
@@ -113,7 +120,8 @@ class EarlierRun(pl.Callback):
 
     def _keep_earlier(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero and not goes_on_here(trainer):
-            _keep_earlier(Path(trainer.default_root_dir), set(_places(trainer)))
+            places = set(places_of(trainer.checkpoint_callbacks))
+            _keep_earlier(Path(trainer.default_root_dir), places)
 
 
 def _start_files(trainer: pl.Trainer, module: EmbeddingModule) -> None:
@@ -127,18 +135,10 @@ def goes_on_here(trainer: pl.Trainer) -> bool:
     """Tell whether a fit goes on from a checkpoint of the run whose folders it writes to."""
     if trainer.ckpt_path is None:
         return False
-    path, places = Path(trainer.ckpt_path).resolve(), _places(trainer)
+    path, places = Path(trainer.ckpt_path).resolve(), places_of(trainer.checkpoint_callbacks)
     deepest = max(places.values(), default=0)  # a metric's name makes folders
     own = {Path(trainer.default_root_dir, NAME).resolve(), *places}
     return not own.isdisjoint(path.parents[: deepest + 1])
-
-
-def _places(trainer: pl.Trainer) -> dict[Path, int]:
-    """Return the folders where a fit saves checkpoints, and how many its file names make in it."""
-    keepers = [callback for callback in cast(Any, trainer).checkpoint_callbacks if callback.dirpath]
-    return {
-        Path(keeper.dirpath).resolve(): (keeper.filename or "").count("/") for keeper in keepers
-    }
 
 
 def earlier_checkpoints(folder: Path) -> list[Path]:

@@ -1,6 +1,8 @@
 """End a fit that no longer gets better, also one that goes on after it was ended so."""
 
 import logging
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -19,6 +21,7 @@ class EarlyStopping(callbacks.EarlyStopping):
     """
 
     said = ""
+    _before: Mapping[str, Any] = MappingProxyType({})  # the batches of a step
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take what was counted, but not the patience that it was counted against."""
@@ -33,6 +36,20 @@ class EarlyStopping(callbacks.EarlyStopping):
         self.stopping_reason_message = None  # a checkpoint brings that of a fit before
         if trainer.ckpt_path is not None and self.wait_count >= self.patience:
             trainer.should_stop = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember what was counted before the batches of a step."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._before = self.state_dict()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save that between accumulated batches: who goes on validates between them once more."""
+        if trainer.fit_loop._should_accumulate() and "callbacks" in checkpoint:
+            checkpoint["callbacks"][self.state_key] = dict(self._before)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so where it has ended the fit: one may go on for a while, by ``trainer.min_epochs``.

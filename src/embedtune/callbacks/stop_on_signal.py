@@ -92,6 +92,8 @@ class StopOnSignal(pl.Callback):
                     *(name, step, kept),
                 )
             return
+        for keeper in trainer.checkpoint_callbacks:  # whose turn would come after this hook
+            keeper.on_train_batch_end(trainer, pl_module, *args)
         _log_step(trainer)
         more = "; go on with --ckpt_path last" if saved else ""
         self.said = f"{name}: stopped after step {step}: {kept}{more}"

@@ -1,6 +1,8 @@
 """Find the checkpoints of a fit."""
 
 import contextlib
+import glob
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,48 @@ def folder_of(callbacks: Iterable[Any]) -> Path | None:
     return next(map(Path, filter(None, folders)), None)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def places_of(keepers: Iterable[Any]) -> dict[Path, int]:
+    """Return the folders where callbacks save checkpoints, and how deep in it their names lead.
+
+    A metric's name in ``checkpoint.filename`` makes folders of its own.
+    """
+    places: dict[Path, int] = {}
+    for keeper in keepers:
+        if keeper.dirpath:
+            folder, depth = Path(keeper.dirpath).resolve(), (keeper.filename or "").count("/")
+            places[folder] = max(depth, places.get(folder, 0))
+    return places
+
+
+def names_of(filename: str | None, with_names: bool = True) -> str:
+    """Return a glob of the file names that ``checkpoint.filename`` comes to, folders among them.
+
+    Args:
+        filename: As Lightning fills it in.
+        with_names: Whether it writes the name of a metric before its value.
+
+    >>> names_of("{epoch}-{val/sts/spearman:.4f}")
+    'epoch*-val/sts/spearman*.ckpt'
+    """
+    parts = re.split(r"\{([^}:\[]*)[^}]*\}", filename or "")  # every second is a metric's name
+    for i, part in enumerate(parts):
+        is_name = i % 2 == 1
+        parts[i] = glob.escape(part) * (with_names or not is_name) + "*" * is_name
+    return "".join(parts).removesuffix("*") + "*.ckpt"
+
+
+def last_checkpoint(folder: Path, names: str = "*.ckpt") -> Path | None:
     """Return the checkpoint of a fit's folder to go on from, None where there is none.
 
     That is ``last.ckpt``, unless a later run that does not write it has saved a later step; or the
     newest whole one, if a fit was killed before it could link it.
+
+    Args:
+        folder: Where it saves.
+        names: A glob of the names that it saves under, which may lead to folders in there.
     """
-    paths = [*Path(folder).glob("*.ckpt"), *Path(folder).glob(f"*.ckpt{FORMER}")]
+    paths = {*Path(folder).glob("*.ckpt"), *Path(folder).glob(f"*.ckpt{FORMER}")}
+    paths |= set(Path(folder).glob(names))
     found = sorted(paths, key=lambda path: path.lstat().st_mtime, reverse=True)
     whole = [path for path in found if _is_whole(path)]
     last = Path(folder) / LAST

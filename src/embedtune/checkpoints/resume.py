@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from embedtune.checkpoints.find import moved
+from embedtune.checkpoints.find import moved, places_of
 from embedtune.errors import InputError
 
 log = logging.getLogger("embedtune")
@@ -240,12 +240,13 @@ def follow_move(callbacks: list[Any], states: dict[str, dict[str, Any]], folder:
         states: Of callbacks by their keys, as a checkpoint brings them; changed.
         folder: Where the checkpoint lies that brings them.
     """
+    lies_in, places = [folder.resolve(), *folder.resolve().parents], places_of(callbacks)
     for callback in callbacks:
         state = states.get(callback.state_key)
         if state is None:
             continue
         own, saved_in = Path(str(callback.dirpath)), state.get("dirpath", "")
-        is_here = own.resolve() == folder.resolve()
+        is_here = own.resolve() in lies_in[: places.get(own.resolve(), 0) + 1]
 
         def here(path: str, own: Path = own, is_here: bool = is_here, was: Any = saved_in) -> str:
             kept = moved(path, was, own)

@@ -88,7 +88,8 @@ def trainer_settings(config: Any, picked: Picked | None, is_fit: bool) -> dict[s
 
 def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Callback]:
     """Return the callbacks of a command beside those that save checkpoints."""
-    callbacks = [*(config.trainer.callbacks or []), OutOfMemory()]
+    own = config.trainer.callbacks or []
+    callbacks = [*(own if isinstance(own, list) else [own]), OutOfMemory()]
     has_bar = any(isinstance(callback, pl.callbacks.ProgressBar) for callback in callbacks)
     if config.trainer.enable_progress_bar is not False and not has_bar:
         callbacks.append(ProgressBar())

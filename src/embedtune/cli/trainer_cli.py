@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from embedtune.callbacks.earlier_run import earlier_checkpoints
 from embedtune.callbacks.out_of_memory import out_of_memory_said
-from embedtune.checkpoints.find import best_checkpoint, last_checkpoint
-from embedtune.checkpoints.read import read_spec
+from embedtune.checkpoints.find import best_checkpoint, last_checkpoint, names_of
+from embedtune.checkpoints.read import read_facts, read_spec
 from embedtune.cli.assembly import (
     callbacks_of,
     latest_beside_best,
@@ -194,8 +194,11 @@ class TrainerCLI(LightningCLI):
             return None
         if asked not in CHECKPOINT_NAMES:
             return Path(asked)
-        path = {"last": last_checkpoint, "best": best_checkpoint}[asked](folder)
+        saves = config.checkpoint
+        names = names_of(saves.filename, saves.auto_insert_metric_name)
+        path = best_checkpoint(folder) if asked == "best" else last_checkpoint(folder, names)
         if path is not None:
+            read_facts(path)  # what is damaged is told before the base model is measured
             return path
         earlier = ", ".join(map(str, earlier_checkpoints(folder)))
         elsewhere = f"; those of earlier runs are in {earlier}" if earlier else ""

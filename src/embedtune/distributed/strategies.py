@@ -73,7 +73,7 @@ def refuse_unsupported(trainer: pl.Trainer) -> None:
     _refuse_copies(trainer)
     if shards_parameters(strategy):
         _refuse_routes(strategy, cast(Any, trainer.lightning_module).encoder)
-    if isinstance(strategy, FSDP):
+    if isinstance(strategy, FSDP | ZeRO):
         _refuse_scalars(strategy, trainer.lightning_module)
     if not isinstance(strategy, ZeRO):
         return
@@ -117,18 +117,22 @@ def _refuse_routes(strategy: Any, encoder: Any) -> None:
         )
 
 
-def _refuse_scalars(strategy: FSDP, module: nn.Module) -> None:
+def _refuse_scalars(strategy: FSDP | ZeRO, module: nn.Module) -> None:
     """Refuse parameters that have no dimension to be divided along.
+
+    DeepSpeed fails where it sends them to the other ranks, one rank and frozen ones included.
 
     Raises:
         InputError: A loss, or the model, has one.
     """
+    # On one rank FSDP is not told of those that are frozen.
+    takes_frozen = isinstance(strategy, FSDP) and strategy.world_size == 1
     for name, parameter in module.named_parameters():
-        # On one rank FSDP is not told of those that are frozen.
-        if parameter.dim() == 0 and (parameter.requires_grad or strategy.world_size > 1):
+        if parameter.dim() == 0 and (parameter.requires_grad or not takes_frozen):
             raise InputError(
-                f"trainer.strategy: FSDP divides parameters along a dimension: expected {name} of "
-                "shape (1,), as torch.ones(1) is, or strategy ddp, found a scalar of shape ()"
+                f"trainer.strategy: {type(strategy).__name__} divides parameters along a "
+                f"dimension: expected {name} of shape (1,), as torch.ones(1) is, or strategy ddp, "
+                "found a scalar of shape ()"
             )
 
 

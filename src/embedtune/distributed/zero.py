@@ -116,6 +116,9 @@ class ZeRO(SavesFolders, DeepSpeedStrategy):
             gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
             with gathered if self.zero_stage_3 else nullcontext(), torch.no_grad():
                 parameter.copy_(weights[name].view_as(parameter))
+        for name, buffer in module.named_buffers():
+            if name in weights:  # others are made anew with the module
+                buffer.copy_(weights[name])
 
     @property
     def handles_gradient_accumulation(self) -> bool:

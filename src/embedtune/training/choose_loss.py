@@ -65,8 +65,15 @@ def choose_loss(
         loss = copy.deepcopy(loss)  # another module may be given the same, with other data
     _refuse_without_signal(loss, data)
     _settle_teacher_temperature(loss, data)
-    if mrl_dims is None:
-        return loss
+    return loss if mrl_dims is None else at_widths(loss, mrl_dims)
+
+
+def at_widths(loss: Loss, mrl_dims: list[int]) -> Loss:
+    """Return a loss that trains each width, as a run with MRL trains it.
+
+    Raises:
+        InputError: It is given other widths of its own.
+    """
     if isinstance(loss, Matryoshka):
         if sorted(loss.dims) != sorted(mrl_dims):
             raise InputError(
@@ -78,6 +85,7 @@ def choose_loss(
             raise InputError(
                 f"model.loss: expected mrl_dims {mrl_dims} as model.mrl_dims, found {loss.mrl_dims}"
             )
+        loss = copy.deepcopy(loss)  # another module may be given the same, with other widths
         loss.mrl_dims = mrl_dims
         return loss
     return Matryoshka(loss, mrl_dims)

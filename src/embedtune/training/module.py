@@ -46,7 +46,7 @@ from embedtune.training.before_fit import (
     refuse_what_fails_later,
     tell_of_few_steps,
 )
-from embedtune.training.choose_loss import refuse_no_loss, refuse_other_format
+from embedtune.training.choose_loss import at_widths, refuse_no_loss, refuse_other_format
 from embedtune.training.facts import told_by_all, training_facts
 from embedtune.training.fit_settings import FitSettings
 from embedtune.training.going_on import Validation, go_on, tell_of_another_base
@@ -145,7 +145,8 @@ class EmbeddingModule(pl.LightningModule):
                 "model.loss.init_args.temperature beside model.loss"
             )
         refuse_no_loss(loss)
-        self.loss = loss
+        # From the start: a checkpoint names the weights of a loss as a fit does.
+        self.loss = at_widths(loss, self.mrl_dims) if loss is not None and use_mrl else loss
         self._settled, self._has_started_projection = SettledLoss(), False
         self._settings: FitSettings | None = None
         self.evaluation = Evaluation()
