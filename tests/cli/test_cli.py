@@ -14,6 +14,7 @@ import yaml
 from sentence_transformers import SentenceTransformer
 
 from embedtune import EmbeddingModule, whole_files
+from embedtune.checkpoints.write import WholeFiles
 from embedtune.cli import main
 from embedtune.distributed import FSDP, ZeRO
 from embedtune.distributed.strategies import NAMED
@@ -107,6 +108,14 @@ def test_the_saved_configuration_runs_again(tiny_bert):
     assert Path("run/model/model.safetensors").read_bytes() == before
 
 
+def test_a_default_of_an_enumeration_is_saved_by_its_value(tiny_bert):
+    """Lightning's Timer has one for a str."""
+    fit(tiny_bert, "--trainer.callbacks+=Timer", "--trainer.max_epochs", "1")
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+    main(["fit", "--config", "run/config.yaml"])
+
+
 def test_the_share_of_truncated_texts_is_told(tiny_bert, caplog):
     """Also where the encoder's 64 positions, not passage_max_len, are the limit."""
     rows = [{"query": "q", "pos": ["w " * (100 if i < 2 else 5)]} for i in range(8)]
@@ -122,6 +131,21 @@ def test_a_validation_set_is_named_and_its_loss_logged(tiny_bert, caplog):
     assert "val/val         6 examples (loss)" in caplog.text
     rows = list(csv.DictReader(Path("run/metrics.csv").read_text().splitlines()))
     assert sum(bool(row["val/val/loss"]) for row in rows) == 3  # the base model is the first
+
+
+def test_checkpoints_are_whole_beside_plugins_of_other_kinds(tiny_bert, monkeypatch):
+    saved = []
+
+    def save(self, checkpoint, path, storage_options=None):
+        saved.append(path)
+
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", save)
+    plugin = "lightning.pytorch.plugins.environments.LightningEnvironment"
+    fit(
+        *(tiny_bert, f"--trainer.plugins+={plugin}", "--trainer.max_epochs", "1"),
+        *("--checkpoint.save_last", "false"),
+    )
+    assert [Path(path).name for path in saved] == ["epoch=0-step=2.ckpt"]
 
 
 def test_a_run_may_go_without_checkpoints(tiny_bert):

@@ -353,6 +353,16 @@ def test_models_and_sets_are_named_by_what_tells_them_apart():
     assert [row.partition(",")[0] for row in table.splitlines()[::3]] == splits
 
 
+def test_a_set_of_a_name_of_its_own_keeps_it():
+    results = [result("m", 8, 0.5, name) for name in ("faq.tsv", "dev.jsonl", "a")]
+    titles = [row.partition(",")[0] for row in format_table(results, False).splitlines()[::3]]
+    assert titles == ["faq.tsv", "dev.jsonl", "a"]
+
+
+def test_nothing_but_zeros_has_no_sign():
+    assert format_table([result("m", 8, -1e-9)]).split()[-1] == ".0000"
+
+
 def test_a_long_name_takes_lines_of_its_own():
     long = "sentence-transformers/paraphrase-multilingual-mpnet-base-v2"
     assert format_table([result(long, 8, 0.5), result("b", 8, 0.25)]).splitlines() == [

@@ -128,6 +128,8 @@ def test_no_verdict_follows_from_rounding():
     low, high = intervals(*found)["mrr@10"]
     assert low == 0
     assert high > 0.2
+    swapped = intervals(*reversed(found))["mrr@10"]
+    assert str(swapped[1]) == "0.0"  # without a minus
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

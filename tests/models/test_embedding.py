@@ -10,6 +10,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling, Transfor
 from embedtune import Embedding
 from embedtune.data.chunks import Text, make_chunks
 from embedtune.data.scored_pairs import ScoredPairs
+from embedtune.errors import InputError
 from embedtune.evaluation import evaluate_models
 from embedtune.models import Encoder, EncoderSpec
 
@@ -38,6 +39,20 @@ def test_embedding_takes_a_prompt_and_a_longest_input(tiny_bert):
     assert embedding.encode([]).shape == (0, 32)
     # Longer than the model's 64 positions, by the default of 512 tokens.
     torch.testing.assert_close(embedding.encode(["a " * 100]), embedding.encode(["a " * 62]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: .*found 0"),
+        ({"max_len": -1}, "max_len: .*found -1"),
+        ({"max_len": 2}, "max_len: expected more tokens than begin and end a text, found 2"),
+        ({"prompt": "a " * 70}, "max_len: expected more tokens than the prompt .*, found 64"),
+    ],
+)
+def test_embedding_refuses_what_leaves_nothing_of_a_text(tiny_bert, setting, message):
+    with pytest.raises(InputError, match=message):
+        Embedding(tiny_bert).encode(["text", "other"], **setting)
 
 
 # --- Texts without tokens -------------------------------------------------------------------------

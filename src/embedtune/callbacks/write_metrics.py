@@ -57,7 +57,7 @@ def _tell(trainer: pl.Trainer, module: EmbeddingModule) -> None:
     model = module.encoder.spec.model_name_or_path
     results = _results(module, str(trainer.ckpt_path or model))
     if results:
-        sys.stdout.write(format_table(results) + "\n")
+        sys.stdout.write(format_table(results, are_paths=False) + "\n")
     if cast(Any, trainer).fast_dev_run:
         return
     told: dict[str, Any] = {

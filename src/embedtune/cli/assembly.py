@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 
 from embedtune.callbacks.baseline import Baseline
 from embedtune.callbacks.earlier_run import EarlierRun
@@ -29,6 +30,7 @@ from embedtune.cli.best_checkpoint import early_stopping, keep_the_latest, with_
 from embedtune.cli.run_folder import SaveConfig, make_loggers
 from embedtune.distributed.pick import AUTO, Picked, find_devices, pick_strategy, strategy_of
 from embedtune.distributed.strategies import named_strategy
+from embedtune.errors import InputError
 from embedtune.training.module import EmbeddingModule
 from embedtune.training.precision import default_precision
 
@@ -70,6 +72,9 @@ def trainer_settings(config: Any, picked: Picked | None, is_fit: bool) -> dict[s
         config: The configuration of the command, instantiated.
         picked: The strategy where none is named.
         is_fit: Whether the run trains.
+
+    Raises:
+        InputError: A plugin saves checkpoints later than it says.
     """
     settings: dict[str, Any] = {}
     asked = config.trainer
@@ -80,10 +85,21 @@ def trainer_settings(config: Any, picked: Picked | None, is_fit: bool) -> dict[s
         settings["strategy"] = named_strategy(picked.name if picked else asked.strategy)
     if asked.precision is None and is_fit:
         settings["precision"] = default_precision(str(asked.accelerator))
-    saves_files = not isinstance(settings.get("strategy", asked.strategy), SavesFolders)
-    if saves_files and asked.plugins is None:
-        settings["plugins"] = [WholeFiles()]
+    if not isinstance(settings.get("strategy", asked.strategy), SavesFolders):
+        settings["plugins"] = _with_whole_files(asked.plugins)
     return settings
+
+
+def _with_whole_files(asked: Any) -> list[Any]:
+    """Return the plugins of a run, with what saves its checkpoints where none of them does."""
+    plugins = asked if isinstance(asked, list) else [] if asked is None else [asked]
+    if any(isinstance(plugin, AsyncCheckpointIO) for plugin in plugins):
+        raise InputError(
+            "trainer.plugins: expected checkpoints that are there once they are saved, for the "
+            "former ones are removed then, found AsyncCheckpointIO"
+        )
+    saves = any(isinstance(plugin, CheckpointIO) for plugin in plugins)
+    return plugins if saves else [*plugins, WholeFiles()]
 
 
 def callbacks_of(config: Any, command: str, picked: Picked | None) -> list[pl.Callback]:

@@ -17,6 +17,8 @@ SECTIONS = ("model", "data", "trainer", "checkpoint")
 """Keys whose value may be a file as well, on the command line and in a configuration."""
 DATA_SEED = re.compile(r"(\w+\.)?data\.seed")
 """It follows from another key; also below a command's name."""
+CLASS = re.compile(rf"(\w+\.)?({'|'.join(SECTIONS)})\.class_path")
+FROM_PYTHON = "a class of one's own is used from Python"
 MERGE = "tag:yaml.org,2002:merge"
 MOST_VALUES = 100_000
 """Values of a file once all its aliases are written out; a run has some hundred."""
@@ -27,11 +29,13 @@ def refuse_broken_configs(args: Sequence[str]) -> None:
 
     Raises:
         InputError: A file cannot be read, is not YAML in UTF-8, or does not hold keys, or a section
-            of it does not; a key is there twice, or follows from another.
+            of it does not; a key is there twice, follows from another, or names a section's class.
     """
     for key, value in _given(args):
         if key in (CONFIG, *SECTIONS):
             _refuse_broken(key, value, Path())
+        elif CLASS.fullmatch(key):
+            raise InputError(f"expected other keys, found --{key}; {FROM_PYTHON}")
 
 
 def _given(args: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -70,6 +74,9 @@ def _refuse_broken(key: str, value: str, folder: Path) -> None:
         _refuse_keys(place, config if key == CONFIG else {key: config})
     elif is_file:
         _refuse_no_keys(place, config, "an empty file")
+    elif key != CONFIG and value:
+        found = f"found {value!r}; {FROM_PYTHON}"
+        raise InputError(f"{place}: expected a YAML file, or keys and their values, {found}")
     for section in SECTIONS if key == CONFIG and isinstance(config, dict) else ():
         held = config.get(section, {})
         if isinstance(held, str):
@@ -112,6 +119,8 @@ def _refuse_keys(place: str, config: dict[Any, Any]) -> None:
         if DATA_SEED.fullmatch(name):
             expected = "seed_everything, which is the seed of the data too"
             raise InputError(f"{place}: expected {expected}, found {name}")
+        if CLASS.fullmatch(name):
+            raise InputError(f"{place}: expected other keys, found {name}; {FROM_PYTHON}")
 
 
 def _dotted(config: dict[Any, Any], prefix: str = "") -> Iterator[str]:

@@ -98,12 +98,14 @@ def settle(config: Any) -> None:
         checkpoint.save_last = False  # the one that Lightning would write, too
 
 
-def refuse_numbers(config: Any) -> None:
-    """Refuse numbers that Lightning takes, or refuses too late, in the values of a command.
+def refuse_values(config: Any) -> None:
+    """Refuse values that Lightning takes, or refuses too late or for those of other keys.
 
     Raises:
-        InputError: One is out of range.
+        InputError: A number is out of range, or a run is to leave nothing.
     """
+    if config.trainer.barebones:
+        raise InputError("trainer.barebones: expected false, for a run logs and saves, found true")
     seed = config.seed_everything
     if not isinstance(seed, bool) and not 0 <= seed < 2**32:
         raise InputError(f"seed_everything: expected a number from 0 to 2**32 - 1, found {seed}")

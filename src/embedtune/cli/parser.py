@@ -1,14 +1,20 @@
 """Parsers that answer a misspelt key in one line, with the nearest valid one."""
 
 import re
+from enum import Enum
 from typing import Any, NoReturn
 
 import jsonargparse
+import yaml
 
 from embedtune.cli.mistakes import fail, nearest
 
 UNKNOWN_KEY = re.compile(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)")
 """How jsonargparse and argparse word that they do not know a key."""
+
+
+# A default of a str, such as that of Lightning's Timer, may be one of an enumeration.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, one: dumper.represent_data(one.value))
 
 
 class Parser(jsonargparse.ArgumentParser):

@@ -27,7 +27,7 @@ from embedtune.cli.keys import (
     add_keys,
     named_classes,
     refuse_nulls,
-    refuse_numbers,
+    refuse_values,
     settle,
 )
 from embedtune.cli.log_lines import quiet_libraries
@@ -91,14 +91,14 @@ class TrainerCLI(LightningCLI):
 
         Raises:
             InputError: A YAML file is broken, a secret withheld, a value null that must not be, or
-                a number out of range.
+                one that does not do.
         """
         refuse_broken_configs(args)
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
         refuse_withheld(config)
         refuse_nulls(config, SECTIONS | named_classes("model.loss", config.model.loss))
-        refuse_numbers(config)
+        refuse_values(config)
 
     def _parse_ckpt_path(self) -> None:
         """Take nothing from a checkpoint but its state: YAML and flags win."""

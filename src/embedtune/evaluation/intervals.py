@@ -143,7 +143,7 @@ def _resample(
         rng=np.random.default_rng(SEED),
     )
     ends = found.confidence_interval
-    return [np.round(end, DIGITS) for end in (ends.low, ends.high)]
+    return [np.round(end, DIGITS) + 0.0 for end in (ends.low, ends.high)]  # no -0.0
 
 
 def _times(drawn: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -8,7 +8,8 @@ import torch
 from sentence_transformers import SentenceTransformer
 from torch import Tensor
 
-from embedtune.models.loading import cap_length, load_sentence_transformer
+from embedtune.errors import require_positive
+from embedtune.models.loading import cap_length, load_sentence_transformer, refuse_filled
 from embedtune.models.towers import cutting_at, towers
 
 PROGRESS_BATCHES = 20
@@ -59,12 +60,18 @@ class Embedding:
 
         Returns:
             float32 ``[n, d]`` on the CPU, in the order of ``texts``; ``[d]`` for one text.
+
+        Raises:
+            InputError: A number is below 1, or the prompt leaves no room for a text.
         """
+        require_positive("batch_size", batch_size)
+        require_positive("max_len", max_len)
         if isinstance(texts, str):
             return self.encode([texts], device, prompt, max_len, batch_size)[0]
         if len(texts) == 0:  # an array of numpy has no truth
             return torch.empty(0, int(self.model.get_embedding_dimension() or 0))
         longest = cap_length(self.model, max_len)
+        refuse_filled(self.model, prompt, longest)
         with cutting_at(towers(self.model), longest):
             embeddings = self.model.encode(
                 with_tokens(self.model, texts, prompt),

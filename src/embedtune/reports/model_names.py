@@ -21,15 +21,17 @@ def short_names(results: Sequence[Result]) -> dict[str, str]:
     return {model: model for model in parts}
 
 
-def set_names(results: Sequence[Result]) -> dict[str, str]:
-    """Return a name of each test set that tells it apart."""
+def set_names(results: Sequence[Result], are_paths: bool = True) -> dict[str, str]:
+    """Return a name of each test set that tells it apart: its own, or one by its path."""
+    if not are_paths:
+        return {result.data: result.data for result in results}
     names = {result.data: set_name(Path(result.data)) for result in results}
     if len(set(names.values())) < len(names):
         names = {data: data for data in names}
     return names
 
 
-def set_titles(results: Sequence[Result]) -> dict[tuple[str, str], str]:
+def set_titles(results: Sequence[Result], are_paths: bool = True) -> dict[tuple[str, str], str]:
     """Return a title of each test set and main metric: a name that tells it apart, and both."""
-    names = set_names(results)
+    names = set_names(results, are_paths)
     return {(r.data, r.main): f"{names[r.data]}, {TITLES.get(r.main, r.main)}" for r in results}

@@ -11,22 +11,26 @@ from embedtune.reports.curves import ALL_WIDTHS
 from embedtune.reports.model_names import NAME, set_names, set_titles, short_names
 
 
-def format_table(results: Sequence[Result]) -> str:
+def format_table(results: Sequence[Result], are_paths: bool = True) -> str:
     """Return the main metric as text, for each test set a row per model and a column per width.
 
     Below a model that was compared with the first one are the differences, what follows from them,
     and their intervals.
 
-    >>> print(format_table([Result("a", "sts", 64, {"spearman": 0.5})]))
+    Args:
+        results: What was measured.
+        are_paths: Whether test sets are paths, which are shortened; else they are names.
+
+    >>> print(format_table([Result("a", "sts.jsonl", 64, {"spearman": -1e-9})]))
     sts, Spearman     64
-    a              .5000
+    a              .0000
     """
     names = short_names(results)
     labels = {model: textwrap.wrap(name, NAME) for model, name in names.items()}
     widths = sorted({result.width for result in results}, reverse=True, key=_place)
     cells = {(r.data, r.main, r.model, r.width): r for r in results}
     rows: list[list[str]] = []
-    for (data, main), title in set_titles(results).items():
+    for (data, main), title in set_titles(results, are_paths).items():
         heads = [title, *(str(width or "all") for width in widths)]
         rows += [[], heads] if rows else [heads]
         for model, (*above, last) in labels.items():
@@ -46,7 +50,7 @@ def format_table(results: Sequence[Result]) -> str:
     ]
     compares = any(result.intervals is not None for result in results)
     told = _explained(names[results[0].model]) if compares else []
-    return "\n".join([*lines, *told, *_fallen_widths(results, names)])
+    return "\n".join([*lines, *told, *_fallen_widths(results, names, are_paths)])
 
 
 def _place(width: int) -> float:
@@ -70,13 +74,15 @@ def _changes(firsts: Sequence[Result | None], own: Sequence[Result | None]) -> l
     return [changes, ends]
 
 
-def _fallen_widths(results: Sequence[Result], names: Mapping[str, str]) -> list[str]:
+def _fallen_widths(
+    results: Sequence[Result], names: Mapping[str, str], are_paths: bool
+) -> list[str]:
     """Tell of models that are worse than the first at small widths of a set and rose at their own.
 
     What was not measured at a model's own width says nothing of how that one went.
     """
     cells = {(r.data, r.main, r.model, r.width): r for r in results}
-    sets = set_names(results)
+    sets = set_names(results, are_paths)
     told: dict[str, list[str]] = {}
     for (data, main), model in itertools.product(set_titles(results), names):
         own = {r.width: r for place, r in cells.items() if place[:3] == (data, main, model)}
@@ -112,5 +118,6 @@ def _explained(first: str) -> list[str]:
 
 
 def _decimals(value: float, sign: str = "", digits: int = 4) -> str:
-    text = f"{value:{sign}.{digits}f}"
+    # A change keeps the sign that rounding leaves of it: an interval may end just below 0.
+    text = f"{value:{sign or 'z'}.{digits}f}"
     return text.replace("0.", ".", 1) if abs(value) < 1 else text
