@@ -52,7 +52,6 @@ def quiet_libraries() -> None:
         ".*When saving the DeepSpeed Stage 3 checkpoint",  # embedtune export reads it
         ".*but have no logger configured",  # validate and test write a table and metrics.json
         ".*callbacks used to create the checkpoint need to be provided",  # as configured
-        ".*but have no logger configured",  # validate and test write metrics.json
         ".*The dirpath has changed from",  # the same
         ".*resuming from a checkpoint that ended before the epoch ended",  # the sampler goes on
     ):
