@@ -323,6 +323,19 @@ def test_a_prediction_that_cuts_texts_shorter_than_the_model_says_so(tiny_bert, 
     assert "texts are cut at 8 tokens, by data.query_max_len; the model itself" in caplog.text
 
 
+def test_a_prediction_of_one_batch_leaves_the_file_of_all(tiny_bert):
+    name = write("lines.txt", [f"text {i}" for i in range(20)])
+    argv = ["predict", "--model.model_name_or_path", str(tiny_bert), "--data.predict_path", name]
+    argv += ["--trainer.accelerator=cpu", "--trainer.default_root_dir=out", "--data.batch_size=8"]
+    main([*argv, "--trainer.fast_dev_run=true"])
+    assert not Path("out").exists()
+    main(argv)
+    before = Path("out/embeddings.npy").read_bytes()
+    main([*argv, "--trainer.fast_dev_run=true"])
+    assert [path.name for path in Path("out").iterdir()] == ["embeddings.npy"]
+    assert Path("out/embeddings.npy").read_bytes() == before
+
+
 def test_a_prediction_of_some_rows_is_refused(tiny_bert, capsys):
     name = write("lines.txt", [f"text {i}" for i in range(20)])
     argv = ["predict", "--model.model_name_or_path", str(tiny_bert), "--data.predict_path", name]

@@ -20,7 +20,8 @@ log = logging.getLogger("embedtune")
 class WriteEmbeddings(pl.Callback):
     """Write ``<default_root_dir>/embeddings.npy``, float32 ``[rows, width]``.
 
-    Rows are written beside as batches come; the file is there when all ranks have finished.
+    Rows are written beside as batches come; the file is there when all ranks have finished. A
+    ``fast_dev_run`` leaves what is there.
     """
 
     def __init__(self) -> None:
@@ -60,6 +61,8 @@ class WriteEmbeddings(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Write the rows of a batch at their places; every rank writes its own."""
+        if cast(Any, trainer).fast_dev_run:  # which leaves rows out
+            return
         if self._file is None:
             self._file = self._create(trainer, outputs.shape[1])
         # Not by the memory map: ranks on other nodes may hold the same page of it.
@@ -82,6 +85,8 @@ class WriteEmbeddings(pl.Callback):
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Put the file in its place, and say where it is."""
+        if cast(Any, trainer).fast_dev_run:
+            return
         assert self._file is not None
         shape, self._file = list(self._file.shape), None
         path = self.path(trainer)
