@@ -351,6 +351,24 @@ def _(folder, model):
     assert keys == ["ModelCheckpoint{'monitor': None, 'mode': 'min'"] * 2
 
 
+@borrows("lightning: ModelCheckpoint.on_train_batch_end comes last, and saves a step once")
+def _(folder, model):
+    class SavesBefore(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            keeper = trainer.callbacks[-1]
+            assert trainer.checkpoint_callbacks == [keeper]
+            assert not list(folder.glob(f"*-step={trainer.global_step}.ckpt"))
+            keeper.on_train_batch_end(trainer, pl_module, *args)
+            saved.append(*folder.glob(f"*-step={trainer.global_step}.ckpt"))
+            saved[-1].unlink()
+
+    saved: list[Path] = []
+    keeper = pl.callbacks.ModelCheckpoint(folder, save_top_k=-1, every_n_train_steps=1)
+    run(folder, callbacks=[keeper, SavesBefore()])
+    assert len(saved) == 3
+    assert not list(folder.glob("*.ckpt"))
+
+
 @borrows("lightning: val_loop.run before the first step; val_check_batch, _val_check_time_interval")
 def _(folder, model):
     ended: list[tuple[int, int]] = []
