@@ -62,7 +62,7 @@ class Baseline(pl.Callback):
         _refuse_unmeasured_monitor(trainer)
         if not _is_validated(trainer):
             return
-        refuse_what_fails_later(trainer, module)  # it may take hours
+        refuse_what_fails_later(trainer, module)  # before measuring, which may take hours
         encoder = module.encoder
         if not module.is_base and module.data.testsets:
             log.info("base model: loaded again, for this module was trained before")

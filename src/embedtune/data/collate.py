@@ -19,7 +19,7 @@ from embedtune.models.spec import ROLES, Features, Role
 
 PLAIN_FEATURES = {"input_ids", "attention_mask", "token_type_ids"}
 """Of these, token ids tell all of a single text."""
-TOKENISERS = ("sentence-transformers", "transformers", "tokenizers")
+TOKENIZERS = ("sentence-transformers", "transformers", "tokenizers")
 """Packages whose releases may make other ids of the same text."""
 
 
@@ -158,7 +158,7 @@ class Collator:
 
 def _releases() -> list[str]:
     found = []
-    for package in TOKENISERS:
+    for package in TOKENIZERS:
         with contextlib.suppress(PackageNotFoundError):  # a source folder on the path
             found.append(f"{package} {version(package)}")
     return found
